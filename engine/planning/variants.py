@@ -228,14 +228,16 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
     'model_config.pt has adapt_hf false, and no qk_interleaved'
     >>> because([Expression("given.vocab_size", Place("x.yaml"))], {}, "model_config.pt")
     'the given configuration has no vocab_size'
+    >>> because([Expression("options.vocab_size", Place("x.yaml"))], {"options": {"vocab_size": None}})
+    'the options have no vocab_size'
     """
     compiled = [compile_expression(one) for one in expressions]
     told: list[str] = []
     paths = sorted({path for one in compiled for path in one.paths})
     for (whose, above), listed in grouped((_whose(path, called), path) for path in paths).items():
         found = {path.removeprefix(above): value_at(names, path, _MISSING) for path in listed}
-        has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if value is not _MISSING]
-        lacks = [path for path, value in found.items() if value is _MISSING]
+        lacks = [path for path, value in found.items() if value is _MISSING or (value is None and above == "options.")]
+        has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if path not in lacks]
         if has and lacks:
             told.append(f"{whose} {_list(has)}, and no {_list(lacks, 'or')}")
         elif has:
