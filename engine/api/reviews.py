@@ -39,7 +39,7 @@ def compare(
     (False, ('k_proj and q_proj in layers {0…3} equal the reference after ...',))
 
     Tensors, configuration, generation settings, tokenizer, chat template and code files are compared. Each side is a
-    folder, an index or one weight file; safetensors and torch files may be mixed. A training checkpoint is compared
+    folder, an index or one weights file; safetensors and torch files may be mixed. A training checkpoint is compared
     as its mapping would convert it, without writing anything.
 
     Args:

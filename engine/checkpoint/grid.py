@@ -23,13 +23,13 @@ def folders_in(layout: Layout) -> list[str]:
 def read_grid(
     names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
 ) -> RankGrid:
-    """Sort a folder's file names into weight files, known files and unknown ones.
+    """Sort a folder's file names into weights files, known files and unknown ones.
 
     Args:
         config: returns the configuration, which distinguishes modes whose files have the same names.
 
     Raises:
-        EngineError: E303 for files the layout refuses, E304 when there are no weight files or
+        EngineError: E303 for files the layout refuses, E304 when there are no weights files or
             files of two modes, E201 naming the first missing rank file.
     """
     for refused in layout.refuse:
@@ -48,7 +48,7 @@ def read_grid(
         wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
         raise EngineError(
             "E304",
-            f"no weight files of layout `{layout.name}` in this folder",
+            f"no weights files of layout `{layout.name}` in this folder",
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",

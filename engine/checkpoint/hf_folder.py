@@ -31,7 +31,7 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
     """Index the weights of a Hugging Face checkpoint without reading any payload.
 
     Args:
-        where: a folder, an index, or one weight file. In a folder safetensors are preferred to torch
+        where: a folder, an index, or one weights file. In a folder safetensors are preferred to torch
             files, as in transformers.
 
     Returns:
@@ -74,7 +74,7 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
 
 
 def other_weights(where: Store | File, files: tuple[FileHeader, ...]) -> tuple[str, ...]:
-    """Weight files of a folder other than those that were read; some programs read every one in the folder."""
+    """Weights files of a folder other than those that were read; some programs read every one in the folder."""
     if isinstance(where, File):
         return ()
     read = {file.name for file in files}
@@ -82,7 +82,7 @@ def other_weights(where: Store | File, files: tuple[FileHeader, ...]) -> tuple[s
 
 
 def read_hf_config(where: Store | File) -> dict[str, Any]:
-    """The `config.json` of a checkpoint folder, or beside a weight file; empty when there is none.
+    """The `config.json` of a checkpoint folder, or beside a weights file; empty when there is none.
 
     Raises:
         EngineError: E301 when it is not JSON, E303 when it is not an object, E305 when unreadable.
@@ -205,5 +205,5 @@ def _no_weights(folder: Store) -> EngineError:
         place=Place(folder.place()),
         got=(", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder",
         expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
-        fix="Give the folder that `from_pretrained` would take, or one weight file.",
+        fix="Give the folder that `from_pretrained` would take, or one weights file.",
     )

@@ -20,7 +20,7 @@ Stage = tuple[int, ...]  # a chunk, then a rank of each dimension that orders st
 
 @dataclass(frozen=True, slots=True)
 class RankFile:
-    """A weight file: its name, the layout's pattern it matches and its rank coordinates."""
+    """A weights file: its name, the layout's pattern it matches and its rank coordinates."""
 
     name: str
     pattern: FilePattern
@@ -33,7 +33,7 @@ class RankGrid:
 
     Attributes:
         sizes: ranks per dimension (`{"tp": 2, "pp": 2}`).
-        files: weight files, sorted by coordinates.
+        files: weights files, sorted by coordinates.
         skipped: known files beside the weights.
         unknown: files the layout does not know.
         staged: the rank dimensions that order pipeline stages.

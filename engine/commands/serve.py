@@ -50,7 +50,7 @@ def serve(
 ) -> None:  # fmt: skip
     """Serve checkpoints as the Hugging Face Hub does.
 
-    Weight files are computed as they are read. Steps of a run are revisions; main is the newest
+    Weights files are computed as they are read. Steps of a run are revisions; main is the newest
     complete one. The server is read-only, and stops on Ctrl-C.
 
     \b
@@ -124,7 +124,7 @@ def mount(
 ) -> None:
     """Mount the folder that `run` would write, read-only.
 
-    Its files appear at DIR; weight files are computed as they are read. It stays until Ctrl-C or
+    Its files appear at DIR; weights files are computed as they are read. It stays until Ctrl-C or
     `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.
 
     \b

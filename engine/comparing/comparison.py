@@ -25,7 +25,7 @@ class Side:
 
     Attributes:
         tensors: files, or the plan that would write them.
-        small: the files beside the weights by name; None for a weight file given alone.
+        small: the files beside the weights by name; None for a weights file given alone.
         training: whether a plan represents it.
     """
 
@@ -121,7 +121,7 @@ def compare_sides(
     differences: tuple[Difference, ...] = ()
     unchecked: list[str] = []
     if out.small is None or ref.small is None:
-        unchecked.append("only tensors were compared: a weight file was given, and not its folder")
+        unchecked.append("only tensors were compared: a weights file was given, and not its folder")
     else:
         small = [dict(out.small), dict(ref.small)]
         for one, other, training in ((0, 1, out.training), (1, 0, ref.training)):

@@ -53,7 +53,7 @@ def is_whole(names: Sequence[str]) -> bool:
 
 def has_weights(error: EngineError) -> bool:
     """Whether a layout knew files of the folder all the same: two modes in one, or a configuration that is missing."""
-    return not error.message.startswith("no weight files")
+    return not error.message.startswith("no weights files")
 
 
 def find_steps(folder: Store, config: str | Path | None, *, every: bool = False) -> dict[str, Any] | None:

@@ -172,7 +172,7 @@ class RankMap:
 
 @dataclass(frozen=True, slots=True)
 class FilePattern:
-    """One kind of weight file.
+    """One kind of weights file.
 
     Attributes:
         cuts: stage class → rank dimension → `split`, `rows`, `recorded`, `runtime` or an axis.

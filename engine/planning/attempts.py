@@ -41,7 +41,7 @@ class Checkpoint:
 def whole_checkpoint(
     folder: str, files: tuple[FileHeader, ...], config: Mapping[str, Any], unknown: tuple[str, ...] = ()
 ) -> Checkpoint:
-    """A Hugging Face checkpoint before planning; `unknown` are weight files that are not part of it."""
+    """A Hugging Face checkpoint before planning; `unknown` are weights files that are not part of it."""
     grid = replace(whole_grid([file.name for file in files]), unknown=unknown)
     return Checkpoint(folder, grid, files, config, {}, "the training configuration", config, "whole")
 

@@ -89,7 +89,7 @@ class Tied:
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A weight file to write: its name, its format (`safetensors`, `torch` or `dcp`) and its outputs.
+    """A weights file to write: its name, its format (`safetensors`, `torch` or `dcp`) and its outputs.
 
     `around` is its other content, by key.
     """

@@ -90,7 +90,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             fix="Leave --mode out: the ranks say which it is.",
         )
     place = _inside(layout, destination.mode)
-    if place is not None:  # each weight file holds the configuration
+    if place is not None:  # each weights file holds the configuration
         files = tuple(replace(one, around=around_of(place, config)) for one in files)
     parts = [one.header.part for one, _, _ in listed]
     written = Written(
@@ -126,13 +126,13 @@ def directory_of(
 
 
 def around_data(plan: Plan) -> Any:
-    """What weight files hold besides tensors, as JSON data: the index of its place, and the configuration."""
+    """What weights files hold besides tensors, as JSON data: the index of its place, and the configuration."""
     place = None if plan.written is None else _inside(plan.layout, plan.written.mode)
     return None if place is None else [plan.layout.configs.index(place), dict(plan.config)]
 
 
 def _inside(layout: Layout, mode: Mode) -> ConfigFile | None:
-    """The configuration's place in the mode's weight files."""
+    """The configuration's place in the mode's weights files."""
     first = pattern(mode.files[0].name)
     return next((place for place in layout.configs if first.match(place.file) is not None), None)
 

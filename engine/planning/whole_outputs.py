@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint to write: its tensors, weight files and config.json."""
+"""A Hugging Face checkpoint to write: its tensors, weights files and config.json."""
 
 from __future__ import annotations
 

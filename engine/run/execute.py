@@ -72,7 +72,7 @@ def execute(
     *,
     parts: str | None = None,
 ) -> Report:
-    """Run a plan: weight files, small files and the manifest, complete at `out` or not at all.
+    """Run a plan: weights files, small files and the manifest, complete at `out` or not at all.
 
     What can be refused without reading tensors is refused before the output folder is made.
 

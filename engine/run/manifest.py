@@ -60,7 +60,7 @@ def manifest(
 
 
 def index_file(plan: Plan) -> dict[str, bytes]:
-    """The index of several weight files, by its name; empty if there is no index."""
+    """The index of several weights files, by its name; empty if there is no index."""
     if len(plan.shards) < 2 or plan.written is not None:
         return {}
     files = {plan.outputs[i].name: one.name for one in plan.shards for i in one.outputs}

@@ -1,4 +1,4 @@
-"""The runner: plan → weight files. Workers divide the tensors among them; checks run at the same time."""
+"""The runner: plan → weights files. Workers divide the tensors among them; checks run at the same time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_weights(
     beside: Sequence[Callable[[threading.Event], None]] = (),
     beside_memory: int = 0,
 ) -> Written:
-    """Compare replicas, then write every weight file of a plan into `store`, to stable storage.
+    """Compare replicas, then write every weights file of a plan into `store`, to stable storage.
 
     Args:
         beside: functions to run in their own threads while tensors are written. Each is passed an event that is set

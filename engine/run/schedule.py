@@ -122,7 +122,7 @@ def _together(plan: Work, nbytes: int | None) -> list[Unit]:
 
 
 def layout_of(plan: Work, file: OutputFile) -> FileLayout:
-    """Where each byte range of a weight file goes."""
+    """Where each byte range of a weights file goes."""
     tensors = [(plan.outputs[i].name, plan.outputs[i].dtype, plan.outputs[i].shape) for i in file.outputs]
     return FORMATS[file.format](tensors, PurePosixPath(file.name).stem, file.around)
 

@@ -154,7 +154,7 @@ def read_contents(
 
 
 def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHeader], list[str]]:
-    """The weight files that the manifest names, read by their suffix or as their layout says."""
+    """The weights files that the manifest names, read by their suffix or as their layout says."""
     headers: dict[str, FileHeader] = {}
     problems: dict[str, str] = {}
     for file in dict.fromkeys(str(entry.get("file")) for entry in data["tensors"].values()):
@@ -218,7 +218,7 @@ def _files_of(folder: Store, inside: str = "", depth: int = 0) -> Iterator[str]:
 
 
 def check_index(folder: Store, tensors: Mapping[str, Any]) -> list[str]:
-    """Problems of an index of weight files that contradicts the manifest."""
+    """Problems of an index of weights files that contradicts the manifest."""
     files = {str(name): str(entry.get("file")) for name, entry in tensors.items()}
     several = len(set(files.values())) > 1 and all(name.endswith(".safetensors") for name in files.values())
     if not folder.has(INDEX):

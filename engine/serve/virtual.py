@@ -81,7 +81,7 @@ class VirtualFolder(Mapping[str, VirtualFile]):
 
 
 def weight_files(work: Work, etags: Mapping[str, str]) -> VirtualStore:
-    """Some weight files that a run of `work` would write, by their etags; only tensors of `work` can be read."""
+    """Some weights files that a run of `work` would write, by their etags; only tensors of `work` can be read."""
     readers = Readers(work)
     return _store(work, {one.name: _weights(readers, one, etags[one.name]) for one in work.shards if one.name in etags})
 
@@ -108,7 +108,7 @@ def _computed(start: int, size: int, make: Callable[[], bytes]) -> Stretch:
 
 
 def _weights(readers: Readers, file: OutputFile, etag: str) -> VirtualFile:
-    """A weight file: payload from the sources, the rest from the format's layout."""
+    """A weights file: payload from the sources, the rest from the format's layout."""
     work, layout = readers.work, layout_of(readers.work, file)
     stretches = [
         Stretch(at, at + work.outputs[i].nbytes, partial(readers.read_into, i))

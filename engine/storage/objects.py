@@ -265,6 +265,6 @@ def linked_names(page: bytes, place: str) -> list[str]:
             "the server does not list this folder",
             place=Place(place),
             expected="a page with links to the files in it, as most file servers have",
-            fix="Give a weight file or its index instead, copy the folder, or use a server that lists it.",
+            fix="Give a weights file or its index instead, copy the folder, or use a server that lists it.",
         )
     return sorted(names)

@@ -507,7 +507,7 @@ def test_internevos_own_names_in_a_distributed_checkpoint_are_read_as_its_rank_f
     assert all("no tokenizer" in notice for notice in report.notices)
     shards.same(weights(tmp_path / "out"), shards.build(tiny)[3])
     (step / "model_config.pt").unlink()  # then it may be of any trainer
-    with pytest.raises(EngineError, match="no weight files of layout `internevo`") as caught:
+    with pytest.raises(EngineError, match="no weights files of layout `internevo`") as caught:
         engine.plan(tiny.mapping, step)
     assert "distcp beside model_config.pt" in str(caught.value.expected)
     assert engine.inspect(step).facts["layout"] == "torch-dcp"

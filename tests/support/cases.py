@@ -49,7 +49,7 @@ def cases(draw: st.DrawFn) -> tuple[Model, dict[str, Any]]:
 
 
 def rank_files(folder: Path) -> dict[str, State]:
-    """Every weight file of a folder; Python's own unpickler is quicker than torch's, which runs no code."""
+    """Every weights file of a folder; Python's own unpickler is quicker than torch's, which runs no code."""
     found = {}
     for path in sorted(folder.glob("model_*.pt")):
         if path.name != "model_config.pt":
