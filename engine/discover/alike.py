@@ -1,8 +1,8 @@
 """Finds similar rows: which row of one array is which of another, even if their values changed.
 
 A row's sketch is some sums of its elements with signs by place. Sketches of two rows point the same way, or the
-opposite way, where the rows do, so rows are found that were scaled, shifted, rounded or disturbed. Whether the
-values really come from each other is for others to say.
+opposite way, where the rows do, so rows are found that were scaled, shifted, rounded or disturbed. Callers check
+whether the values really come from each other.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def take_sketch(tensors: Tensors, view: View) -> Sketch:
 
 
 def _signs(count: int) -> np.ndarray:
-    """Signs of so many places, of which each column sums to nothing, so that a summand in all elements is not seen."""
+    """Signs for `count` places; each column sums to 0, so that a constant added to all elements has no effect."""
     bits = np.unpackbits(weights(count)[:, None].view(np.uint8), axis=1)[:, 8 : 8 + _SUMS]
     signs: np.ndarray = bits.astype(np.float32) * 2 - 1
     signs -= signs.mean(axis=0)
@@ -83,14 +83,14 @@ def _nearest(ours: np.ndarray, theirs: np.ndarray, rows: np.ndarray) -> np.ndarr
         near = np.abs(ours[some].astype(np.float32) @ wanted)
         best = near.argmax(axis=1)
         most = near[np.arange(len(some)), best]
-        here = np.minimum(some, len(theirs) - 1)  # its own place, where another is no nearer
+        here = np.minimum(some, len(theirs) - 1)  # its own place, unless another is nearer
         best = np.where((some < len(theirs)) & (near[np.arange(len(some)), here] >= most - 1e-3), some, best)
         found[start : start + step] = np.where(most >= _ALIKE, best, -1)
     return found
 
 
 class Placed(Tensors):
-    """Two arrays of rows × columns, read as if chosen rows of each were all there is, in the order given."""
+    """Two arrays of rows × columns, of which only chosen rows are read, in the given order."""
 
     def __init__(self, tensors: Tensors, one: View, two: View, order: np.ndarray) -> None:
         """

@@ -41,9 +41,8 @@ def stand_alone(
 ) -> list[str]:
     """The lines from `source` on.
 
-    Every rule writes the tensor under its own name, whole. That is right as far as it goes, whatever
-    the tensors mean; what they are called at the target is left to a person. So is which of several rules is
-    right: they stand in comments.
+    Every rule writes the whole tensor under its own name, which is right whatever the tensor means. A person
+    decides the names of the target, and which of several rules is right: those are written as comments.
     """
     known = known_sizes(checkpoint.config)
     rules: list[str] = []
@@ -59,7 +58,7 @@ def stand_alone(
                 rule["split"] = reading.split
             if not one.layered:
                 rule["stage"] = stage[0]
-            rules.append(f"{'#' if doubt else ''}  - {flow(rule)}")  # which formatting makes a block, if it is long
+            rules.append(f"{'#' if doubt else ''}  - {flow(rule)}")  # formatting makes a long one a block
         live |= not doubt
     kind = checkpoint.training.get("model_type")
     source = {"layout": layout.name} | ({"model_types": [kind]} if isinstance(kind, str) and kind else {})
@@ -76,7 +75,7 @@ def stand_alone(
 
 
 def _declared(known: Known, checkpoint: Checkpoint, layout: Layout) -> list[str]:
-    """`keys` of what sizes are computed from, where the layout does not say what these may be."""
+    """The `keys` section, for keys that sizes are computed from and the layout does not declare."""
     read = {key for text in known.dims.values() for key in names_in(Expression(text, Place("the draft")))}
     told = layout.keys.get("source", {})
     untold = [key for key in checkpoint.config if key in read and key not in told]
@@ -111,7 +110,7 @@ def _together(weight: Observed, bias: Observed, checkpoint: Checkpoint, known: K
 
 
 def _one_rule(weight: Reading, bias: Reading, ranks: int) -> bool:
-    """Whether `a | b`, split as the weight is, also says where the bias lies."""
+    """Whether the weight's rule, with axes `a | b`, also describes the bias."""
     if len(bias.axes) != 1 or len(weight.axes) > 2 or weight.axes[0] != bias.axes[0]:
         return False
     if len(weight.axes) == 2 and weight.cut == 1:
@@ -137,7 +136,7 @@ def _notes(
         notes.append(f"the stage: `{stage[0]}` is a guess from the name, and several stages may hold it")
     grid = checkpoint.grid
     if all(size == 1 for dim, size in grid.sizes.items() if dim not in grid.staged):
-        notes[-1] += "; what ranks would cut (`split`) does not show with one rank"
+        notes[-1] += "; with one rank the files do not show what several ranks would cut (`split`)"
     return "; and ".join(notes)
 
 
@@ -151,9 +150,9 @@ class Reading:
 
 
 def read_cuts(observed: Observed, grid: RankGrid, known: Known, stage: str) -> tuple[list[Reading], str]:
-    """The readings under which the shapes of every rank agree with the configuration; and what a person must decide.
+    """The readings that agree with the shapes of every rank and the configuration, and what a person must decide.
 
-    What is to be decided is empty where there is one reading, and nothing else can be meant.
+    The latter is empty if there is one reading and no other meaning is possible.
     """
     file = grid.files[observed.stored[0].file].pattern
     dim, by_rows = _cutting(file, grid, stage)
@@ -205,7 +204,7 @@ def _groups(stored: Sequence[Stored], grid: RankGrid, dim: str | None) -> dict[o
 
 
 def _nodes(known: Known, *, layered: bool) -> list[tuple[str, int, str]]:
-    """(axes text, size, the axis that a cut means) of what a storage dimension may be."""
+    """What a storage dimension may be: (text of its axes, size, the axis that a cut divides)."""
     s = known.sizes
     if not layered:
         return [(axis, s[axis], axis) for axis in ("vocab", "hidden") if axis in s]
@@ -221,9 +220,9 @@ def _heads(known: Known) -> tuple[int, int, int]:
 
 
 def _fused(known: Known, name: str) -> set[int]:
-    """Sizes of what may be stored together in rows: queries, keys and values; keys and values; gate and up.
+    """Numbers of rows that several things stored together have: queries, keys and values; keys and values; gate and up.
 
-    Keys and values together can be as large as the queries, so only a `name` with a q says that it is these.
+    Keys and values together can be as large as the queries, so they are left out for a `name` with a q.
     """
     heads, groups, head_dim = _heads(known)
     sizes = {(heads + 2 * groups) * head_dim, 2 * known.sizes.get("ffn", 0)}
@@ -231,9 +230,9 @@ def _fused(known: Known, name: str) -> set[int]:
 
 
 def _named(shape: tuple[int, ...], nodes: Sequence[tuple[str, int, str]], cut: int | None) -> Iterator[Reading]:
-    """The reading in which every storage dimension has a name, and no axis comes twice, if there is one.
+    """The reading in which every storage dimension has a name, and no axis occurs twice, if there is one.
 
-    Plain axes of one size copy alike when they are cut: the first stands for all of them.
+    Plain axes of the same size are copied in the same way when they are cut, so the first represents all of them.
     """
     choices = []
     for at, size in enumerate(shape):

@@ -1,4 +1,4 @@
-"""What names and configurations tell of tensors: layers and experts, and what their rows are called."""
+"""What names and configurations say about tensors: sizes, heads, and what their rows and columns are."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Known:
 
 
 def known_sizes(config: Mapping[str, Any]) -> Known:
-    """Axes by the usual keys of a configuration.
+    """The sizes of axes, from the usual keys of a configuration.
 
     >>> known_sizes({"hidden_size": 64, "num_attention_heads": 4}).sizes
     {'hidden': 64, 'heads': 4, 'head_dim': 16}
@@ -64,17 +64,17 @@ class Geometry:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes whose roots scale attention."""
+        """Sizes by whose square roots tensors of attention may be scaled."""
         return {"head_dim": self.head_dim, "hidden": self.heads * self.head_dim}
 
     @property
     def rows(self) -> tuple[int, ...]:
-        """Rows that queries, keys or values, and all of them together have."""
+        """Numbers of rows: of the queries, of the keys or values, and of all three together."""
         return tuple(n * self.head_dim for n in (self.heads, self.groups, self.heads + 2 * self.groups))
 
 
 def geometry_of(configs: Sequence[Mapping[str, Any]]) -> Geometry | None:
-    """The geometry that configurations tell, the last one's first.
+    """The geometry from configurations; the last one takes precedence.
 
     >>> geometry_of([{}, {"num_attention_heads": 4, "hidden_size": 32}])
     Geometry(heads=4, groups=4, head_dim=8)
@@ -89,13 +89,13 @@ def geometry_of(configs: Sequence[Mapping[str, Any]]) -> Geometry | None:
 
 @dataclass(frozen=True, slots=True)
 class Units:
-    """What is ordered: rows, columns or elements, and what so many of them in a row are called.
+    """What is put in order: rows, columns or elements, and the names of blocks of them.
 
     Attributes:
-        noun: `row`.
-        sizes: name → how many rows: `{"head": 128, "key/value group": 512}`.
-        head: rows of a head, where rows are those of heads; None where nothing is known of heads.
-        heads: whether they are rows of heads; None where nothing is known.
+        noun: `row`, `column` or `element`.
+        sizes: name of a block → its rows: `{"head": 128, "key/value group": 512}`.
+        head: rows of a head, if rows may belong to heads; else None.
+        heads: whether rows belong to heads; None if that is unknown.
     """
 
     noun: str
@@ -113,7 +113,7 @@ class Units:
         return " = ".join(told)
 
     def block_noun(self, size: int) -> str:
-        """What a block of so many is called: a head, or else a block.
+        """The name of a block of `size` units: a head, for example, or a block of so many rows.
 
         >>> [Units("row", {"head": 8}).block_noun(n) for n in (1, 8, 12)]
         ['row', 'head', 'block of 12 rows']
@@ -125,7 +125,7 @@ class Units:
 
 
 def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | None) -> Units:
-    """What the rows (axis 0) or columns of a tensor are: rows of heads in attention, of experts in a stack of them.
+    """What the rows (axis 0) or columns of a tensor are: of heads in attention, of experts in a stack of experts.
 
     >>> units_of("h.0.attn.k_proj.weight", 0, (16, 32), Geometry(4, 2, 8)).sizes
     {'head': 8}

@@ -30,7 +30,7 @@ from engine.storage.store import Store
 # Errors of the checkpoint, not of the choice of the mapping.
 _OF_THE_CHECKPOINT = ("E201", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
 
-_AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # the order sizes are told in
+_AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # in this order
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,8 @@ class Inspection:
 
     @property
     def blocked(self) -> tuple[Fit, ...]:
-        """Families for models of this kind that the checkpoint itself keeps from fitting: it is damaged, or more
-        than they can express. Another mapping would not help."""
+        """Families for models of this kind that do not fit because of the checkpoint itself: it is damaged, or holds
+        more than they can express. Another mapping would not help."""
         of_kind = [fit for fit in reversed(self.fits) if fit.family and fit.code in _OF_THE_CHECKPOINT]
         return () if self.fitting else tuple({fit.code: fit for fit in of_kind}.values())
 
@@ -104,7 +104,7 @@ def inspect(src: str | Path, config: str | Path | None, *, every: bool = False) 
 
 
 def load_all() -> tuple[list[MappingFile], list[Fit]]:
-    """Every mapping of the search folders, and what is wrong with those that cannot be read."""
+    """Every mapping of the search folders, and the errors of those that cannot be read."""
     good: list[MappingFile] = []
     bad: list[Fit] = []
     for name in list_names():
@@ -157,7 +157,7 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
     if plan is not None:
         facts["parameters"] = sum(output.elements for output in plan.outputs)
         used = {axis for group in plan.copies.target.groups for axis in group.instance.axes.names()}
-        unused = {axis for rule in plan.mapping.rules for axis in rule.axes.names()} - used  # as of a reward head
+        unused = {axis for rule in plan.mapping.rules for axis in rule.axes.names()} - used  # such as a reward head's
         facts["sizes"] = {axis: plan.sizes[axis] for axis in _AXES if axis in plan.sizes.keys() - unused}
         facts["stages"] = [
             {"chunk": stage[0], **plan.stages.ranks(stage), "first": first, "layers": plan.stages.counts[stage]}
@@ -171,7 +171,7 @@ def describe_whole(folder: Store, names: Sequence[str]) -> Inspection:
     files, config = read_hf_folder(folder), read_hf_config(folder)
     kind = config.get("model_type")
     families = [m for m in load_all()[0] if (m.model_type == kind or kind in m.also) and not m.expect]
-    roots = [m for m in families if len(m.files) == 1]  # one that extends another is told where there is no other
+    roots = [m for m in families if len(m.files) == 1]  # those that extend others only if there are no roots
     fits = [Fit(m.name, m.description, True) for m in roots or families]
     facts = {
         "model_type": kind,
@@ -255,7 +255,7 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
 
 
 def _not_one(found: Inspection) -> EngineError:
-    """E304 for a folder of steps, or of a Hugging Face checkpoint, where one step of a training run is wanted."""
+    """E304 for a folder of steps or a Hugging Face checkpoint, if one step of a training run is needed."""
     place = Place(found.folder)
     if found.kind != "steps":
         told, fix = "this is a Hugging Face checkpoint", "`engine reverse` writes it as training files."

@@ -1,6 +1,6 @@
-"""Values that lost precision: another type and back, bits cut off, a grid of levels as quantising leaves.
+"""Values that lost precision: cast to another type and back, cut-off bits, a grid of levels as quantising leaves.
 
-The parts that all relations share are here too.
+Parts that all relations share are here too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ BITS = {"BF16": 7, "F16": 10, "F32": 23, "F64": 52, "F8_E4M3": 3, "F8_E5M2": 2} 
 _NAMES = {7: "BF16", 10: "F16", 3: "F8_E4M3", 2: "F8_E5M2"}
 _FEWEST = 8  # elements that a grid must explain
 _MOST_LEVELS = 1 << 10
-_NEAR = 0.1  # of the squares: what quantising may change
-_SCALED = {3: ("F8_E4M3", 1e-5), 2: ("F8_E5M2", 1e-9), 1: ("F4_E2M1", 0.05)}  # bits; name, half of its least value
+_NEAR = 0.1  # share of the sum of squares that quantising may change
+_SCALED = {3: ("F8_E4M3", 1e-5), 2: ("F8_E5M2", 1e-9), 1: ("F4_E2M1", 0.05)}  # bits → name, half its least value
 
-Fits = Callable[[np.ndarray, np.ndarray], bool | np.ndarray]  # whether a tile, or each of its elements, is so
+Fits = Callable[[np.ndarray, np.ndarray], bool | np.ndarray]  # whether a tile, or each of its elements, fits
 Pair = tuple[np.ndarray, np.ndarray]  # float64 of both sides, rows × columns
 
-# What may have a number of its own: how it is called, and its rows and columns; 0 for all of a tile's.
+# Groups that may each have their own factor: name, rows and columns; 0 means all of a tile.
 GROUPS = (
     ("row", 1, 0), ("column", 0, 1), *((f"block of {n} columns", 0, n) for n in (128, 64, 32)),
     *((f"{n} elements in a row", 1, n) for n in (256, 128, 64, 32, 16)),
@@ -40,9 +40,9 @@ class Relation:
     """What a tensor holds.
 
     Attributes:
-        kind: in one word, as `permuted`; `other` where it is another tensor's content, whole.
-        words: in what way, as `scaled: 2 times the reference`; empty where the kind says it all.
-        other: the reference's tensor whose content it is, where that is not its own.
+        kind: one word, such as `permuted`; `other` for the whole content of another tensor.
+        words: details, such as `scaled: 2 times the reference`; empty if the kind says it all.
+        other: the reference's tensor that has this content, if it has another name.
         rotary: the choice of `rotary` that would have been right.
     """
 
@@ -53,7 +53,7 @@ class Relation:
 
 
 def groups(x: np.ndarray, rows: int, cols: int) -> np.ndarray | None:
-    """A tile as groups × elements; None where it does not divide into them, or a group is too small to tell.
+    """A tile as groups × elements; None if it does not divide into them, or a group is too small to prove anything.
 
     >>> groups(np.arange(32).reshape(2, 16), 1, 8).shape
     (4, 8)
@@ -66,7 +66,7 @@ def groups(x: np.ndarray, rows: int, cols: int) -> np.ndarray | None:
 
 
 def rounded(x: np.ndarray, y: np.ndarray, one: str, two: str) -> Iterator[tuple[str, Fits]]:
-    """One side is the other, written in a type that holds less, and back: in words, and whether a tile is so.
+    """Ways in which one side may be the other, cast to a less precise type and back: words, and a test for tiles.
 
     Args:
         x, y: elements of both sides.
@@ -92,7 +92,7 @@ def rounded(x: np.ndarray, y: np.ndarray, one: str, two: str) -> Iterator[tuple[
 
 
 def _through(held: Any, dtype: str, *, turned: bool) -> Fits:
-    """Whether one side is the other, written as `held` and then as `dtype`."""
+    """A test whether one side is the other, cast to `held` and then to `dtype`."""
 
     def fits(x: np.ndarray, y: np.ndarray) -> bool:
         fine, coarse = (x, y) if turned else (y, x)
@@ -108,7 +108,7 @@ def _within(close: float) -> Fits:
 
 
 def _kept(values: np.ndarray, dtype: str) -> int:
-    """Bits of precision that some element uses.
+    """The number of bits of precision that the elements use.
 
     >>> _kept(np.array([1.0, 1.5, 1.25]), "F32")
     2
@@ -120,7 +120,7 @@ def _kept(values: np.ndarray, dtype: str) -> int:
 
 
 def quantised(some: list[Pair], precision: float) -> Iterator[tuple[str, Fits]]:
-    """One side is the other on a grid of levels, with a step for all, for each row, column or group."""
+    """Ways in which one side may be the other, rounded to a grid of levels: one step for all, or one for each group."""
     if not all(np.isfinite(x).all() and np.isfinite(y).all() for x, y in some):
         return
     if any(np.square(x - y).sum() > _NEAR * np.square(y).sum() for x, y in some):
@@ -140,7 +140,7 @@ def quantised(some: list[Pair], precision: float) -> Iterator[tuple[str, Fits]]:
 
 
 def _steps(x: np.ndarray, y: np.ndarray, rows: int, cols: int, precision: float, *, turned: bool) -> str | None:
-    """What grid the groups of a tile lie on, empty where all are nothing; None where they lie on none."""
+    """The grid that the groups of a tile lie on, in words; empty if all are zero, None if they lie on no grid."""
     coarse, fine = (groups(one, rows, cols) for one in ((y, x) if turned else (x, y)))
     if coarse is None or fine is None:
         return None
@@ -169,8 +169,8 @@ def _steps(x: np.ndarray, y: np.ndarray, rows: int, cols: int, precision: float,
         rounding = size * (2.0 ** -(kept + 1) + precision) + most * least
         if not (apart <= rounding).all():
             continue
-        for first in range(2**kept, 2 ** (kept + 1)):  # what the largest may be
-            for some in (slice(1), slice(None)):  # one group tells most that are none
+        for first in range(2**kept, 2 ** (kept + 1)):  # the level that the largest value may be
+            for some in (slice(1), slice(None)):  # the first group alone rules out most
                 part, _ = np.frexp(size[some] * first / most[some])
                 grid = part * 2 ** (kept + 1)
                 if not (np.abs(grid - np.round(grid)) <= grid * precision * 1.01).all():

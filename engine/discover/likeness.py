@@ -1,4 +1,4 @@
-"""Rows or columns that are alike: in another order, or of another tensor, with other values too."""
+"""Rows or columns that are similar, not equal: in another order, or from another tensor, with other values too."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from engine.discover.values import closeness, relate_values
 from engine.errors import counted
 from engine.move.tensors import View
 
-CLOSE = 0.1  # of its size
-NEAR = 0.35  # of its size: its own values in its own places, whatever else
+CLOSE = 0.1  # of its norm
+NEAR = 0.35  # of its norm: still its own values in their own places
 
 
 def relate_alike(sides: Sides, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
-    """Rows or columns in another order, or of another tensor, that have other values too."""
+    """Find rows or columns in another order, or from another tensor, that have other values too."""
     for other, view, _ in sides.comparable(one, ([name] if own is not None else []) + list(others)):
         for axis, there in ((0, 0), (1, 1), (0, 1)):
             turned, across = axis != there, one.shape[1 - axis]
@@ -39,7 +39,7 @@ def relate_alike(sides: Sides, name: str, one: View, own: View | None, others: S
 def _relate_rows(
     sides: Sides, name: str, one: View, other: str, view: View, order: np.ndarray, axis: int, *, turned: bool
 ) -> Relation | None:
-    """What is to be said of rows or columns whose places are known."""
+    """The relation of rows or columns whose places are known."""
     here, there = one.swap(0, 1) if axis else one, view.swap(0, 1) if axis != turned else view
     straight = len(order) == there.shape[0] and bool(((order < 0) | (order == np.arange(len(order)))).all())
     if straight and other == name and not turned:
@@ -66,7 +66,7 @@ def _relate_rows(
 def _difference(
     sizes: dict[str, int], tensors: Placed, one: View, two: View, *, near: float, whole: bool
 ) -> str | None:
-    """How two arrays differ whose rows are alike; None where they do in no way that is known."""
+    """How two arrays with similar rows differ; None if in no known way."""
     if tensors.match(one, two):
         return ""
     found = relate_values(tensors, one, two, sizes)

@@ -1,4 +1,4 @@
-"""Factors and summands by which values come from those of a reference: one for all, or one for each row or column."""
+"""Values that are the reference's times a factor or plus a summand: one for all, or one for each row or column."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _FEW = 3  # factors that are named one by one
 
 
 def line(factor: float, summand: float, precision: float, room: float) -> Fits:
-    """Whether elements are so many times the reference's and so much more.
+    """A test whether elements are `factor` times the reference's plus `summand`.
 
     Args:
-        room: how exactly the summand is known.
+        room: the error of the summand.
     """
 
     def fits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -29,7 +29,7 @@ def line(factor: float, summand: float, precision: float, room: float) -> Fits:
 
 
 def slack(x: np.ndarray, precision: float) -> np.ndarray:
-    """What rounding explains: one unit in the last place."""
+    """The difference that rounding explains: one unit in the last place."""
     least: np.ndarray = np.abs(x) * precision * 1.01 + 1e-38
     return least
 
@@ -37,19 +37,19 @@ def slack(x: np.ndarray, precision: float) -> np.ndarray:
 def lines(
     x: np.ndarray, y: np.ndarray, precision: float, sizes: Mapping[str, int]
 ) -> Iterator[tuple[float, float, str, Kind, float]]:
-    """Factors and summands that may fit, those with a meaning first; and how exactly the summand is known."""
+    """(factor, summand, words, kind, error of the summand) that may fit; numbers with a known meaning first."""
     below = float(y @ y)
     ratio = float(x @ y) / below if below else 0.0
     small = np.abs(x) <= np.quantile(np.abs(x), 0.1)  # where rounding is finest
     summand = float(np.mean((x - y)[small]))
-    room = 4 * precision * float(np.abs(x[small]).max()) / float(small.sum()) ** 0.5  # how exactly it is known
+    room = 4 * precision * float(np.abs(x[small]).max()) / float(small.sum()) ** 0.5  # the error of the summand
     spread = np.abs(x - np.median(x)) > slack(x, precision)
     telling = spread.mean() > 0.25  # else any line through the middle fits
     if ratio == 0 or not np.isfinite(ratio):
         return
     if abs(ratio + 1) < precision:
         yield -1.0, 0.0, "negated: every sign flipped", "negated", 0.0
-    ways: list[tuple[bool, float, float, str, Kind]] = []  # first those whose numbers mean something
+    ways: list[tuple[bool, float, float, str, Kind]] = []  # numbers with a known meaning first
     known = precision / min(len(x), 1 / precision) ** 0.5  # rounding depends on few different digits
     exact, named = _named(ratio, known, sizes)
     exact = exact if named else _shortest(ratio, known)
@@ -69,7 +69,7 @@ def lines(
             slope, start = _shortest(float(slope), 2 * known), _shortest(float(start), 2 * known)
             words = f"scaled and shifted: {slope:.6g} times the reference plus {start:.6g}"
             ways.append((True, float(slope), float(start), words, "scaled"))
-    alike = float(np.square(x - y).sum()) / 2  # what is no better than no change is noise
+    alike = float(np.square(x - y).sum()) / 2  # a way that explains less than this is noise
 
     def left(way: tuple[bool, float, float, str, Kind]) -> float:
         return float(np.square(x - way[1] * y - way[2]).sum())
@@ -80,7 +80,7 @@ def lines(
 
 
 def _shortest(value: float, tolerance: float) -> float:
-    """The number of fewest digits that is as good as a measured one.
+    """The number with the fewest digits within `tolerance` of a measured one.
 
     >>> _shortest(3.69996, 1e-4), _shortest(0.333333, 1e-9)
     (3.7, 0.333333)
@@ -96,7 +96,7 @@ def _shortest(value: float, tolerance: float) -> float:
 
 
 def _named(ratio: float, precision: float, sizes: Mapping[str, int]) -> tuple[float, str]:
-    """The factor with a meaning that a measured one stands for, and its name; itself and none otherwise.
+    """The factor with a known meaning that a measured one equals, and its name; else the measured one, without a name.
 
     >>> _named(2.83, 0.004, {"head_dim": 8}), _named(0.5, 0.004, {})
     ((2.8284271247461903, '√8 (√head_dim)'), (0.5, '0.5'))
@@ -116,7 +116,7 @@ def _named(ratio: float, precision: float, sizes: Mapping[str, int]) -> tuple[fl
 
 
 def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Relation, Fits]]:
-    """A factor, or a summand, of its own for each row, each column, or each of other groups."""
+    """Relations with a separate factor or summand for each row, column or other group."""
     for noun, rows, cols in GROUPS:
         kinds: tuple[tuple[Kind, str], ...] = (("scaled", "a factor"), ("shifted", "a summand"))
         for kind, told in kinds:
@@ -129,7 +129,7 @@ def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Relation, Fi
                     return False
                 wanted = _own(one, two, scaled=scaled) * two if scaled else _own(one, two, scaled=scaled) + two
                 off = slack(one, precision)
-                if not scaled:  # and how exactly the summand is known
+                if not scaled:  # plus the error of the summand
                     size = np.sqrt(np.square(one).mean(axis=1, keepdims=True) / one.shape[1])
                     off = off + slack(two, precision) / 2 + 4 * precision * size
                 return bool((np.abs(one - wanted) <= 2 * off).all())
@@ -142,7 +142,7 @@ def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Relation, Fi
                 owns.append(_own(one, two, scaled=kind == "scaled"))
                 left = one - (owns[-1] * two if kind == "scaled" else owns[-1] + two)
                 better += float(np.square(one - two).sum()) - 2 * float(np.square(left).sum())
-            if better <= 0:  # no better than no change: noise
+            if better <= 0:  # it explains too little: noise
                 continue
             own = np.concatenate([one.reshape(-1) for one in owns])
             yield (
@@ -163,7 +163,7 @@ def _factors(own: np.ndarray, some: list[Pair], noun: str, kind: str, precision:
 
 
 def _own(x: np.ndarray, y: np.ndarray, *, scaled: bool) -> np.ndarray:
-    """The factor, or else the summand, that explains each group best."""
+    """The factor or the summand that explains each group best."""
     if not scaled:
         return np.asarray((x - y).mean(axis=1, keepdims=True))
     below = (y * y).sum(axis=1, keepdims=True)

@@ -1,6 +1,6 @@
-"""Mixtures: an array that is a sum of others, that gained or lost something of low rank, or was turned.
+"""Mixtures: an array that is a sum of others, that gained or lost a low-rank part, or was rotated.
 
-All of it is seen on a sample: elements in the same places of each, and a square of rows and columns.
+All of this is found on a sample: elements in the same places of each, and a square of rows and columns.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from engine.discover.levels import BITS
 from engine.move.tensors import Tensors, View, tiles
 
 _SAMPLE = 1 << 14  # elements
-_SQUARE = 256  # rows, and columns
+_SQUARE = 256  # rows and columns
 _MOST_TERMS = 16
 _SIDE = 24  # rows and columns that a square needs
-_FEW = 48  # rows or columns whose lengths and angles are looked at
-_LEAST = 0.02  # of a term's share
-_FAR = 0.05  # of the squares: less is noise as well as a rotation
+_FEW = 48  # rows or columns whose lengths and angles are compared
+_LEAST = 0.02  # the smallest factor of a term
+_FAR = 0.05  # share of the sum of squares: a smaller difference may be noise, not a rotation
 _BLOCKS = (2, 4, 8)
-_RELATED = 0.15  # the correlation that is told
+_RELATED = 0.15  # the smallest correlation that is reported
 
 Sampled = Callable[[View], np.ndarray]
 
@@ -28,12 +28,12 @@ Sampled = Callable[[View], np.ndarray]
 def mixed(
     tensors: Tensors, one: View, own: View, others: Sequence[tuple[str, View]], blocks: Sequence[int]
 ) -> str | None:
-    """How an array is composed of several, in words; None if in no known way.
+    """How an array is composed of others, in words; None if in no known way.
 
     Args:
         one, own: rows × columns, of one shape.
         others: other arrays of that shape, by name.
-        blocks: numbers of equal blocks of rows or columns that may have been added up.
+        blocks: numbers of equal blocks of rows or columns that may have been summed.
     """
     precision = 2.0 ** -min(BITS.get(view.dtype, 50) for view in (one, own))
     sample = _sampler(tensors, one)
@@ -61,7 +61,7 @@ def _sampler(tensors: Tensors, shape: View) -> Sampled:
 
 
 def _sum(x: np.ndarray, terms: Sequence[tuple[str, np.ndarray]], precision: float) -> str | None:
-    """The few terms whose sum with factors is x, but for rounding."""
+    """The few terms whose weighted sum is x, up to rounding; in words."""
     chosen: list[int] = []
     left, factors = x, np.zeros(0)
     size = float(np.abs(x).max(initial=0))
@@ -72,7 +72,7 @@ def _sum(x: np.ndarray, terms: Sequence[tuple[str, np.ndarray]], precision: floa
             for i, ((_, values), length) in enumerate(zip(terms, lengths, strict=True))
         ]
         best = int(np.argmax(scores))
-        if scores[best] < 5 * float(np.sqrt(np.square(left).mean())):  # what chance gives
+        if scores[best] < 5 * float(np.sqrt(np.square(left).mean())):  # as by chance
             return None
         chosen.append(best)
         matrix = np.stack([terms[i][1] for i in chosen], axis=1)
@@ -102,7 +102,7 @@ def _summed(terms: Sequence[tuple[float, str]]) -> str:
 
 
 def _blocks(tensors: Tensors, one: View, own: View, counts: Sequence[int], precision: float) -> str | None:
-    """Blocks of rows or columns that were added up, as of ranks that were to be joined."""
+    """Blocks of rows or columns that were summed, such as slices of ranks that should have been joined."""
     for axis, noun in ((0, "row"), (1, "column")):
         for count in dict.fromkeys((*_BLOCKS, *counts)):
             size, rest = divmod(own.shape[axis], count)
@@ -141,7 +141,7 @@ def _stretches(size: int) -> list[tuple[int, int]]:
 
 
 def _rank(x: np.ndarray, y: np.ndarray, precision: float) -> str | None:
-    """What was added, or what is left, is of low rank."""
+    """Whether the difference, or the array itself, has low rank; in words."""
     side = min(x.shape)
     for apart, whole in ((True, x - y), (False, x)):
         values = np.linalg.svd(whole, compute_uv=False)
@@ -157,7 +157,7 @@ def _rank(x: np.ndarray, y: np.ndarray, precision: float) -> str | None:
 
 
 def _turned(tensors: Tensors, one: View, own: View, precision: float) -> str | None:
-    """Rows, or columns, that kept their lengths and angles: the other axis was turned."""
+    """Rows or columns that kept their lengths and angles: the other axis was rotated."""
     if min(one.shape) < _SIDE:
         return None
     for axis, noun in ((0, "columns"), (1, "rows")):
@@ -179,7 +179,7 @@ def _angles(tensors: Tensors, view: View) -> np.ndarray:
 
 
 def _related(x: np.ndarray, y: np.ndarray) -> str | None:
-    """How much of the reference there is, where it is more than chance."""
+    """How large the reference's part is, if it is more than by chance."""
     x, y = x - x.mean(), y - y.mean()
     size = float(np.sqrt((x @ x) * (y @ y)))
     related = float(x @ y) / size if size else 0.0

@@ -1,4 +1,4 @@
-"""The names of an unknown checkpoint as patterns: integers that count become placeholders."""
+"""The names of an unknown checkpoint as patterns: numbers that vary become placeholders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LAYERS = re.compile(r"h|.*(layer|block)s?")
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """Tensors of one pattern, over all files. `text` ends in `.weight` or `.bias` where the names do."""
+    """Tensors of one pattern, over all files. `text` ends in `.weight` or `.bias` if the names do."""
 
     text: str
     placeholders: tuple[str, ...]
@@ -40,8 +40,8 @@ class Observed:
 def observe(stored: Sequence[Stored]) -> tuple[list[Observed], list[str]]:
     """Patterns in order of appearance, and names that no pattern can express.
 
-    The first integer after `layers` or `blocks` is `{layer}`, one after `experts` is `{expert}`; any
-    other that varies gets a placeholder of its own, and one that does not stays as it is.
+    The first integer after `layers` or `blocks` is `{layer}`, one after `experts` is `{expert}`. Any
+    other that varies gets its own placeholder; one that does not vary stays as it is.
 
         layers.0.mlp.experts.3.w1.weight  →  layers.{layer}.mlp.experts.{expert}.w1.weight
     """
@@ -71,7 +71,7 @@ def expressible(name: str) -> bool:
 
 
 def _patterns(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
-    """(name, pattern, placeholders) of names that differ in integers alone."""
+    """(name, pattern, placeholders) of names that differ only in integers."""
     split = [name.split(".") for name in names]
     first = split[0]
     called: dict[int, str] = {}
@@ -98,7 +98,7 @@ def _patterns(names: Sequence[str]) -> list[tuple[str, str, tuple[str, ...]]]:
 
 @lru_cache(maxsize=4096)
 def tail(text: str) -> tuple[str, ...]:
-    """The parts of a pattern that tell tensors of a layer apart: after `{layer}`, without the parameter.
+    """The parts of a pattern that distinguish tensors of a layer: after `{layer}`, without the parameter.
 
     >>> tail("layers.{layer}.attention.wqkv.{param}"), tail("norm.weight")
     (('attention', 'wqkv'), ('norm',))

@@ -1,4 +1,4 @@
-"""Matches tensors that have other names than a family's, by name and shape."""
+"""Matches tensors with a family's tensors of other names, by likeness of names and by shape."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from engine.planning.sizes import Fact, solve
 from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 
-_CLEAR = 0.5  # how alike names are that need no other proof than an equal shape
-_ALONE = 0.3  # and where no other tensor has the shape
+_CLEAR = 0.5  # likeness of names that is enough together with an equal shape
+_ALONE = 0.3  # the same if no other tensor has the shape
 _MARGIN = 0.05
-_COMPARED = 100  # characters of a name: the time grows by their square
+_COMPARED = 100  # characters of a name: the time grows with their square
 _SAFE = re.compile(r"[A-Za-z0-9_.{}-]+")
 
 
@@ -35,7 +35,7 @@ class Slot:
 
     sources: tuple[str, ...]
     rules: tuple[Rule, ...]
-    known_as: tuple[str, ...] = ()  # what its usual reader writes, where that is one tensor
+    known_as: tuple[str, ...] = ()  # the target's name, if the usual rule writes one tensor
 
     def reads(self, name: str) -> bool:
         return any(pattern(source).match(name) is not None for source in self.sources)
@@ -55,7 +55,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """One tensor taken for a family's: how alike the names are, and which others have its shape."""
+    """A tensor taken for a family's: the likeness of the names, and other tensors of the same shape."""
 
     slot: Slot
     stem: str
@@ -65,12 +65,12 @@ class Pairing:
 
 @dataclass(slots=True)
 class Nearness:
-    """A family held against a checkpoint.
+    """A family compared with a checkpoint.
 
     Attributes:
-        matched: how many patterns have the family's own names.
+        matched: the number of patterns with the family's own names.
         others: the other patterns, by stem.
-        left: those of no rule, with what is nearest.
+        left: patterns without a rule, with the nearest slots.
         empty: rules without a tensor.
     """
 
@@ -93,7 +93,7 @@ class Nearness:
 def compare_family(
     mapping: MappingFile, reference: str, layout: Layout, checkpoint: Checkpoint, observed: Sequence[Observed]
 ) -> Nearness:
-    """Match what the family names itself, then pair the rest while a pair is clear."""
+    """Match patterns that have the family's names, then pair the rest as long as a pair is clear."""
     slots, fits = _slots(mapping), _Fits(mapping, layout, checkpoint)
     skipped = [pattern(e.pattern) for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     hits = [[slot for slot in slots if slot.reads(one.stored[0].name)] for one in observed]
@@ -129,7 +129,7 @@ def compare_family(
 
 def _slots(mapping: MappingFile) -> list[Slot]:
     def usual(rule: Rule) -> bool:
-        """Active under the default choices: what the family itself would write."""
+        """Whether the rule is active under the default choices."""
         defaults = {name: mapping.variants[name].default for name in rule.when}
         return all(defaults[name] in (None, *allowed) for name, allowed in rule.when.items())
 
@@ -142,7 +142,7 @@ def _slots(mapping: MappingFile) -> list[Slot]:
 def _clearest(
     pairs: Mapping[tuple[str, tuple[str, ...]], float], slots: Mapping[tuple[str, ...], Slot]
 ) -> tuple[tuple[str, tuple[str, ...]], tuple[str, ...]] | None:
-    """The best pair that stands out among all that its tensor and its rules could be paired with."""
+    """The best pair, and its rivals, that stands out among all pairs of its tensor or its slot; None if none does."""
     for key in sorted(pairs, key=lambda k: (-pairs[k], k)):
         stem, sources = key
         score, slot = pairs[key], slots[sources]
@@ -158,7 +158,7 @@ def _clearest(
 
 
 def similarity(stem: str, slot: Slot) -> float:
-    """How alike the last parts of names are; a target's name counts a little less than a source's.
+    """The likeness of the last parts of names, 0 to 1; a target's name counts a little less than a source's.
 
     >>> similarity("layers.{layer}.ffn.w1.{param}", Slot(("layers.{layer}.feed_forward.w1.{param}",), ())) > 0.7
     True
@@ -169,7 +169,7 @@ def similarity(stem: str, slot: Slot) -> float:
     return max(weight * _alike(own, tail(name)) for name, weight in names)
 
 
-@lru_cache(maxsize=1 << 14)  # families and layers call their tensors alike
+@lru_cache(maxsize=1 << 14)  # names repeat over families and layers
 def _alike(one: tuple[str, ...], two: tuple[str, ...]) -> float:
     def ratio(a: str, b: str) -> float:
         return SequenceMatcher(None, a[:_COMPARED].lower(), b[:_COMPARED].lower(), autojunk=False).ratio()
@@ -181,7 +181,7 @@ def _alike(one: tuple[str, ...], two: tuple[str, ...]) -> float:
 
 
 class _Fits:
-    """Whether the shapes of a tensor agree with a slot: solved as a plan would, against the configuration."""
+    """Tests whether the shapes of a tensor agree with a slot and the configuration, as planning does."""
 
     def __init__(self, mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> None:
         self.layout, self.checkpoint = layout, checkpoint
@@ -200,7 +200,7 @@ class _Fits:
             pass
 
     def __call__(self, slot: Slot, listed: Sequence[Observed]) -> bool:
-        """Some variant's rule agrees; a bias that the rule cannot take is left over, the weight counts."""
+        """Whether some variant's rule agrees. Only weights count: a bias that the rule cannot read is left over."""
         files = self.checkpoint.grid.files
         tested = [one for one in listed if one.param != "bias"] or list(listed)
         return all(any(self._agrees(i, one, files) for i in self.instances[slot.sources]) for one in tested)
@@ -216,7 +216,7 @@ class _Fits:
         compiled = pattern(one.text)
         matched = []
         places: dict[Stage, int] = {}
-        some = {one.stored[0].name, one.stored[-1].name}  # a plan looks at all of them in the end
+        some = {one.stored[0].name, one.stored[-1].name}  # planning checks all of them later
         for stored in (stored for stored in one.stored if stored.name in some):
             values = dict(compiled.match(stored.name) or {})
             if "layer" in values:
@@ -226,7 +226,7 @@ class _Fits:
         return not solve(list(group_shards(matched, files, self.layout).values()), self.facts, files).contradictions
 
     def _in_stage(self, stage: str, one: Observed) -> bool:
-        """Whether the tensor lies where the stage is: in the first pipeline rank alone, or in others."""
+        """Whether the tensor is on the stage's pipeline ranks: only on the first, or only on others."""
         grid = self.checkpoint.grid
         if not grid.pipelined:
             return True
@@ -237,7 +237,7 @@ class _Fits:
 def drop_contested(near: Nearness, others: Sequence[Nearness]) -> None:
     """Unpair fused tensors if another family orders their contents differently.
 
-    Both orders have the same shape and a model of the wrong one talks nonsense, so neither runs.
+    Both orders have the same shape, and the wrong one gives a model that generates nonsense, so neither is active.
     """
     for pairing in [p for p in near.pairings if p.slot.fused]:
         own = {str(rule.axes) for rule in pairing.slot.rules}

@@ -1,4 +1,4 @@
-"""The text of a draft: sizes, doubts, unread tensors, and a family's rules under other names; as lines of YAML."""
+"""The text of a draft, as lines of YAML: sizes, doubts, unread tensors, and a family's rules under other names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXPECT = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert")
 
 
 def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> list[str]:
-    """The family that is extended, and what of it the checkpoint's configuration leaves open."""
+    """The family that is extended, and its variants that the checkpoint's configuration leaves open."""
     lines, kind = block("extends", reference), checkpoint.training.get("model_type")
     if isinstance(kind, str) and kind and mapping.model_types and kind not in mapping.model_types:
         text = f"the training config says model_type {shown(kind)}, which {mapping.name} is not for."
@@ -32,13 +32,13 @@ def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> lis
         present = any("present(" in e.text for e in expressions)
         if variant.default and read and not present and not read & checkpoint.config.keys():
             keys = list_of(sorted(read))
-            text = f"{name} is the family's default; the config has none of {keys}: {variant.help}."
+            text = f"{name} is the family's default; the configuration has none of {keys}: {variant.help}."
             lines += comment(f"decide: {text}")
     return lines
 
 
 def expect(mapping: MappingFile, plan: Plan, asked: Iterable[str] = ()) -> list[str]:
-    """The sizes of a plan, but for those that somebody must give yet, in answers of these names."""
+    """The sizes of a plan, except those that depend on options or a configuration still to be given."""
     given = {"given" if name == "config" else f"options.{name}" for name in asked}
     known = {
         axis: plan.sizes[axis]
@@ -58,16 +58,16 @@ def size_in_words(sizes: Mapping[str, int]) -> str:
 
 def doubt(pairing: Pairing) -> str:
     """Why a pair is only a guess."""
-    text = f"is this {pairing.slot.sources[0]}? The shape fits and the name is alike ({pairing.score:.2f})."
+    text = f"is this {pairing.slot.sources[0]}? The shape fits and the name is similar ({pairing.score:.2f})."
     if pairing.rivals:
         text += f" {list_of(pairing.rivals[:3])} {'has' if len(pairing.rivals) == 1 else 'have'} the same shape."
     if pairing.slot.fused:
-        text += " Shapes do not tell the order of what is stored together."
+        text += " Shapes do not show the order of what is stored together."
     return text
 
 
 def left_over(near: Nearness) -> list[str]:
-    """Tensors of no rule and rules without a tensor, as comments: a run refuses them by name."""
+    """Tensors without a rule and rules without a tensor, as comments: a run refuses them by name."""
     lines: list[str] = []
     seen: set[str] = set()
     for one, nearest in near.left:
@@ -77,7 +77,7 @@ def left_over(near: Nearness) -> list[str]:
         fits = ", ".join(f"{slot.sources[0]} ({score:.2f})" for slot, score in nearest)
         fits = f"Its shape would fit {fits}." if fits else "No free rule of the family has its shape."
         lines += comment(f"decide: no rule reads {shown(one.stem)}, so a run refuses. {fits}", "  ")
-        if nearest:  # the nearest, taken by deleting the #
+        if nearest:  # deleting the # makes it active
             if not near.pairings and "#rules:" not in lines:
                 lines += ["#rules:"]
             lines += [f"#  - {flow(rule)}" for rule in renamed_rules(nearest[0][0], one.stem)]
@@ -94,11 +94,11 @@ def renamed_rules(slot: Slot, stem: str) -> list[dict[str, Any]]:
 
 
 def overrides(near: Nearness) -> dict[str, Any]:
-    """Whatever of the family but its rules asks for tensors by their old names, with the new ones."""
+    """The family's expressions, outside of rules, that ask for tensors by their old names; with the new names."""
     renamed: dict[str, list[str]] = {}
     for pairing in near.pairings:
         _rename(renamed, pairing.slot, pairing.stem)
-    for one, nearest in near.left:  # what a person may yet take
+    for one, nearest in near.left:  # rules that a person may still choose
         for slot, _ in nearest:
             _rename(renamed, slot, one.stem)
     parts = {key: near.mapping.resolved.get(key) or {} for key in ("variants", "dims", "config", "training_config")}
@@ -114,7 +114,7 @@ def _rename(renamed: dict[str, list[str]], slot: Slot, stem: str) -> None:
 
 
 def _rewritten(value: Any, renamed: Mapping[str, Sequence[str]]) -> Any:
-    """Only what changes when `present('old')` is written with new names; choices and lists as a whole."""
+    """The parts of `value` that change when `present('old')` gets new names; choices and lists are kept whole."""
     if isinstance(value, dict):
         changed = {key: new for key, item in value.items() if (new := _rewritten(item, renamed)) is not None}
         if "choices" in changed:
@@ -144,7 +144,7 @@ _WIDTH = 108
 
 
 class _Line(yaml.SafeDumper):
-    """YAML in one line of ASCII; text is quoted unless it is a plain word."""
+    """YAML in one line of ASCII; text is quoted unless it is a plain word or axes."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -163,7 +163,7 @@ def flow(value: Any) -> str:
 
     >>> print(flow({"mlp_letters": ["a b", "c: d\n# e"], "source": "layers.{layer}.w1.{param}", "of": [3, None]}))
     {mlp_letters: [a b, "c: d\n# e"], source: "layers.{layer}.w1.{param}", of: [3, null]}
-    >>> flow([axes := ["heads", "hidden"], axes])  # mappings know no anchors
+    >>> flow([axes := ["heads", "hidden"], axes])  # mappings have no anchors
     '[[heads, hidden], [heads, hidden]]'
     """
     text: str = yaml.dump(value, Dumper=_Line, default_flow_style=True, sort_keys=False, width=1 << 30)
@@ -171,7 +171,7 @@ def flow(value: Any) -> str:
 
 
 def shown(text: str) -> str:
-    r"""A name as a comment may show it: one line, nothing that a terminal would act on.
+    r"""A name for a comment: one line, without characters that a terminal would act on.
 
     >>> print(shown("evil\nmapping: 2"))
     evil\nmapping: 2
@@ -181,7 +181,7 @@ def shown(text: str) -> str:
 
 
 def block(key: str, value: Any, indent: str = "") -> list[str]:
-    """`key: value`, in flow style where it is short, else as a block."""
+    """`key: value`, in flow style if it is short, else as a block."""
     if isinstance(value, str) and _PROSE.fullmatch(value):
         return [f"{indent}{flow(key)}: {value}"]
     line = f"{indent}{flow(key)}: {flow(value)}"
@@ -197,7 +197,7 @@ def block(key: str, value: Any, indent: str = "") -> list[str]:
 
 
 def comment(text: str, indent: str = "") -> list[str]:
-    """Comment lines of bounded width; the words must be safe already."""
+    """Comment lines of bounded width; names in `text` must be escaped already."""
     width = _WIDTH + 1 - len(indent)
     first, *rest = wrap(text, width, break_long_words=False, break_on_hyphens=False)
     return [f"{indent}# {first}", *(f"{indent}#   {line}" for line in rest)]

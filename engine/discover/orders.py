@@ -1,8 +1,8 @@
-"""Orders: which unit of one list lies where in another, found by content and read back in words.
+"""Orders: where each unit of one list lies in another, found by content and described in words.
 
-An order is an array p: place i of the output holds what lies at place p[i] of the reference. It is found at
-the coarsest blocks whose contents are the same on both sides, and read as blocks, periods and axes: which block
-size, which permutation, within what.
+An order is an array p: place i of the output holds the unit at place p[i] of the reference. It is found for
+the largest blocks that are equal on both sides, and described by blocks, periods and axes: the block size, the
+permutation, and the larger block within which it happens.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from engine.discover.prints import Prints64, joined
 
 _OTHER = "in another order"
 _MOST_NAMED = 6  # blocks that are named one by one
-_RANKS = 64  # so many slices may be those of tensor ranks
+_RANKS = 64  # up to so many slices may be those of tensor ranks
 
 
 def find_order(ours: Prints64, theirs: Prints64) -> np.ndarray | None:
-    """The order in which the units of one side are those of the other; None when they are not the same units.
+    """The order that makes the units of one side those of the other; None if they are not the same units.
 
     >>> find_order(np.array([3, 4, 1, 2], np.uint64), np.array([1, 2, 3, 4], np.uint64)).tolist()
     [2, 3, 0, 1]
@@ -46,7 +46,7 @@ def _same_bag(one: Prints64, two: Prints64) -> bool:
 
 
 def _order_of(one: Prints64, two: Prints64) -> np.ndarray:
-    """An order of units that are the same; where some are equal, the plainest that fits, else equal ones in turn."""
+    """An order of the same units; if some are equal to each other, the simplest that fits, else equal ones in turn."""
     for order in _plain_orders(len(one)) if len(np.unique(two)) < len(two) else ():
         if np.array_equal(one, two[order]):
             return order
@@ -78,7 +78,7 @@ def divisors(number: int) -> list[int]:
 
 
 def block_size(order: np.ndarray) -> int:
-    """The largest blocks that stay whole.
+    """The size of the largest blocks that stay whole.
 
     >>> block_size(np.array([4, 5, 6, 7, 0, 1, 2, 3]))
     4
@@ -89,7 +89,7 @@ def block_size(order: np.ndarray) -> int:
 
 
 def read_order(order: np.ndarray, units: Units) -> Relation:
-    """An order that is not the identity, in words without a verb: `heads 0 and 2 exchanged`."""
+    """Describe an order other than the identity, in words without a verb: `heads 0 and 2 exchanged`."""
     size = block_size(order)
     blocks = order[::size] // size
     period = _period(blocks, size, units)
@@ -101,7 +101,7 @@ def read_order(order: np.ndarray, units: Units) -> Relation:
     patterns = np.unique(local[moved], axis=0)
     span = period * size
     if len(moved) < len(local) and span not in (units.head, *units.sizes.values()):
-        return Relation("permuted", _words(blocks, size, units))  # that the rest stays is no period
+        return Relation("permuted", _words(blocks, size, units))  # the unmoved rest does not make it a period
     noun = units.block_noun(span) if span != units.head else "head"
     which = f"in every {noun}" if len(moved) == len(local) else f"in {noun} {', '.join(map(str, moved.tolist()))}"
     if _MOST_NAMED < len(moved) < len(local):
@@ -117,7 +117,7 @@ def read_order(order: np.ndarray, units: Units) -> Relation:
 
 
 def _twofold(blocks: np.ndarray, size: int, units: Units) -> Relation | None:
-    """Heads or groups in another order, and within each of them another order, the same in all."""
+    """Describe heads or groups in another order that are also reordered within, each in the same way."""
     for span in sorted({*units.sizes.values(), units.head or 0}):
         count = span // size
         if count < 2 or span % size or len(blocks) % count or len(blocks) == count:
@@ -133,7 +133,7 @@ def _twofold(blocks: np.ndarray, size: int, units: Units) -> Relation | None:
 
 
 def _period(blocks: np.ndarray, size: int, units: Units) -> int | None:
-    """The smallest number of blocks within whose multiples everything stays: of those with a name, else of any."""
+    """The smallest period, in blocks, whose multiples nothing leaves: one with a name if possible."""
     places = np.arange(len(blocks))
     sizes = divisors(len(blocks))
     named = [one // size for one in sorted({*units.sizes.values(), units.head or 0}) if one and one % size == 0]
@@ -144,7 +144,7 @@ def _period(blocks: np.ndarray, size: int, units: Units) -> int | None:
 
 
 def _rotary(pattern: np.ndarray, size: int, span: int, units: Units) -> str | None:
-    """Which choice would have been right, where a head's halves and pairs changed places.
+    """The choice of `rotary` that would have been right, if halves and pairs of a head changed places.
 
     Rows of a head are (half, pair) or (pair, half).
     """
@@ -160,10 +160,10 @@ def _rotary(pattern: np.ndarray, size: int, span: int, units: Units) -> str | No
 
 
 def _words(blocks: np.ndarray, size: int, units: Units, *, joined: bool = True) -> str:
-    """A permutation of blocks of one size.
+    """Describe a permutation of blocks of one size.
 
     Args:
-        joined: whether the blocks may be what tensor ranks hold.
+        joined: whether the blocks may be slices of tensor ranks.
     """
     count = len(blocks)
     places = np.arange(count)
@@ -209,7 +209,7 @@ def _axes(blocks: np.ndarray) -> tuple[int, int] | None:
 
 
 def read_loops(order: np.ndarray) -> list[tuple[int, int]] | None:
-    """An order from 0 on as nested loops (count, step), outermost first; None when it is none.
+    """An order that starts at 0 as nested loops (count, step), outermost first; None if it is not such.
 
     >>> read_loops(np.arange(12).reshape(2, 3, 2).swapaxes(0, 1).reshape(-1))
     [(3, 2), (2, 6), (2, 1)]

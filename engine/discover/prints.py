@@ -1,8 +1,8 @@
-"""Fingerprints of a tensor's rows and columns, by which the same content is found wherever it lies.
+"""Fingerprints of a tensor's rows and columns, which find equal content in any place.
 
-A tensor is read once, in small tiles. Every element's bits are mixed to 64 bits; a row's print is the sum of its
-elements' with weights by place, so it tells content and order, and its bag is the sum without weights, so it
-tells content alone. Two rows of equal print are the same but for a chance of one in 2 ** 64.
+A tensor is read once, in small tiles. Every element's bits are mixed to 64 bits. A row's print is their sum with
+weights by place, so it depends on content and order; its bag is the sum without weights, so it depends only on
+content. Two different rows have equal prints with a probability of one in 2 ** 64.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Prints:
     """What identifies the rows (first of each pair) and the columns of an array.
 
     Attributes:
-        units: prints, by content and order.
-        bags: by content alone.
-        plain: which of them are one value throughout, and so prove nothing.
+        units: prints, which depend on content and order.
+        bags: sums that depend only on content.
+        plain: whether all elements of a row or column are equal, so that it proves nothing.
     """
 
     units: tuple[Prints64, Prints64]
@@ -36,7 +36,7 @@ class Prints:
 
     @property
     def bag(self) -> int:
-        """Equal for tensors of the same elements, in whatever order and shape."""
+        """A number that is equal for tensors of the same elements in any order and shape."""
         return int(self.bags[0].sum(dtype=np.uint64))
 
     @property
@@ -49,7 +49,7 @@ def take_prints(tensors: Tensors, view: View, kind: str, order: np.ndarray | Non
     """The prints of an array of rows × columns, cast to `kind`.
 
     Args:
-        order: weigh columns as if column i lay at `order[i]`, to look for rows whose columns moved too.
+        order: weight columns as if column i were at `order[i]`, to find rows whose columns moved too.
     """
     rows, cols = view.shape
     places = weights(max(rows, cols))
@@ -82,7 +82,7 @@ def take_runs(tensors: Tensors, view: View, kind: str, length: int) -> Prints64:
 
 
 def mix(bits: np.ndarray) -> Prints64:
-    """64 well-mixed bits of each element's own.
+    """64 well-mixed bits for each element, from its own bits.
 
     >>> len(set(mix(np.arange(1000, dtype=np.uint16)).tolist()))
     1000
@@ -99,12 +99,12 @@ def mix(bits: np.ndarray) -> Prints64:
 
 
 def weights(count: int) -> Prints64:
-    """Odd weights of so many places, the same for each first ones."""
+    """Odd weights of the first `count` places; they do not depend on `count`."""
     return mix(np.arange(count, dtype=np.uint64) + np.uint64(1 << 40)) | np.uint64(1)
 
 
 def joined(prints: Prints64, size: int) -> Prints64:
-    """The prints of blocks of `size` neighbours.
+    """The prints of blocks of `size` consecutive units.
 
     >>> joined(np.arange(6, dtype=np.uint64), 3).shape
     (2,)
@@ -113,19 +113,18 @@ def joined(prints: Prints64, size: int) -> Prints64:
     return found
 
 
-# Elements that lie in a row in another place, whatever rows and columns they are cut into there. Flat pieces of a
-# tensor, as sharded training keeps them, begin and end anywhere, so some short windows of one side are looked for at
-# every place of the other.
+# Consecutive elements in another place, regardless of rows and columns. Flat pieces of a tensor, as sharded training
+# keeps them, begin and end anywhere, so some short windows of one side are searched at every place of the other.
 _WINDOW = 8  # elements
 _TRIED = 256  # windows
 _MOST_NAMED = 4
 
 
 def find_stretches(tensors: Tensors, one: View, own: View) -> str | None:
-    """Where the elements of a flat array lie in another, in words; None where less than half do, or all in place.
+    """Where the elements of a flat array lie in another, in words; None if less than half are found, or none moved.
 
     Args:
-        one, own: of one type, each a column of elements.
+        one, own: arrays of one type, each a column of elements.
     """
     count = one.shape[0]
     if min(count, own.shape[0]) < 4 * _WINDOW:
@@ -148,7 +147,7 @@ def find_stretches(tensors: Tensors, one: View, own: View) -> str | None:
 
 
 def _windows(tensors: Tensors, view: View, low: int, high: int, reader: int) -> Prints64:
-    """The prints of the windows that begin at low..high."""
+    """The prints of the windows that begin at places low..high."""
     mixed = mix(tensors.read(view, ((low, high - 1 + _WINDOW), (0, 1)), reader))
     found: Prints64 = np.zeros(high - low, np.uint64)
     for place, weight in enumerate(weights(_WINDOW)):

@@ -1,8 +1,7 @@
-"""Relations: what a tensor holds that differs from its counterpart in the reference.
+"""Relations: how a tensor that differs from its counterpart was derived from the reference.
 
-One search for whatever became of a tensor: its content in another order, its values changed, a part of it
-changed, the content of other tensors. Content is found by its prints, so that no kind of mistake needs a guess of
-its own, and orders are read back in words.
+One search finds all of these: its content in another order, changed values, a changed part, the content of other
+tensors. Content is found by its prints, so no kind of error needs its own guess; orders are described in words.
 """
 
 from __future__ import annotations
@@ -39,15 +38,15 @@ from engine.move.tensors import View, common_types
 
 _SHORTEST = 4  # elements of a run
 _SHUFFLED = "the same elements in another order"
-_BLOCKS = (2, 4, 8)  # parts of which each may have become something else
-_STRAY = 0.1  # of the rows may be from elsewhere where the others tell
+_BLOCKS = (2, 4, 8)  # numbers of parts that may have changed in different ways
+_STRAY = 0.1  # share of the rows that may be from elsewhere
 
 
 class Search:
-    """Relates the tensors of two checkpoints one by one, and keeps what it saw of how they differ.
+    """Relates the tensors of two checkpoints one by one, and keeps the differences that it found.
 
     Attributes:
-        changes: how tensors differ from the reference's of the same name, where that was looked at.
+        changes: how tensors differ from the reference's of the same name, if that was checked.
     """
 
     def __init__(self, sides: Sides) -> None:
@@ -55,10 +54,10 @@ class Search:
         self._sides, self._tensors, self._out, self._ref = sides, sides.tensors, sides.out, sides.ref
 
     def relate(self, name: str, first: Sequence[str]) -> Relation | None:
-        """What an output's tensor holds, which is not what the reference's of this name does.
+        """How an output's tensor was derived from the reference, if it differs from the reference's of this name.
 
         Args:
-            first: the reference's tensors to look at before others.
+            first: the reference's tensors to try before others.
         """
         out, ref = self._out[name], self._ref.get(name)
         one, own = as_matrix(out), None if ref is None else as_matrix(ref)
@@ -95,7 +94,7 @@ class Search:
         return self._blocks(one, own)
 
     def _blocks(self, one: View, own: View) -> Relation | None:
-        """Equal parts of the rows or columns, each of which became something."""
+        """Equal parts of the rows or columns that changed in different ways."""
         for axis, noun in ((0, "row"), (1, "column")):
             for count in _BLOCKS:
                 size, rest = divmod(one.shape[axis], count)
@@ -114,7 +113,7 @@ class Search:
         return None
 
     def _local(self, name: str, one: View, own: View, changes: Changes, region: Region, kind: str) -> Relation:
-        """A part that changed: what became of it."""
+        """How a part changed."""
         if changes.nans == changes.count:
             return Relation("changed", f"{region.words}: NaN")
         told = set()
@@ -129,7 +128,7 @@ class Search:
         return Relation("changed", f"{region.words}: {words}" if words else region.words)
 
     def _from(self, name: str, one: View, kind: str, box: Sequence[tuple[int, int]]) -> str:
-        """Where changed rows or columns come from, if they come whole from elsewhere."""
+        """Where changed rows or columns come from, if all of each come from elsewhere."""
         for axis, noun in enumerate(("row", "column")):
             across = one.shape[1 - axis]
             if across < _SHORTEST or box[1 - axis] != (0, across):
@@ -147,7 +146,7 @@ class Search:
     # -- the same elements
 
     def _arranged(self, name: str, one: View, two: View, kind: str) -> Relation | None:
-        """The elements of another array in another order."""
+        """Whether the elements are those of another array in another order."""
         if one.elements != two.elements or (one.elements > MOST_UNITS and 1 in one.shape):
             return None
         ours, theirs = self._sides.take(one, kind), self._sides.take(two, kind)
@@ -176,7 +175,7 @@ class Search:
         return self._recut(one, two, kind)
 
     def _recut(self, one: View, two: View, kind: str) -> Relation | None:
-        """Runs of elements in another order: slices that were joined along another axis than they were cut."""
+        """Runs of elements in another order: slices that were cut along one axis and joined along another."""
         for length in reversed(divisors(gcd(one.shape[-1], two.shape[-1]))):
             if length < _SHORTEST or one.elements // length > MOST_UNITS:
                 break
@@ -200,14 +199,14 @@ class Search:
         return Relation("permuted", self._stretches(one, two) or _SHUFFLED)
 
     def _stretches(self, one: View, two: View) -> str | None:
-        """Elements in a row in other places, where both are stored so."""
+        """Consecutive elements in other places, if both arrays are stored densely."""
         here, there = flat(one), flat(two)
         if one.dtype != two.dtype or 1 in one.shape or here.shape[1] > 1 or there.shape[1] > 1:
             return None
         return find_stretches(self._tensors, here, there)
 
     def _whole(self, name: str, one: View, others: Sequence[str]) -> Relation | None:
-        """All of another tensor of the reference."""
+        """Whether it is all of another tensor of the reference."""
         for other, view, kind in self._sides.comparable(one, others):
             if view.elements != one.elements:
                 continue
@@ -225,7 +224,7 @@ class Search:
     # -- some of the elements
 
     def _parts(self, name: str, one: View, own: View | None, others: Sequence[str]) -> Relation | None:
-        """Rows or columns of the reference's own or other tensors, in other places; else how close it comes."""
+        """Rows or columns of the reference's own or other tensors, in other places; else how close the values are."""
         sources = ([name] if own is not None else []) + list(others)
         partly: Relation | None = None
         for axis in (0, 1) if max(one.shape) <= MOST_UNITS else ():
@@ -252,9 +251,9 @@ class Search:
         return None if words is None else Relation("different", words)
 
     def _gathered(self, name: str, one: View, axis: int, sources: Sequence[str]) -> tuple[Relation | None, int]:
-        """Rows (axis 0) or columns that lie elsewhere, from as many tensors as it takes; and how many are not found."""
+        """Rows (axis 0) or columns from other places, of as many tensors as needed; and how many are not found."""
         noun, across = ("row", "column")[axis], one.shape[1 - axis]
-        left: np.ndarray | None = None  # places that are not found yet
+        left: np.ndarray | None = None  # rows or columns that are not found yet
         told: list[tuple[str, np.ndarray]] = []
         mine: Relation | None = None
         unknown = 0

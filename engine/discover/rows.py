@@ -1,4 +1,4 @@
-"""Rows or columns of a tensor that lie in other places, or that changed: found, and said in words."""
+"""Finds rows or columns of a tensor that are in other places or changed, and describes them in words."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from engine.move.tensors import Tensors, View, common_types, deviation, tiles, u
 from engine.planning.boxes import Interval
 
 MOST_NAMED = 4  # stretches that are named one by one
-_FEWEST_UNITS = 4  # different units that an order must put in place
+_FEWEST_UNITS = 4  # different units that are needed to prove an order
 _TILE = 1 << 16  # elements at a time
-_DENSE = 0.5  # of a block must differ, so that the block is what changed
-_NEARLY = 0.9  # of the rows or columns: all of them
-_FEW = 0.02  # of all elements may differ without a place in common
+_DENSE = 0.5  # share of a block's elements that differ if the block changed
+_NEARLY = 0.9  # share of the rows or columns that counts as all
+_FEW = 0.02  # share of all elements that may differ in scattered places
 
 
 def own_rows(
     order: np.ndarray, here: Prints64, there: Prints64, plain: np.ndarray, telling: int, units: Units
 ) -> Relation:
-    """Rows of the same tensor in other places."""
+    """Describe rows of the same tensor in other places."""
     noun = units.noun
     if len(here) != len(there):
         return _resized(order, here, there, noun, plain)
@@ -50,7 +50,7 @@ def own_rows(
 
 
 def completed(order: np.ndarray) -> np.ndarray | None:
-    """An order whose few gaps are filled by what is left, next to its neighbours; None where places are taken twice.
+    """An order whose few gaps are filled with the unused places, near neighbours first; None if places occur twice.
 
     >>> completed(np.array([2, -1, 0, 1])).tolist(), completed(np.array([1, 1, -1]))
     ([2, 3, 0, 1], None)
@@ -69,7 +69,7 @@ def completed(order: np.ndarray) -> np.ndarray | None:
 
 
 def _repeats(order: np.ndarray, count: int) -> str | None:
-    """Each of `count` rows several times: block by block, or all of them again and again."""
+    """Describe `count` rows that each occur several times: block by block, or all of them again and again."""
     if len(order) % count or (order < 0).any() or (np.bincount(order, minlength=count) != len(order) // count).any():
         return None
     times = len(order) // count
@@ -81,7 +81,7 @@ def _repeats(order: np.ndarray, count: int) -> str | None:
 
 
 def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plain: np.ndarray) -> Relation:
-    """More or fewer rows than the reference, the others in order."""
+    """Describe more or fewer rows than the reference has, and the order of the common ones."""
     by = len(here) - len(there)
     told = f"{counted(abs(by), noun)} {'more' if by > 0 else 'fewer'} than the reference"
     common = min(len(here), len(there))
@@ -103,7 +103,7 @@ def _resized(order: np.ndarray, here: Prints64, there: Prints64, noun: str, plai
 
 
 def stretch(other: str, here: Prints64, there: Prints64) -> Relation | None:
-    """Elements that lie in a row in another vector."""
+    """Find a vector's elements as consecutive elements of another vector."""
     if not are_different(here):
         return None
     if len(here) > len(there):
@@ -121,10 +121,10 @@ def are_different(prints: Prints64) -> bool:
 
 
 def lookup(here: Prints64, there: Prints64, first: int | None = 0) -> np.ndarray:
-    """Where each unit lies on the other side, -1 where it is nowhere.
+    """The place of each unit on the other side, -1 if it is not there.
 
     Args:
-        first: a unit's own place is the first unit's plus its number, and is taken if the unit is there too.
+        first: the own place of the first unit; a unit that is also at its own place is found there. None: no own place.
     """
     by_content = np.argsort(there, kind="stable")
     at = np.searchsorted(there[by_content], here)
@@ -171,11 +171,11 @@ class Changes:
     """How two arrays, rows × columns, differ.
 
     Attributes:
-        count: elements that are not the same, after casting if their types differ.
-        largest: the largest absolute deviation; infinite where only one side is a number.
-        first: index of the first such element.
-        nans: elements that are no number in the output alone.
-        rows, cols: how many differ in each.
+        count: number of elements that differ, after casting if their types differ.
+        largest: the largest absolute deviation; infinite if only one side is a number.
+        first: row and column of the first differing element.
+        nans: number of elements that are NaN only in the output.
+        rows, cols: number of differing elements in each row and column.
     """
 
     count: int
@@ -187,7 +187,7 @@ class Changes:
 
 
 def changes_of(tensors: Tensors, out: View, ref: View) -> Changes | None:
-    """How two arrays differ; None when their types cannot be compared."""
+    """How two arrays differ; None if their types cannot be compared."""
     found: Changes | None = None
     for kind in common_types(out.dtype, ref.dtype):
         told = _changes(tensors, out, ref, kind)
@@ -217,7 +217,7 @@ def _changes(tensors: Tensors, out: View, ref: View, kind: str) -> Changes:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Rows and columns that changed, each as stretches low..high, and in words."""
+    """Rows and columns that changed, as stretches low..high, and in words."""
 
     rows: tuple[tuple[int, int], ...]
     cols: tuple[tuple[int, int], ...]
@@ -225,10 +225,10 @@ class Region:
 
 
 def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
-    """What part of an array changed, when it is no more than half; None when all of it may have.
+    """The part of an array that changed, if it is at most half; None if all of it may have changed.
 
     Args:
-        shape: as stored, for naming an element.
+        shape: as stored, for the index of an element.
     """
     rows, cols = _stretches(changes.rows), _stretches(changes.cols)
     diagonal = (changes.rows == 1).all() and (changes.cols == 1).all() and changes.first == (0, 0)
@@ -255,7 +255,7 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
 
 
 def region_in_words(region: Region, changes: Changes) -> str:
-    """A region in words, and whether it holds no number."""
+    """A region in words, and whether all of it is NaN."""
     return region.words + (", all of them NaN" if changes.nans == changes.count else "")
 
 

@@ -1,8 +1,8 @@
 """`engine new`: a mapping for an unknown checkpoint, with marks where a person must decide.
 
-A family that explains every tensor gives a release of four lines. One that explains most gives a file
-that names other sources. Otherwise every pattern gets a rule of its own. Nothing that is not clear is
-made an active rule: it is in a comment, and a run refuses until a person has decided.
+A family that explains every tensor gives a release of a few lines. One that explains most gives a file that
+renames its sources. Otherwise every pattern gets its own rule. Only what is clear becomes an active rule: the
+rest is in comments, and a run refuses until a person has decided.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ from engine.planning.stored import strip
 from engine.proving.lint import lint_file
 from engine.storage.json_text import as_data
 
-# What a person still has to decide: the model class, and names that inherited conditions ask for.
+# Findings that a person resolves later: the model class, and names that inherited conditions ask for.
 DECIDED_LATER = ("L011", "L012")
-_ENOUGH = 0.5  # of all patterns, for a family to be the nearest
+_ENOUGH = 0.5  # share of all patterns that the nearest family must explain
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Scaffold:
         kind: `release` of a family, `renamed` tensors of a family, or `own` rules for everything.
         parent: the family extended.
         decisions: (line, text) of everything marked `decide:`.
-        state: what a plan with the draft says: None when it is complete, else code and message.
+        state: the result of planning with the draft: None if it is complete, else code and message.
     """
 
     name: str
@@ -72,17 +72,17 @@ class Scaffold:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a draft is made of: the checkpoint, and the families it may extend, by the name to write."""
+    """The input of a draft: the checkpoint, and the families that it may extend, with the names to write."""
 
     checkpoint: Checkpoint
     layout: Layout
     families: Sequence[tuple[str, MappingFile]]
     name: str
-    schema: str | None = None  # where the schema lies as seen from the file
+    schema: str | None = None  # the schema's path relative to the file
 
 
 def draft(request: Request) -> Scaffold:
-    """The draft, linted; E901 if it were not clean, which would be a mistake of this module."""
+    """Make the draft and lint it; E901 for findings, which would be an error of this module."""
     stored = strip(request.checkpoint.files, request.layout)
     observed, hopeless = observe(stored)
     if not stored or not observed:
@@ -110,7 +110,7 @@ Attempted = tuple[str, str | None, list[str]]  # kind, parent, lines
 
 
 def _release(request: Request) -> Attempted | None:
-    """A family that fits completely, and sizes."""
+    """A release of a family that fits completely, with its sizes."""
     kind = request.checkpoint.training.get("model_type")
     fitting: list[tuple[str, MappingFile, Plan, EngineError | None]] = []
     for reference, mapping in _ordered(request):
@@ -135,7 +135,7 @@ def _release(request: Request) -> Attempted | None:
 
 
 def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None:
-    """The family that explains most, with other sources."""
+    """The family that explains most tensors, with other sources."""
     kind = request.checkpoint.training.get("model_type")
     ordered = _ordered(request)
     named = [(r, m) for r, m in ordered if kind in m.model_types]
@@ -148,11 +148,11 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
         return None
     drop_contested(best, [other for other in compared if other is not best])
     body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
-    share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and likeness."
+    share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and similarity."
     body += comment(share)
     body += extends(best.reference, best.mapping, request.checkpoint)
     for key, part in overrides(best).items():
-        body += ["", *comment("This asks for tensors by name: keep it in step with the rules."), f"{key}:"]
+        body += ["", *comment("This asks for tensors by name: change it together with the rules."), f"{key}:"]
         body += [line for name, value in part.items() for line in block(name, value, "  ")]
     body += ["", "rules:"] if best.pairings else []
     for pairing in best.pairings:
@@ -181,7 +181,7 @@ def _ordered(request: Request) -> list[tuple[str, MappingFile]]:
 
 
 def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Plan | None]:
-    """Lint the draft, then plan with it: None, or the first thing that keeps a run from starting."""
+    """Lint the draft, then plan with it: the plan, or the first error that keeps a run from starting."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "draft.yaml"
         path.write_text(text, encoding="utf-8")

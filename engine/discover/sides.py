@@ -1,4 +1,4 @@
-"""The tensors of two checkpoints, and the prints and sketches of them, each taken once."""
+"""The tensors of two checkpoints, with their prints and sketches, each computed once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from engine.discover.orders import read_order
 from engine.discover.prints import Prints, take_prints
 from engine.move.tensors import Tensors, View, common_types
 
-MOST_UNITS = 1 << 22  # rows, columns or runs that are matched: more are too many to keep
+MOST_UNITS = 1 << 22  # rows, columns or runs that are matched; more would take too much memory
 _ROOM = 256 << 20  # bytes of sketches that are kept
 
 
@@ -25,7 +25,7 @@ class Sides:
     Attributes:
         tensors: reads both.
         out, ref: the tensors by name.
-        geometry: heads and sizes of the model, where they are known.
+        geometry: heads and sizes of the model, if they are known.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class Sides:
         return {} if self.geometry is None else self.geometry.sizes
 
     def others(self, name: str, first: Sequence[str]) -> list[str]:
-        """The reference's tensors, in the order in which they are looked at: some first, else from near to far."""
+        """The reference's tensors in the order of search: those of `first`, then others, from near to far."""
         rest = [other for other in self.ref if other not in set(first)]
         return neighbours(name, first) + neighbours(name, rest)
 
     def comparable(self, one: View, names: Sequence[str]) -> Iterator[tuple[str, View, str]]:
-        """Those of the reference's tensors that an array can be compared with, as matrices, and in which type."""
+        """The reference's tensors that an array can be compared with: name, matrix, and the type to compare in."""
         for name in names:
             view = as_matrix(self.ref[name])
             if view is not None and (kinds := common_types(one.dtype, view.dtype)):
@@ -61,7 +61,7 @@ class Sides:
         return self._prints[key]
 
     def sketch(self, view: View) -> Sketch | None:
-        """The sketches of an array, of as many arrays as memory is for."""
+        """The sketches of an array; None once the memory for sketches is used up."""
         if view not in self._sketches and (max(view.shape) > MOST_UNITS or self._room <= 0):
             return None
         if view not in self._sketches:
@@ -70,7 +70,7 @@ class Sides:
         return self._sketches[view]
 
     def units(self, name: str, axis: int) -> Units:
-        """What the rows (axis 0) or columns of an output's tensor are made of, as heads."""
+        """What the rows (axis 0) or columns of an output's tensor are, such as heads."""
         return units_of(name, axis, self.out[name].shape, self.geometry)
 
     def reading(self, name: str, axis: int, order: np.ndarray) -> Relation:
@@ -79,14 +79,14 @@ class Sides:
 
 
 def flat(view: View) -> View:
-    """A matrix's elements one after the other, where they are stored so; else as they are."""
+    """A matrix as one column of its elements, if they are stored densely; else unchanged."""
     dense = view.strides == (view.shape[1], 1) or 1 in view.shape
     step = view.strides[0] if view.shape[1] == 1 else 1
     return replace(view, shape=(view.elements, 1), strides=(step, 1)) if dense else view
 
 
 def as_matrix(view: View) -> View | None:
-    """All axes but the last as one, a vector as a column; None where the strides do not allow it."""
+    """A tensor with all axes but the last joined, a vector as a column; None if the strides do not allow it."""
     if len(view.shape) < 2:
         return View(view.source, view.dtype, (view.elements, 1), (*(view.strides or (1,)), 1), view.start)
     for outer, inner, size in zip(view.strides[:-2], view.strides[1:-1], view.shape[1:-1], strict=True):

@@ -24,14 +24,14 @@ _MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are
 def read_any(
     src: Source, layouts: Sequence[str] = (), *, config: str | Path | None = None, needed: bool = False
 ) -> tuple[Layout, Checkpoint]:
-    """A training checkpoint by the first layout whose files are there.
+    """Read a training checkpoint by the first layout whose files are there.
 
     Args:
-        layouts: the names to try; all there are when it is empty.
+        layouts: the names to try; if empty, all layouts.
         config, needed: as for `read_checkpoint`.
 
     Raises:
-        EngineError: E304 when no layout knows the files, else what the one that does says is wrong.
+        EngineError: E304 when no layout knows the files, else the error of the layout that does.
     """
     first: EngineError | None = None
     for name in layouts or layout_names():
@@ -39,7 +39,7 @@ def read_any(
         try:
             return layout, read_checkpoint(src, layout, config, needed=needed)
         except EngineError as error:
-            if error.code != "E304":  # this layout knows the files and says what is wrong
+            if error.code != "E304":  # this layout knows the files
                 raise
             if first is None or has_weights(error):
                 first = error
@@ -47,17 +47,17 @@ def read_any(
 
 
 def is_whole(names: Sequence[str]) -> bool:
-    """Whether files are a Hugging Face checkpoint's: weights by the names that transformers looks for."""
+    """Whether files are a Hugging Face checkpoint: weights with names that transformers looks for."""
     return any(name in names for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
 
 
 def has_weights(error: EngineError) -> bool:
-    """Whether a layout knew files of the folder all the same: two modes in one, or a configuration that is missing."""
+    """Whether a layout knew files of the folder despite an E304: two modes in one folder, or no configuration."""
     return not error.message.startswith("no weights files")
 
 
 def find_steps(folder: Store, config: str | Path | None, *, every: bool = False) -> dict[str, Any] | None:
-    """The checkpoints below a folder, oldest first, and which of them are complete; None when there are none."""
+    """The checkpoints below a folder, oldest first, and the newest complete one; None if there are none."""
     names = sorted((n for n, state in folder.entries().items() if state is None and not n.startswith(".")), key=_number)
     steps: dict[str, dict[str, Any] | None] = {}
     for name in reversed(names):
@@ -82,7 +82,7 @@ def _shape(name: str) -> str:
 
 
 def _step(folder: Store, config: str | Path | None) -> dict[str, Any] | None:
-    """Whether one folder is a complete checkpoint; None when it is none at all."""
+    """Whether one folder is a complete checkpoint; None if it is not a checkpoint at all."""
     try:
         layout, checkpoint = read_any(folder, config=config)
     except EngineError as error:

@@ -1,7 +1,7 @@
-"""Values: how the elements of one array come from those of another in the same places.
+"""Values: how the elements of one array are derived from those of another in the same places.
 
-Tried on some tiles spread over the array, then on all of it: one value throughout, the sign, a factor, a
-summand, both, a factor for each row or column, and fewer bits than the reference has.
+Relations are tried on some tiles spread over the array, then on all of it: one value throughout, the sign, a
+factor, a summand, both, a factor for each row or column, less precision than the reference, and others.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from engine.move.tensors import Box, Tensors, View, tiles
 from engine.move.values import float_type
 
 _TILE = 1 << 14  # elements at a time
-_TRIED = 12  # tiles that are looked at before all are
+_TRIED = 12  # tiles that are tried first
 _TELLING = 16  # different values that a function must explain
-_STRAY = 0.005  # of the elements may be otherwise
-_FAR = 0.01  # of the squares
-_ZEROS = 0.005  # of the elements, so that they are pruned and not chance
+_STRAY = 0.005  # share of the elements that may be exceptions
+_FAR = 0.01  # share of the sum of squares
+_ZEROS = 0.005  # share of elements that are zero if they were pruned
 
 
 def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, int]) -> Relation | None:
-    """How an array's values come from the reference's, both rows × columns; None when in no such way.
+    """How an array's values are derived from the reference's, both rows × columns; None if in no known way.
 
     Args:
-        sizes: sizes of the model by name, whose roots factors are compared with.
+        sizes: sizes of the model by name; a factor that is the square root of one is named so.
     """
     boxes, tried = _boxes(out, ref)
     some = [(x.copy(), y.copy()) for x, y in _pairs(tensors, out, ref, tried)]
@@ -51,7 +51,7 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
 
 
 def _boxes(out: View, ref: View) -> tuple[list[Box], list[Box]]:
-    """The tiles of two arrays of one shape, and some of them, spread over all."""
+    """The tiles of two arrays of one shape, and a few of them, evenly spread."""
     boxes = list(tiles(out.shape, (out.strides, ref.strides), _TILE))
     return boxes, [boxes[i * len(boxes) // _TRIED] for i in range(_TRIED)] if len(boxes) > _TRIED else boxes
 
@@ -61,7 +61,7 @@ def _pairs(tensors: Tensors, out: View, ref: View, boxes: Iterable[Box]) -> Iter
 
 
 def _misfits(fits: Fits, pairs: Iterable[Pair], most: float = np.inf) -> int:
-    """How many elements a relation does not explain, counted until they are too many."""
+    """The number of elements that a relation does not explain; counting stops above `most`."""
     count = 0
     for x, y in pairs:
         fitting = np.asarray(fits(x, y))
@@ -74,7 +74,7 @@ def _misfits(fits: Fits, pairs: Iterable[Pair], most: float = np.inf) -> int:
 def _relations(
     some: list[Pair], precision: float, out: View, ref: View, sizes: Mapping[str, int]
 ) -> Iterator[tuple[Relation, Fits]]:
-    """What may hold by the tiles tried, plainest first, and whether it holds in a tile."""
+    """Relations that may hold by the tried tiles, the simplest first, each with a test for tiles."""
     x, y = (np.concatenate([pair[i].reshape(-1) for pair in some]) for i in (0, 1))
     first = x[0]
     if (x == first).all() or np.isnan(x).all():
@@ -93,7 +93,7 @@ def _relations(
     yield from by_groups(some, precision)
     for words, fits in quantised(some, precision):
         yield Relation("rounded", words), fits
-    far = np.square(x - y).sum() > _FAR * np.square(y).sum()  # what noise does not do
+    far = np.square(x - y).sum() > _FAR * np.square(y).sum()  # more than noise
     if far and len(np.unique(y)) >= _TELLING and np.ptp(x) > 0:
         yield Relation("mapped", "each value turned into another, their order kept"), _rising
 
@@ -101,7 +101,7 @@ def _relations(
 def _functions(
     x: np.ndarray, y: np.ndarray, precision: float, types: tuple[str, str]
 ) -> Iterator[tuple[Relation, Fits]]:
-    """Values cut off, without their sign, pruned, or another function of themselves."""
+    """Values that were cut off, pruned, without their sign, or another function of themselves."""
     low, high = float(x.min()), float(x.max())
     bounds = f"to {low:g} … {high:g}"
     yield Relation("clipped", "without signs: absolute values"), lambda x, y: bool(np.array_equal(x, np.abs(y)))
@@ -137,7 +137,7 @@ _POWERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def _bits_read(types: tuple[str, str]) -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray]]]:
-    """The reference's bytes in another order, or its bits read as those of another type."""
+    """The reference's bytes in another order, or its bits read as another type."""
     one, two = types
     if one != two or one not in FLOATS:
         return
@@ -185,7 +185,7 @@ def _constant(value: float, y: np.ndarray) -> Relation:
 
 
 def closeness(tensors: Tensors, out: View, ref: View) -> float | None:
-    """How far apart two arrays are, relative to the reference's size, by some tiles; None for what is no number."""
+    """The relative distance (RMS) of two arrays on some tiles; None if it is not a finite number."""
     apart = size = 0.0
     for x, y in _pairs(tensors, out, ref, _boxes(out, ref)[1]):
         apart += float(np.square(x - y).sum())

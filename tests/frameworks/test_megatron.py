@@ -215,7 +215,7 @@ def test_a_vocabulary_padded_for_the_ranks_that_training_began_with_is_as_megatr
 def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError) as caught:
         convert("leg_t2_distopt", tmp_path / "out", config=MEGATRON / "torch-tp1pp1-tied" / "hf_config.json")
-    assert caught.value.code == "E202" and "where config.json says more" in str(caught.value)
+    assert caught.value.code == "E202" and "if config.json has more" in str(caught.value)
 
 
 @pytest.mark.parametrize(
