@@ -47,7 +47,8 @@ def convert(
     When this returns, the output is complete at `out` (default: `<src>-hf`). When it raises, there is no output.
 
     Args:
-        tokenizer: a SentencePiece model; default: the one beside the checkpoint, if any.
+        tokenizer: a SentencePiece model, which is converted; or a folder with `tokenizer.json`, whose tokenizer,
+            template and generation settings are copied. Default: what lies beside the checkpoint, if anything.
         code: a folder with the official `configuration_*.py` and `modeling_*.py`, for a mapping whose target is
             remote code. They are copied and named in `auto_map`, and never run.
         overwrite: replace the output once the new one is complete.

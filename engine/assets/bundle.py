@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, never_written, unmarked
 from engine.assets.generation import as_json, generation_config, within
 from engine.assets.model_card import model_card
+from engine.assets.ready import PER_BYTE, fewer, is_ready, names_of, read_ready, ready_beside
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
@@ -26,12 +25,9 @@ from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.planning.release import family_of
 from engine.run.execute import Small
+from engine.storage.local import LocalStore
 from engine.storage.places import local_copy
-
-_BESIDE = re.compile(
-    r"tokenizer[^/]*\.(?:json|model)|(?:added_tokens|special_tokens_map|generation_config)\.json"
-    r"|chat_template\.(?:jinja|json)|vocab\.(?:json|txt)|merges\.txt"
-)
+from engine.storage.store import Store
 
 
 def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) -> Small:
@@ -40,7 +36,8 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     Whatever can be wrong with any of them is reported here, before a run writes anything.
 
     Args:
-        tokenizer: a SentencePiece model; default: the mapping's file beside the checkpoint.
+        tokenizer: a SentencePiece model, or a folder with it or with a tokenizer in Hugging Face's form; default: the
+            mapping's file beside the checkpoint, or, if it names none, what lies beside the configuration.
         code: if the target's classes are remote code, the folder with their files.
 
     Raises:
@@ -57,7 +54,8 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
             "add it with --code DIR"
         )
     spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
-    model, later, memory = _find_tokenizer(plan, spec, tokenizer), None, 0
+    model, ready = _find_tokenizer(plan, spec, tokenizer)
+    later, memory = None, 0
     if plan.mapping.chat_template is not None:
         template = chat_template(plan.mapping.chat_template)
         files["chat_template.jinja"] = template.encode()
@@ -76,22 +74,25 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
             files.update(convert_understood(found, spec, Place(str(model))))
         else:
             later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
-        if rows is not None and len(found.names) < rows:
-            told = f"{len(found.names)} pieces, fewer than the embedding's {rows} rows"
-            notices.append(f"the tokenizer has {told}; make sure that it is this model's")
+        notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
+    elif ready is not None:
+        copied, more, memory = _ready(plan, ready, required=tokenizer is not None)
+        files, notices = {**copied, **files}, [*notices, *more]
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
-        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer FILE")
+        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
     taken = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
-    if beside := [name for name in _left_beside(plan) if name != taken]:
+    beside = [name for names in ready_beside(plan.files[0].file.store, plan.layout) for name in names if name != taken]
+    if beside and ready is None:
         told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
         notices.append(
-            f"not written: {told}; run `engine verify` first, then copy what is this model's to the output"
+            f"not written: {told}; give the folder of the model's tokenizer with --tokenizer"
             if not taken
             else f"beside the weights and not read: {told}; the tokenizer is of {taken} alone"
         )
     versions = render_tree(plan.mapping.transformers, plan.names)
-    facts = {"tokenizer": model is not None, "remote": remote_facts(plan, remote), "transformers": versions}
+    has_tokenizer = model is not None or "tokenizer.json" in files
+    facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
     return Small(files, tuple(notices), later, memory)
 
@@ -111,19 +112,17 @@ def _convert_later(
     return files
 
 
-def _left_beside(plan: Plan) -> list[str]:
-    """Tokenizer and chat files beside the weights or the configuration that the mapping does not mention."""
-    store = plan.files[0].file.store
-    found: list[str] = []
-    for folder in dict.fromkeys(
-        ["", *(one.file.rpartition("/")[0] for one in plan.layout.configs if one.format == "json")]
-    ):
-        with suppress(OSError, EngineError):  # the folder is missing, or a web server does not list it
-            found += [f"{folder}/{name}".lstrip("/") for name in store.names(folder) if _BESIDE.fullmatch(name)]
-    return found
+_Ready = tuple[Store, list[str]]  # files in Hugging Face's form
 
 
-def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | None) -> Path | None:
+def _find_tokenizer(
+    plan: Plan, spec: Mapping[str, Any] | None, given: Path | None
+) -> tuple[Path | None, _Ready | None]:
+    """A SentencePiece model, as the mapping describes it, or files in Hugging Face's form; E501 for a wrong path."""
+    file = None if spec is None else str(spec.get("file", "tokenizer.model"))
+    if given is not None and os.path.isdir(given):
+        store = LocalStore(given)
+        return (None, (store, names_of(store, ""))) if file is None or not store.has(file) else (given / file, None)
     if given is not None:
         if not os.path.isfile(given):
             raise EngineError(
@@ -132,15 +131,35 @@ def _find_tokenizer(plan: Plan, spec: Mapping[str, Any] | None, given: Path | No
         if spec is None:
             raise EngineError(
                 "E501",
-                f"mapping `{plan.mapping.name}` does not describe a tokenizer",
+                f"mapping `{plan.mapping.name}` does not describe how a tokenizer is converted",
                 place=plan.mapping.place,
-                fix="Add a `tokenizer` block, or leave --tokenizer out.",
+                expected="a folder with tokenizer.json, whose files are copied",
+                fix="Give the folder of the model's tokenizer, add a `tokenizer` block, or leave --tokenizer out.",
             )
-        return given
-    if spec is None:
-        return None
-    beside = local_copy(plan.files[0].file.beside(str(spec.get("file", "tokenizer.model"))))
-    return beside if beside is not None and os.path.isfile(beside) else None
+        return given, None
+    if file is not None:
+        beside = local_copy(plan.files[0].file.beside(file))
+        return beside if beside is not None and os.path.isfile(beside) else None, None
+    ready = next((names for names in ready_beside(plan.files[0].file.store, plan.layout) if is_ready(names)), None)
+    return None, None if ready is None else (plan.files[0].file.store, ready)
+
+
+def _ready(plan: Plan, found: _Ready, required: bool) -> tuple[dict[str, bytes], list[str], int]:
+    """Files in Hugging Face's form, notices, and the memory that checking them takes.
+
+    Files that merely lie beside the weights are left out, with the reason, where given ones would be refused.
+    """
+    store, names = found
+    told = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+    rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
+    try:
+        files, notices = read_ready(store, names, rows, plan.config)
+    except EngineError as error:
+        if required:
+            raise
+        return {}, [f"not written: {told}: {error.message}, got {error.got}; give the model's own with --tokenizer"], 0
+    memory = PER_BYTE * max(map(len, files.values()))
+    return files, notices if required else [f"copied from beside the weights: {told}", *notices], memory
 
 
 def title(plan: Plan) -> str:

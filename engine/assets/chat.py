@@ -22,8 +22,6 @@ def chat_template(name: str) -> str:
     Raises:
         EngineError: E002 if there is none with that name, E502 if it is not valid Jinja.
     """
-    from jinja2 import Environment, TemplateSyntaxError
-
     folders = [folder / "chat_templates" for folder in search_folders()]
     found = next((path for folder in folders if os.path.isfile(path := folder / f"{name}.jinja")), None)
     if found is None or Path(name).name != name:
@@ -35,18 +33,25 @@ def chat_template(name: str) -> str:
             fix="Correct `chat_template` in the mapping, or add the file to chat_templates/ of a folder that "
             "ENGINE_MAPPINGS names.",
         )
+    data = found.read_bytes()
+    check_template(data, Place(found.name))
+    return data.decode()
+
+
+def check_template(data: bytes, place: Place) -> None:
+    """E502 unless the bytes are valid Jinja, as transformers reads it. It is not rendered."""
+    from jinja2 import Environment, TemplateSyntaxError
+
     try:
-        text = found.read_text(encoding="utf-8")
-        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(unmarked(text))
+        Environment(extensions=["jinja2.ext.loopcontrols", "jinja2.ext.do"]).parse(unmarked(data.decode()))
     except (TemplateSyntaxError, ValueError, RecursionError) as error:  # a number of thousands of digits, deep nesting
         raise EngineError(
             "E502",
-            f"chat template `{name}` is not valid Jinja",
-            place=Place(found.name, getattr(error, "lineno", None)),
+            "the chat template is not valid Jinja",
+            place=Place(place.file, getattr(error, "lineno", None)),
             got=str(getattr(error, "message", error)),
             fix="Correct the template.",
         ) from error
-    return text
 
 
 def never_written(template: str, generation: Mapping[str, Any], names: Sequence[str]) -> list[str]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -25,20 +25,27 @@ def generation_config(spec: Mapping[str, Any], config: Mapping[str, Any]) -> byt
     """
     ids = {key: config[key] for key in TOKENS if config.get(key) is not None}
     settings = {**ids, **{key: value for key, value in spec.items() if value is not None}}
-    size = config.get("vocab_size")
+    check_tokens(settings, config.get("vocab_size"))
+    return as_json(settings)
+
+
+def check_tokens(settings: Mapping[str, Any], rows: int | None, place: Place | None = None) -> None:
+    """E502 for the first bos, eos or pad id of generation settings that is not one of the model's."""
     for key in TOKENS:
         value = settings.get(key)
         for token in value if isinstance(value, list | tuple) else [value]:
-            known = type(token) is int and token >= 0 and (size is None or token < size)
+            known = type(token) is int and token >= 0 and (rows is None or token < rows)
             if token is not None and not known:
                 raise EngineError(
                     "E502",
                     f"`{key}` of the generation settings is not a token of this model",
+                    place=place,
                     got=repr(token),
-                    expected="a token id" if size is None else f"an id from 0 to {size - 1}",
-                    fix="Correct `generation` in the mapping, or use the mapping of the model at hand.",
+                    expected="a token id" if rows is None else f"an id from 0 to {rows - 1}",
+                    fix="Correct `generation` in the mapping, or use the mapping of the model at hand."
+                    if place is None
+                    else "Correct the file, or give the model's own.",
                 )
-    return as_json(settings)
 
 
 def within(generation: Mapping[str, Any], rows: int | None) -> tuple[dict[str, Any], list[str]]:

@@ -182,7 +182,8 @@ def refuse_kind(found: str | None, place: Place) -> None:
             place=place,
             got=found,
             expected="a BPE model as InternLM trains them",
-            fix="Check that the file is this model's tokenizer.",
+            fix="Check that the file is this model's tokenizer. If it is, give the folder of the tokenizer.json "
+            "that you use with it: --tokenizer DIR.",
         )
 
 

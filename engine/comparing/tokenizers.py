@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from engine.assets.ready import panics_caught
 from engine.comparing.effects import Difference, both
 from engine.oracle.load_model import quiet
 from engine.planning.config_keys import shown
@@ -56,7 +57,7 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
     # beside tokenizer.json nothing reads tokenizer.model in its place
     for load in (_by_transformers, _by_tokenizers if _MODELS[0] in files else _by_sentencepiece):
         try:
-            with _panics_caught():
+            with panics_caught():
                 loaded = load(folder)
                 for text in _texts([], []):
                     loaded.encode(text, loaded.whole)
@@ -64,17 +65,6 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
         except Exception as error:  # the files may make these libraries raise anything
             why = why or " ".join(str(error).split())[:160] or type(error).__name__
     return why
-
-
-@contextmanager
-def _panics_caught() -> Iterator[None]:
-    """Turn a panic in a library's Rust code, which is not an `Exception`, into one."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(str(error)) from None
 
 
 def _without_code(name: str, data: bytes) -> bytes:
@@ -167,7 +157,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
             return [Difference("tokenizer", "a tokenizer", *told, "its ids could not be compared")]
         merges = _unlike_merges(ours, theirs)
         try:
-            with _panics_caught():
+            with panics_caught():
                 found = list(_tokenizers(one, two, merges)) or list(_alone(ours, theirs, Path(made), merges))
         except Exception as error:  # a text may make these libraries raise anything
             why = f"one of both fails on a text: {' '.join(str(error).split())[:160]}"
@@ -185,7 +175,7 @@ def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Ite
     for name, load in zip(_MODELS[:2], (_by_tokenizers, _by_sentencepiece), strict=True):
         texts = [files.get(name) for files in (ours, theirs)]
         if None not in texts and texts[0] != texts[1]:
-            with suppress(Exception), _panics_caught():  # whatever the files make the library raise
+            with suppress(Exception), panics_caught():  # whatever the files make the library raise
                 for one in _tokenizers(load(made / "0"), load(made / "1"), merges):
                     yield replace(one, what=f"{one.what}, where {name} alone is read")
 

@@ -189,11 +189,12 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
 
 def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
     """Where configuration, tokenizer and other files differ from what the mapping gives; and what it does not give."""
-    from engine.comparing.settings import TOKENIZER, compare_settings, small_files
+    from engine.comparing.settings import GENERATION, TEMPLATES, TOKENIZER, compare_settings, small_files
 
     here, unchecked = small_files(folder), []
     if not wanted.keys() & set(TOKENIZER):
-        here = {name: data for name, data in here.items() if name not in TOKENIZER}
+        given = {*TOKENIZER, GENERATION, *TEMPLATES} - wanted.keys() if here.keys() & set(TOKENIZER) else {*TOKENIZER}
+        here = {name: data for name, data in here.items() if name not in given}
         unchecked.append("the tokenizer: there is none beside the training checkpoint")
     remote = plan.mapping.remote_code is not None
     if remote:

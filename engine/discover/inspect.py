@@ -9,6 +9,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
@@ -134,6 +135,8 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
     fits, plan = find_fits(checkpoint, layout, mappings)
     present = {*checkpoint.grid.unknown, *checkpoint.grid.skipped}
     wanted = dict.fromkeys(str(m.tokenizer["file"]) for m in mappings if m.tokenizer and "file" in m.tokenizer)
+    beside = ready_beside(checkpoint.files[0].file.store, layout)
+    ready = [name for names in beside for name in names if is_ready([name])]
     facts: dict[str, Any] = {
         "layout": layout.name,
         "mode": checkpoint.grid.mode.name,
@@ -143,7 +146,7 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
         "model_type": checkpoint.training.get("model_type"),
         "parameters": None,
         "sizes": {},
-        "tokenizer": next((name for name in wanted if name in present), None),
+        "tokenizer": next((name for name in (*wanted, *ready) if name in {*present, *ready}), None),
         "config_missing": layout.config_of_target and not checkpoint.config and not checkpoint.target_config,
         "files": len(checkpoint.files),
         "tensors": len(stored),

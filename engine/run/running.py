@@ -29,7 +29,11 @@ class Running:
         metadata=option("First read the source and compare it with its own checksums.", "flag"),
     )
     tokenizer: str | Path | None = field(
-        default=None, metadata=option("The SentencePiece model, if not beside the checkpoint.", metavar="FILE")
+        default=None,
+        metadata=option(
+            "The SentencePiece model, or a folder with the model's tokenizer.json, if not beside the checkpoint.",
+            metavar="FILE|DIR",
+        ),
     )
     code: str | Path | None = field(
         default=None,

@@ -1,0 +1,150 @@
+"""A tokenizer that is in Hugging Face's form already: its files are checked and copied byte for byte."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from engine.assets.chat import check_template
+from engine.assets.generation import TOKENS, check_tokens
+from engine.errors import EngineError, Place
+from engine.formats.configs import json_object
+from engine.language.model import Layout
+from engine.storage.store import File, Store
+
+GENERATION = "generation_config.json"
+TEMPLATES = ("chat_template.jinja", "chat_template.json")
+NAMES = re.compile(
+    r"tokenizer[^/]*\.(?:json|model)|(?:added_tokens|special_tokens_map|generation_config)\.json"
+    r"|chat_template\.(?:jinja|json)|vocab\.(?:json|txt)|merges\.txt"
+)
+PER_BYTE = 32  # bytes of memory for each byte of tokenizer.json while it is checked
+_WHOLE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_LARGEST = 256 << 20  # bytes of a file
+
+
+def names_of(store: Store, inside: str) -> list[str]:
+    """The files of a tokenizer, template and generation settings in a folder of a store, by their names there."""
+    return [f"{inside}/{name}".lstrip("/") for name in store.names(inside) if NAMES.fullmatch(name)]
+
+
+def ready_beside(store: Store, layout: Layout) -> list[list[str]]:
+    """`names_of` each folder of a training checkpoint that may hold some: of the weights, and of configurations."""
+    found: list[list[str]] = []
+    for folder in dict.fromkeys(["", *(one.file.rpartition("/")[0] for one in layout.configs if one.format == "json")]):
+        with suppress(OSError, EngineError):  # the folder is missing, or a web server does not list it
+            found.append(names_of(store, folder))
+    return found
+
+
+def is_ready(names: list[str]) -> bool:
+    """Whether these files hold a whole tokenizer in Hugging Face's form."""
+    return any(name.rpartition("/")[2] == _WHOLE for name in names)
+
+
+def read_ready(
+    store: Store, names: list[str], rows: int | None, config: Mapping[str, Any]
+) -> tuple[dict[str, bytes], list[str]]:
+    """The files by their names without folders, once they are known to be whole and to fit the model; and notices.
+
+    Args:
+        names: as `names_of` gives them.
+        rows: the rows of the model's embedding; a tokenizer has no ids beyond them.
+        config: config.json: its `bos_token_id` and `eos_token_id` must be, or contain, the tokenizer's.
+
+    Raises:
+        EngineError: E501 for a tokenizer that is not whole, that only its own code can load, or of another model; E502
+            for generation settings or a template that are wrong; E3xx for files that cannot be read.
+    """
+    files: dict[str, bytes] = {}
+    for name in names:
+        with File(store, name).open() as file:
+            if file.state.size > _LARGEST:
+                raise _wrong("a file of the tokenizer is too large", store.place(name), f"{file.state.size} bytes",
+                             f"at most {_LARGEST}", "Give the model's own tokenizer.")  # fmt: skip
+            files[name.rpartition("/")[2]] = file.read()
+    places = {name.rpartition("/")[2]: store.place(name) for name in names}
+    objects = {
+        name: json_object(data, places[name])
+        for name, data in files.items()
+        if name.endswith(".json") and name != _WHOLE
+    }
+    if _WHOLE not in files:
+        raise _wrong(
+            f"the folder has no {_WHOLE}", store.place(), ", ".join(sorted(files)[:6]) or "no file of a tokenizer",
+            f"a tokenizer in Hugging Face's form, with {_WHOLE}",
+            "Load it once with AutoTokenizer of transformers, and give the folder that its save_pretrained writes.",
+        )  # fmt: skip
+    settings, generation = objects.get(_SETTINGS, {}), objects.get(GENERATION, {})
+    if settings.get("auto_map"):
+        raise _wrong(
+            "the tokenizer needs code of its own", places[_SETTINGS], "auto_map", "a class of transformers",
+            "Give the model's tokenizer as a transformers class saves it, or leave it out and add it yourself.",
+        )  # fmt: skip
+    if GENERATION in files:
+        check_tokens(generation, rows, Place(places[GENERATION]))
+    if TEMPLATES[0] in files:
+        check_template(files[TEMPLATES[0]], Place(places[TEMPLATES[0]]))
+    count = _check_ids(files[_WHOLE], places[_WHOLE], rows, settings, [config, generation])
+    return files, [] if rows is None else fewer(count, "tokens", rows)
+
+
+def fewer(count: int, what: str, rows: int) -> list[str]:
+    """A notice for a tokenizer with fewer ids than the embedding has rows.
+
+    >>> fewer(90, "pieces", 92)
+    ["the tokenizer has 90 pieces, fewer than the embedding's 92 rows; make sure that it is this model's"]
+    """
+    told = f"the tokenizer has {count} {what}, fewer than the embedding's {rows} rows"
+    return [f"{told}; make sure that it is this model's"] if count < rows else []
+
+
+def _check_ids(
+    data: bytes, place: str, rows: int | None, settings: Mapping[str, Any], configs: list[Mapping[str, Any]]
+) -> int:
+    """The number of ids; E501 unless the library loads it, they are rows of the embedding, and its ends the model's."""
+    from tokenizers import Tokenizer
+
+    fix = "Give the model's own tokenizer with --tokenizer."
+    try:
+        with panics_caught():
+            ids = Tokenizer.from_str(data.decode()).get_vocab(with_added_tokens=True)
+    except Exception as error:  # a library's own
+        told = " ".join(str(error).split())[:160]
+        raise _wrong("the tokenizer cannot be loaded", place, told, "a tokenizer.json that `tokenizers` reads",
+                     fix) from error  # fmt: skip
+    added = settings.get("added_tokens_decoder")
+    for number, token in added.items() if isinstance(added, Mapping) else ():
+        if isinstance(token, Mapping) and str(number).isdecimal() and len(number) < 10:
+            ids.setdefault(str(token.get("content")), int(number))
+    most = max(ids.values(), default=-1) + 1
+    if not ids or (rows is not None and most > rows):
+        raise _wrong("the tokenizer is not this model's: it has ids beyond the embedding's rows", place,
+                     f"ids up to {most - 1}", f"at most {rows} ids, the vocabulary size", fix)  # fmt: skip
+    for key in TOKENS[:2]:
+        token = settings.get(key.removesuffix("_id"))
+        text = token.get("content") if isinstance(token, Mapping) else token
+        found = [one for config in configs if (one := config.get(key)) is not None]
+        known = {i for one in found for i in (one if isinstance(one, list) else [one])}
+        if known and isinstance(text, str) and text in ids and ids[text] not in known:
+            raise _wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
+                         place, f"{ids[text]}", f"{json.dumps(found[0])}, the `{key}`", fix)  # fmt: skip
+    return most
+
+
+@contextmanager
+def panics_caught() -> Iterator[None]:
+    """Turn a panic in a library's Rust code, which is not an `Exception`, into one."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(str(error)) from None
+
+
+def _wrong(told: str, place: str, got: str, expected: str, fix: str) -> EngineError:
+    return EngineError("E501", told, place=Place(place), got=got, expected=expected, fix=fix)

@@ -1,0 +1,123 @@
+"""A tokenizer in Hugging Face's form is copied with the model that it belongs to, and no other is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+import engine
+from engine.errors import EngineError
+from tests.support.frameworks import FIXTURES, source_of
+
+MODEL = FIXTURES / "dcp" / "hf_verl_fsdp4"  # bos 1, eos 2, 131 tokens
+CONFIG = MODEL / "hf_config.json"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What transformers saves of a tokenizer of 120 tokens, with a template and generation settings."""
+    known = Tokenizer(models.WordLevel({f"w{i}": i for i in range(118)} | {"<unk>": 118}, unk_token="<unk>"))
+    known.pre_tokenizer = pre_tokenizers.Whitespace()
+    known.add_special_tokens([AddedToken("<extra>", special=True)])
+    loaded = PreTrainedTokenizerFast(tokenizer_object=known, bos_token="w1", eos_token="w2", unk_token="<unk>")
+    loaded.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    folder = tmp_path_factory.mktemp("saved")
+    loaded.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.5}))
+    return folder
+
+
+def convert(out: Path, tokenizer: Path | None = None, source: Path | None = None, **how: Any) -> engine.Report:
+    return engine.convert("transformers", source or source_of(MODEL), out, tokenizer=tokenizer, **how)
+
+
+def test_the_files_of_a_given_folder_are_copied_byte_for_byte(saved: Path, tmp_path: Path) -> None:
+    (saved / "README.md").write_text("of another model")
+    report = convert(tmp_path / "out", saved, config=CONFIG)
+    names = {one.name for one in saved.iterdir()} - {"README.md"}
+    assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
+    assert all((tmp_path / "out" / name).read_bytes() == (saved / name).read_bytes() for name in names)
+    assert [one for one in report.notices if "tokenizer" in one] == [
+        "the tokenizer has 120 tokens, fewer than the embedding's 131 rows; make sure that it is this model's"
+    ]
+    text = "w5 w7 <extra> other"
+    ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (saved, tmp_path / "out")]
+    assert ids[0] == ids[1] == [5, 7, 119, 118]
+    assert "AutoTokenizer" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_path: Path) -> None:
+    step = shutil.copytree(source_of(MODEL), tmp_path / "step")
+    shutil.copytree(saved, step / "huggingface")
+    shutil.copy(CONFIG, step / "huggingface" / "config.json")
+    assert engine.inspect(step).facts["tokenizer"] == "huggingface/tokenizer.json"
+    report = convert(tmp_path / "out", source=step)
+    assert any(one.startswith("copied from beside the weights: huggingface/") for one in report.notices)
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (saved / "tokenizer.json").read_bytes()
+    assert engine.verify(tmp_path / "out", src=step, mapping="transformers").problems == ()
+
+
+def test_a_given_tokenizer_is_no_fault_to_verify(saved: Path, tmp_path: Path) -> None:
+    convert(tmp_path / "out", saved, config=CONFIG)
+    assert engine.verify(tmp_path / "out").problems == ()
+    found = engine.verify(tmp_path / "out", src=source_of(MODEL), mapping="transformers", config=CONFIG)
+    assert found.problems == () and any("tokenizer" in one for one in found.unchecked)
+    (tmp_path / "out" / "generation_config.json").write_text('{"eos_token_id": 9}')
+    assert "generation_config.json" in str(engine.verify(tmp_path / "out").problems)
+
+
+def changed(name: str, **values: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        data = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+        (folder / name).write_text(json.dumps({**data, **values}))
+
+    return change
+
+
+WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
+    "not whole": ("E501", "no tokenizer.json", lambda folder: (folder / "tokenizer.json").unlink()),
+    "code of its own": ("E501", "auto_map", changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["o.T"]})),
+    "more ids than rows": ("E501", "ids up to 131", changed(
+        "tokenizer_config.json", added_tokens_decoder={"131": {"content": "<131>"}})),
+    "another end": ("E501", "another id", changed("tokenizer_config.json", eos_token="w3")),
+    "another beginning": ("E501", "another id", changed("tokenizer_config.json", bos_token={"content": "w9"})),
+    "no JSON": ("E501", "cannot be loaded", lambda folder: (folder / "tokenizer.json").write_text('{"model"') and None),
+    "no such kind": ("E501", "cannot be loaded", changed("tokenizer.json", model={"type": "Other"})),
+    "settings that are no object": (
+        "E303", "not an object", lambda folder: (folder / "tokenizer_config.json").write_text("[1]") and None),
+    "an id that no token has": ("E502", "eos_token_id", changed("generation_config.json", eos_token_id=[2, 131])),
+    "a template that is no Jinja": (
+        "E502", "Jinja", lambda folder: (folder / "chat_template.jinja").write_text("{% if %}") and None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_tokenizer_that_is_not_this_models_is_refused_if_given_and_left_out_if_only_there(
+    name: str, saved: Path, tmp_path: Path
+) -> None:
+    code, told, change = WRONG[name]
+    folder = shutil.copytree(saved, tmp_path / "tokenizer")
+    change(folder)
+    with pytest.raises(EngineError) as caught:
+        convert(tmp_path / "out", folder, config=CONFIG)
+    assert caught.value.code == code and told in str(caught.value)
+    assert not (tmp_path / "out").exists()
+    step = shutil.copytree(source_of(MODEL), tmp_path / "step")
+    shutil.copytree(folder, step / "huggingface")
+    shutil.copy(CONFIG, step / "huggingface" / "config.json")
+    report = convert(tmp_path / "out", source=step)
+    assert any(one.startswith("not written: huggingface/") for one in report.notices)
+    assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def test_a_file_is_no_tokenizer_where_the_mapping_describes_none(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"tokenizer\.json, whose files are copied") as caught:
+        convert(tmp_path / "out", saved / "tokenizer.json", config=CONFIG)
+    assert caught.value.code == "E501"
