@@ -27,6 +27,11 @@ def read_some(src: Source, layout: Layout, mode: str, names: Sequence[str]) -> t
     return read_headers(folder, names, found, layout.skip_tensors, says, layout.wrappers, some=True)
 
 
+def _given_config(config: Path | str) -> File:
+    path = given_path(config, "the configuration")
+    return local_file(path / "config.json" if path.is_dir() else path)
+
+
 def read_checkpoint(
     src: Source, layout: Layout, config: Path | str | File | None = None, *, needed: bool = True
 ) -> Checkpoint:
@@ -35,12 +40,12 @@ def read_checkpoint(
     Reads only a few KiB of payload, to check that no file is a copy of another. Raises EngineError E2xx and E3xx.
 
     Args:
-        config: a file of the target's configuration, for facts that the checkpoint does not hold.
+        config: the target's config.json, or the folder that holds it, for facts that the checkpoint does not hold.
         needed: whether to refuse a checkpoint without any configuration if its framework saves none.
     """
     given = store_at(src, "the checkpoint")
     folder = followed(given)
-    file = config if config is None or isinstance(config, File) else local_file(given_path(config, "the configuration"))
+    file = config if config is None or isinstance(config, File) else _given_config(config)
     target = {} if file is None else read_json(file)
 
     def configurations() -> tuple[str, dict[str, Any], dict[str, Any]]:

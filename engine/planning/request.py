@@ -72,7 +72,10 @@ class Request:
     )
     config: str | Path | None = field(
         default=None,
-        metadata=option("The target's config.json, if the framework saves none or an incomplete one.", metavar="FILE"),
+        metadata=option(
+            "The target's config.json, or its folder, if the framework saves none or an incomplete one.",
+            metavar="FILE|DIR",
+        ),
     )
     settings: Mapping[str, Any] = field(
         default_factory=dict,

@@ -291,6 +291,11 @@ def test_what_torch_made_of_shards_is_read_too_and_a_missing_file_named(tmp_path
 def test_the_configuration_must_be_there_and_be_of_the_model(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="--config"):
         engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out")
+    (tmp_path / "model").mkdir()
+    with pytest.raises(EngineError, match=r"config\.json"):  # a folder stands for the file in it
+        engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out", config=tmp_path / "model")
+    shutil.copy(DCP / "hf_verl_fsdp4" / "hf_config.json", tmp_path / "model" / "config.json")
+    engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "whole", config=tmp_path / "model")
     other = DCP / "fsdp4-f32-hf" / "hf_config.json"
     with pytest.raises(EngineError) as caught:
         engine.convert("transformers", source_of(DCP / "hf_verl_fsdp4"), tmp_path / "out", config=other)
