@@ -576,7 +576,7 @@ def test_whether_later_code_normalises_the_head_is_asked(tmp_path: Path) -> None
     source = training(tmp_path / "ckpt", {"norm_head": True}, "e052_v2_tp2_pp1_mult64")
     (source / "config_file.pt").unlink(missing_ok=True)
     error = refused(api.plan, FAMILY, source)
-    assert error.code == "E202" and "norm_head" in str(error) and str(error).endswith("or --set head=normalised.")
+    assert error.code == "E202" and "norm_head" in str(error) and str(error).endswith("else --set head=normalised.")
     for head, transform in (("plain", None), ("normalised", ("normalize", "hidden"))):
         plan = api.plan(FAMILY, source, settings={"head": head})
         (output,) = [one for one in plan.outputs if one.name == "lm_head.weight"]
