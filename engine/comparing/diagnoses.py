@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from os.path import commonpath
 from typing import TYPE_CHECKING, Any
 
 from engine.explaining.describe import fold, leaf
@@ -160,9 +161,23 @@ def _orders(at: int, moved: Sequence[Verdict], verdicts: Sequence[Verdict]) -> I
         held = ", ".join(f"{here} holds {there}" for here, there in order[:8]) + (", …" if len(order) > 8 else "")
         names = [one.name for one in moved if numbers_in(one.name)[:at] in places]
         alike = [one.name for one in verdicts if len(numbers_in(one.name)) > at and numbers_in(one.name)[:at] in places]
-        only = f", in {leaf(names[0])} alone" if len({*map(leaf, names)}) == 1 < len({*map(leaf, alike)}) else ""
         where = f",{_layers([name.partition('.experts.')[0] for name in names])}" if at else ""
-        yield f"{'experts' if at else 'layers'} are in another order: {held}{where}{only}"
+        yield f"{'experts' if at else 'layers'} are in another order: {held}{where}{_alone(names, alike, at)}"
+
+
+def _alone(names: Sequence[str], alike: Sequence[str], at: int) -> str:
+    """What alone moved, where it is one kind of tensor, or all that one module holds; `at`: as above.
+
+    >>> _alone(["h.1.attn.q.w", "h.1.attn.k.w"], ["h.1.attn.q.w", "h.1.attn.k.w", "h.1.up.w"], 0)
+    ', in attn alone'
+    """
+    if len({*map(leaf, names)}) == len({*map(leaf, alike)}):
+        return ""
+    if len({*map(leaf, names)}) == 1:
+        return f", in {leaf(names[0])} alone"
+    below = [without_numbers(name).split("{}")[at + 1].strip(".").replace(".", "/") for name in names]
+    module = commonpath(below).replace("/", ".")
+    return f", in {module} alone" if module else ""
 
 
 def _besides(verdict: Verdict) -> str:

@@ -77,6 +77,9 @@ def rounded(x: np.ndarray, y: np.ndarray, one: str, two: str) -> Iterator[tuple[
     kinds = {"F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn,
              "F8_E5M2": ml_dtypes.float8_e5m2}  # fmt: skip
 
+    if one in kinds and two in BITS and BITS[one] < BITS[two]:
+        yield f"cut off to {one}, where rounding gives the nearest", _to_neighbours(kinds[one], lower=True)
+        yield f"rounded up or down to {one}, not to the nearest", _to_neighbours(kinds[one], lower=False)
     for kind, held in kinds.items():
         if kind not in (one, two):
             words = f"{kind} and back: it lost precision"
@@ -99,6 +102,20 @@ def _through(held: Any, dtype: str, *, turned: bool) -> Fits:
         with np.errstate(over="ignore", invalid="ignore"):
             back = fine.astype(np.float32).astype(held).astype(float_type(dtype)).astype(float)
         return bool(((coarse == back) | (np.isnan(coarse) & np.isnan(back))).all())
+
+    return fits
+
+
+def _to_neighbours(held: Any, *, lower: bool) -> Fits:
+    """Whether each element is one of the two numbers of `held` around the reference's; or the one nearer to zero."""
+
+    def fits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            nearest = y.astype(np.float32).astype(held)
+            exact = nearest.astype(float)
+            inner = np.where(np.abs(exact) > np.abs(y), np.nextafter(nearest, held(0)).astype(float), exact)
+            outer = np.nextafter(inner.astype(held), np.copysign(np.inf, y).astype(held)).astype(float)
+        return np.asarray((x == inner) | ((x == outer) & (inner != y) & (not lower)))
 
     return fits
 

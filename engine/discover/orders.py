@@ -7,7 +7,7 @@ permutation, and the larger block within which it happens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -16,9 +16,11 @@ import numpy as np
 from engine.discover.geometry import Units
 from engine.discover.levels import Relation
 from engine.discover.prints import Prints64, joined
+from engine.errors import span
 
 _OTHER = "in another order"
 _MOST_NAMED = 6  # blocks that are named one by one
+_FEW = 4  # stretches of blocks that are
 _RANKS = 64  # up to so many slices may be those of tensor ranks
 
 
@@ -118,9 +120,9 @@ def read_order(order: np.ndarray, units: Units) -> Relation:
 
 def _twofold(blocks: np.ndarray, size: int, units: Units) -> Relation | None:
     """Describe heads or groups in another order that are also reordered within, each in the same way."""
-    for span in sorted({*units.sizes.values(), units.head or 0}):
-        count = span // size
-        if count < 2 or span % size or len(blocks) % count or len(blocks) == count:
+    for extent in sorted({*units.sizes.values(), units.head or 0}):
+        count = extent // size
+        if count < 2 or extent % size or len(blocks) % count or len(blocks) == count:
             continue
         held = blocks.reshape(-1, count)
         outer, inner = held // count, held % count
@@ -128,7 +130,7 @@ def _twofold(blocks: np.ndarray, size: int, units: Units) -> Relation | None:
             continue
         within = read_order((inner + np.arange(len(held))[:, None] * count).repeat(size) * size
                             + np.tile(np.arange(size), len(blocks)), units)  # fmt: skip
-        return replace(within, words=f"{within.words}; {_words(outer[:, 0], span, units)}")
+        return replace(within, words=f"{within.words}; {_words(outer[:, 0], extent, units)}")
     return None
 
 
@@ -193,7 +195,21 @@ def _words(blocks: np.ndarray, size: int, units: Units, *, joined: bool = True) 
         )
     shown = ", ".join(f"{at} holds {blocks[at]}" for at in moved[:_MOST_NAMED].tolist())
     more = ", …" if len(moved) > _MOST_NAMED else ""
+    runs = [(low, high, start) for low, high, start in runs_of(blocks) if low != start]
+    if more and len(runs) <= _FEW:
+        return f"{named}s {_in_stretches(runs)}{extent}{ranks if count <= 8 else ''}"
     return f"{named}s {_OTHER}{extent}: {shown}{more}{ranks if count <= 8 else ''}"
+
+
+def _in_stretches(runs: Sequence[tuple[int, int, int]]) -> str:
+    """
+    >>> _in_stretches([(100, 255, 101), (255, 256, 100)])
+    '100…254 hold 101…255, 255 holds 100'
+    """
+    return ", ".join(
+        f"{span((low, high))} hold{'s' if high - low == 1 else ''} {span((start, start + high - low))}"
+        for low, high, start in runs
+    )
 
 
 def _axes(blocks: np.ndarray) -> tuple[int, int] | None:

@@ -31,8 +31,8 @@ from engine.discover.rows import (
     region_of,
     stretch,
 )
-from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat
-from engine.discover.values import closeness, relate_values
+from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat, reshaped
+from engine.discover.values import closeness, relate_rounding, relate_values
 from engine.language.names import numbers_in
 from engine.move.tensors import View, common_types
 
@@ -81,6 +81,8 @@ class Search:
             return arranged
         changes = self.changes[name] = changes_of(self._tensors, one, own)
         region = None if changes is None else region_of(changes, out.shape)
+        if region is not None and (through := relate_rounding(self._tensors, one, own)) is not None:
+            return through
         if changes is not None and region is not None and "scattered" not in region.words:
             found = self._local(name, one, own, changes, region, kind)
             return replace(found, words=f"{found.words}, the elements exchanged with each other") if shuffled else found
@@ -176,6 +178,8 @@ class Search:
 
     def _recut(self, one: View, two: View, kind: str) -> Relation | None:
         """Runs of elements in another order: slices that were cut along one axis and joined along another."""
+        if one.shape == two.shape and (turned := reshaped(one)) and self._tensors.match(turned, two.swap(0, 1)):
+            return Relation("recut", f"its transpose, {turned.shape[0]} × {turned.shape[1]}, only reshaped")
         for length in reversed(divisors(gcd(one.shape[-1], two.shape[-1]))):
             if length < _SHORTEST or one.elements // length > MOST_UNITS:
                 break
@@ -274,7 +278,8 @@ class Search:
             count = int((order >= 0).sum())
             if across < _SHORTEST or count < 2:
                 continue
-            if other == name and count >= max(2, int(left.sum()) / 2):
+            own = len(here) == len(there) and bool((order[order >= 0] == np.flatnonzero(order >= 0)).all())
+            if other == name and not own and count >= max(2, int(left.sum()) / 2):
                 units = self._sides.units(name, axis)
                 mine = own_rows(order, here, there, theirs.plain[axis], int(left.sum()), units)
                 unknown = int(left.sum()) - count

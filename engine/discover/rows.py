@@ -39,6 +39,8 @@ def own_rows(
         by = int(steps[0])
         first = f"{noun} {max(by, 0)} holds {noun} {max(-by, 0)}"
         return Relation("permuted", f"{noun}s shifted by {abs(by)}: {first}{also if missing else ''}")
+    if missing and len([start for _, _, start in runs_of(order) if start >= 0]) <= MOST_NAMED:
+        return Relation("permuted", f"{noun}s in other places: {moves(order, noun)}{also}")
     filled = completed(order)
     if filled is not None:
         reading = read_order(filled, units)
@@ -246,7 +248,7 @@ def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
         parts = [listed(noun, rows)] if height < len(changes.rows) else []
         parts += [listed("column", cols)] if width < len(changes.cols) else []
         what = "a block of it differs" if len(parts) == 2 else "a part of it differs"
-        if len(parts) == 1 and min(height, width) == 1:
+        if len(parts) == 1 and (height if height < len(changes.rows) else width) == 1:
             what = f"one {parts[0].split(' ')[0]} differs"
         return Region(rows, cols, f"{what}: {', '.join(parts)}")
     if changes.count <= _FEW * total:

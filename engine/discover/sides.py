@@ -85,6 +85,16 @@ def flat(view: View) -> View:
     return replace(view, shape=(view.elements, 1), strides=(step, 1)) if dense else view
 
 
+def reshaped(view: View) -> View | None:
+    """A matrix's elements one after the other, cut into as many rows as it has columns; None where it is not dense.
+
+    >>> reshaped(View(0, "F32", (2, 6), (6, 1)))
+    View(source=0, dtype='F32', shape=(6, 2), strides=(2, 1), start=0)
+    """
+    rows, cols = view.shape
+    return replace(view, shape=(cols, rows), strides=(rows, 1)) if view.strides == (cols, 1) else None
+
+
 def as_matrix(view: View) -> View | None:
     """A tensor with all axes but the last joined, a vector as a column; None if the strides do not allow it."""
     if len(view.shape) < 2:

@@ -50,6 +50,17 @@ def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, in
     return nearly
 
 
+def relate_rounding(tensors: Tensors, out: View, ref: View) -> Relation | None:
+    """Whether an array is the reference through a type that holds less, which changes few elements of some."""
+    if out.dtype not in FLOATS or ref.dtype not in FLOATS:
+        return None
+    boxes, none = _boxes(out, ref)[0], np.empty(0)
+    for words, fits in rounded(none, none, out.dtype, ref.dtype):
+        if not _misfits(fits, _pairs(tensors, out, ref, boxes), 0):
+            return Relation("rounded", words)
+    return None
+
+
 def _boxes(out: View, ref: View) -> tuple[list[Box], list[Box]]:
     """The tiles of two arrays of one shape, and a few of them, evenly spread."""
     boxes = list(tiles(out.shape, (out.strides, ref.strides), _TILE))

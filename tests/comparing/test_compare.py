@@ -128,6 +128,21 @@ def test_values_that_a_cast_does_not_explain_are_different(tmp_path: Path) -> No
     assert (found.kind, found.count, found.first) == ("changed", 1, (5,))
 
 
+@pytest.mark.parametrize(("by_chance", "words"), [(False, "cut off to BF16"), (True, "rounded up or down to BF16")])
+def test_a_type_written_without_rounding_to_the_nearest_is_told(by_chance: bool, words: str, tmp_path: Path) -> None:
+    ref = model(dtype=torch.float32)
+    bits = {name: tensor.view(torch.int32) for name, tensor in ref.items()}
+    more = {
+        name: torch.randint(0, 65536, one.shape) if by_chance else torch.zeros_like(one) for name, one in bits.items()
+    }
+    out = {
+        name: ((one + more[name]) & -65536).to(torch.int32).view(torch.float32).bfloat16() for name, one in bits.items()
+    }
+    done = compared(tmp_path, out, ref)
+    assert {v.kind for v in done.verdicts} == {"rounded"}
+    assert all(words in v.note for v in done.verdicts)
+
+
 def test_a_different_tensor_tells_how_many_elements_how_far_and_the_first(tmp_path: Path, ref: Path) -> None:
     state = model()
     name = "model.layers.1.self_attn.o_proj.weight"

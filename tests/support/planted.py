@@ -199,6 +199,13 @@ def _truncated(t: torch.Tensor, rank: int) -> torch.Tensor:
     return (u[:, :rank] * s[:rank]) @ v[:rank]
 
 
+def _half_of_heads(state: State) -> None:
+    """The second half of each head, of another layer."""
+    heads = state[Q].clone().view(8, 8, 64)
+    heads[:, 4:] = state[Q.replace("1", "2")].view(8, 8, 64)[:, 4:]
+    state[Q] = heads.view(64, 64)
+
+
 def _perm(seed: int, count: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
@@ -236,6 +243,8 @@ FAULTS: tuple[Fault, ...] = (
           _on(GATE, lambda t: t[_perm(4, 256)][:, _perm(5, 64)]), "permuted", ("rows in another order", "columns in another order")),
     Fault("transposed, square", V1, O, _on(O, lambda t: t.t()), "transposed", ("transposing",)),
     Fault("transposed, with the shape it then has", V1, DOWN, _resize(DOWN, lambda t: t.t()), "transposed", ("transposing",)),
+    Fault("transposed, in the shape it had before", V2, DOWN, _on(DOWN, lambda t: t.t().reshape(t.shape)), "recut",
+          ("its transpose, 256 × 64", "only reshaped")),
     Fault("rows reversed", V1, GATE, _on(GATE, lambda t: t.flip(0)), "permuted", ("rows in reverse order",)),
     Fault("columns reversed", V1, GATE, _on(GATE, lambda t: t.flip(1)), "permuted", ("columns in reverse order",)),
     Fault("one rank's slice twice", V1, K, _on(K, _blocks([0, 0])), "changed", ("rows 32…63", "holds rows 0…31 of the reference")),
@@ -273,11 +282,14 @@ FAULTS: tuple[Fault, ...] = (
     Fault("through float8_e5m2 and back", V2, UP, _on(UP, lambda t: t.to(torch.float8_e5m2)), "rounded", ("F8_E5M2",)),
     Fault("lowest bits cut off", V2, GATE, _on(GATE, lambda t: (t.view(torch.int16) & -8).view(torch.bfloat16)), "rounded",
           ("only 4 of 7 bits",)),
+    Fault("through float16, which few elements tell", V2, GATE, _on(GATE, torch.Tensor.half), "rounded", ("F16 and back",)),
     Fault("all NaN", V1, V, _on(V, lambda t: t * float("nan")), "constant", ("all NaN",)),
     # parts
     Fault("one element changed", V1, UP, _on(UP, _put(3.0, 17, 5)), "changed", ("one element differs", "[17, 5]")),
     Fault("one NaN", V2, DOWN, _on(DOWN, _put(float("nan"), 3, 9)), "changed", ("one element differs", "NaN")),
     Fault("a row of NaN", V2, DOWN, _on(DOWN, _put(float("nan"), 3)), "changed", ("one row differs", "row 3", "NaN")),
+    Fault("a few elements of a norm changed", V1, NORM, _on(NORM, lambda t: _put(3.0, 11)(_put(9.0, 3)(t))), "changed",
+          ("a part of it differs: elements 3, 11",)),
     Fault("one row zeroed", V1, EMBED, _on(EMBED, _put(0, 77)), "changed", ("one row differs", "row 77", "all zero")),
     Fault("one column doubled", V1, O, _on(O, _times(2, slice(None), 6)), "changed", ("one column differs", "column 6", "2 times")),
     Fault("one head scaled", V2, Q, _on(Q, _times(4, slice(16, 24))), "changed", ("rows 16…23", "4 times the reference")),
@@ -297,6 +309,12 @@ FAULTS: tuple[Fault, ...] = (
     Fault("layers exchanged", V1, Q, _layers(1, 3), "swapped", ("layers are in another order: 1 holds 3, 3 holds 1",)),
     Fault("layers rotated", V2, Q, _all(_layers(0, 1), _layers(1, 2)), "swapped",
           ("layers are in another order: 0 holds 1, 1 holds 2, 2 holds 0",)),
+    Fault("attention of two layers exchanged", V2, Q,
+          _all(*(_exchange(f"layers.1.self_attn.{x}_proj", f"layers.2.self_attn.{x}_proj") for x in "qkvo")), "swapped",
+          ("layers are in another order: 1 holds 2, 2 holds 1, in self_attn alone",)),
+    Fault("experts of two layers exchanged", MOE, f"{E}0.gate_proj.weight",
+          _exchange("layers.1.mlp.experts.", "layers.2.mlp.experts."), "swapped", ("1 holds 2, 2 holds 1, in mlp.experts alone",)),
+    Fault("half of every head of another layer", V2, Q, _half_of_heads, "part", ("rows 4…7 hold 4…7", f"of {Q.replace('1', '2')}")),
     Fault("one tensor copied over another", V1, K, _copy(K, V), "copied", ("k_proj in layer 1 is a copy of v_proj",)),
     Fault("a layer's tensor copied over the next", V1, Q, _copy(Q, "model.layers.0.self_attn.q_proj.weight"), "copied",
           ("is a copy of q_proj", "in layer 0")),
@@ -326,6 +344,12 @@ FAULTS: tuple[Fault, ...] = (
           _on(EMBED, lambda t: torch.cat([torch.zeros_like(t[:1]), t[:-1]])), "permuted", ("rows shifted by 1", "row 1 holds row 0")),
     Fault("vocabulary in another order", V2, EMBED, _on(EMBED, lambda t: t[_perm(6, 256)]), "permuted",
           ("rows in another order", "tokenizer")),
+    Fault("a row taken out, the rest moved up", V2, EMBED,
+          _on(EMBED, lambda t: torch.cat([t[:100], t[101:], torch.zeros_like(t[:1])])), "permuted", ("rows 100…254 hold 101…255",)),
+    Fault("a row put in, the rest moved down", V2, HEAD,
+          _on(HEAD, lambda t: torch.cat([t[:100], torch.zeros_like(t[:1]), t[100:-1]])), "permuted", ("rows 101…255 hold 100…254",)),
+    Fault("a row moved to the end", V2, HEAD, _on(HEAD, lambda t: torch.cat([t[:100], t[101:], t[100:101]])), "permuted",
+          ("rows 100…254 hold 101…255, 255 holds 100",)),
     Fault("padding rows of zeros", V1, EMBED, _resize(EMBED, lambda t: torch.cat([t, torch.zeros_like(t[:8])])), "padded",
           ("8 rows more",)),
     Fault("padding rows, the mean", V1, HEAD, _resize(HEAD, lambda t: torch.cat([t, t.float().mean(0, True).to(t.dtype).expand(8, 64)])),
