@@ -88,6 +88,8 @@ def read_ready(
         check_tokens(generation, rows, Place(places[GENERATION]))
     if TEMPLATES[0] in files:
         check_template(files[TEMPLATES[0]], Place(places[TEMPLATES[0]]))
+    if isinstance(inside := settings.get("chat_template"), str):
+        check_template(inside.encode(), Place(places[_SETTINGS]))
     count = _check_ids(files[_WHOLE], places[_WHOLE], rows, settings, [config, generation])
     return files, [] if rows is None else fewer(count, "tokens", rows)
 

@@ -93,6 +93,8 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "settings that are no object": (
         "E303", "not an object", lambda folder: (folder / "tokenizer_config.json").write_text("[1]") and None),
     "an id that no token has": ("E502", "eos_token_id", changed("generation_config.json", eos_token_id=[2, 131])),
+    "a template in the settings that is no Jinja": (
+        "E502", "Jinja", changed("tokenizer_config.json", chat_template="{{ ")),
     "a template that is no Jinja": (
         "E502", "Jinja", lambda folder: (folder / "chat_template.jinja").write_text("{% if %}") and None),
 }  # fmt: skip
