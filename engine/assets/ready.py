@@ -112,6 +112,7 @@ def _check_ids(
 
     fix = "Give the model's own tokenizer with --tokenizer."
     try:
+        check_prefix(data)
         with panics_caught():
             ids = Tokenizer.from_str(data.decode()).get_vocab(with_added_tokens=True)
     except Exception as error:  # a library's own
@@ -135,6 +136,20 @@ def _check_ids(
             raise _wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
                          place, f"{ids[text]}", f"{json.dumps(found[0])}, the `{key}`", fix)  # fmt: skip
     return most
+
+
+def check_prefix(data: bytes) -> None:
+    """ValueError for merges without the prefix that tokenizer.json names.
+
+    `tokenizers` cuts as many bytes off them; inside a character this ends the process, which nothing can catch.
+    """
+    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data) is None:
+        return
+    model = json.loads(data)["model"]
+    for merge in model.get("merges", ()):
+        second = merge[1] if isinstance(merge, list) else merge.partition(" ")[2]
+        if not second.startswith(model["continuing_subword_prefix"]):
+            raise ValueError(f"merge {merge} has not the prefix {model['continuing_subword_prefix']}")
 
 
 @contextmanager

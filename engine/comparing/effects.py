@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -94,3 +95,18 @@ def worded(value: Any) -> str:
 def both(show: Callable[[Any], str], one: Any, two: Any) -> tuple[str, str]:
     """The values of both sides, in words."""
     return show(one), show(two)
+
+
+def keys_of(name: str, here: bytes | None, there: bytes | None) -> str:
+    """A file and its keys that differ; empty if it is only the template, which is compared by what it renders.
+
+    >>> keys_of("a.json", b'{"x": 1, "y": 2}', b'{"x": 1}'), keys_of("a.json", b'{"chat_template": "x"}', b"{}")
+    ('a.json (y)', '')
+    """
+    try:
+        one, two = json.loads(here or b""), json.loads(there or b"")
+        keys = [key for key in one | two if one.get(key) != two.get(key)]
+    except (ValueError, TypeError, AttributeError):
+        return name
+    told = [shown(key).strip('"') for key in keys if key != "chat_template"]
+    return f"{name} ({', '.join(told[:4])}{', …' if len(told) > 4 else ''})" if told else name if not keys else ""

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.comparing.effects import Difference, Grade, both, differing, effect_of, worded
 from engine.comparing.templates import MORE, compare_templates
-from engine.comparing.tokenizers import Files, compare_tokenizers
+from engine.comparing.tokenizers import MODELS, Files, compare_tokenizers
 from engine.formats.configs import json_object
 from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
@@ -62,7 +62,7 @@ def compare_settings(
         found += _for_other_programs("config", CONFIG, one, two, found)
     found += _generations(generations[0], generations[1], one, two)
     found += compare_tokenizers(ours, theirs, TOKENIZER)
-    if all(SETTINGS in files for files in (ours, theirs)):
+    if SETTINGS in theirs and ours.keys() & {*MODELS}:
         here, there = (_read(files, SETTINGS) or {} for files in (ours, theirs))
         found += _for_other_programs("tokenizer", SETTINGS, here, there, found)
         found += _added_tokens(here, there)
@@ -97,28 +97,47 @@ def _for_other_programs(
         found: differences that are reported already.
     """
     told = {name for other in found if other.part == part for name in (*other.what.split("."), other.what)}
-    keys = (one.keys() & two.keys()) | ({"auto_map"} & (one.keys() | two.keys()))
+    keys = (one.keys() & two.keys()) | ({"auto_map"} & (one.keys() | two.keys())) | _lost(one, two)
     more = []
     for key in sorted(keys - told - {*_LABELS, *_OWN_WORDS}):
         here, there = ({key: side.get(key)} for side in (one, two))
         plain = plain_config(here), plain_config(there)
         names = [*(plain[0] | plain[1])]  # as transformers 5 spells it
-        if not same(*plain) and not told.intersection(names):
+        if not told.intersection(names) and (not same(*plain) or key not in one):
             effect = "other programs, or other versions of transformers, read it here"
             grade: Grade = effect_of(names[-1])[1] if part == "config" else "function"
             more.append(Difference(part, f"{key} of {file}", worded(here[key]), worded(there[key]), effect, grade))
     return more
 
 
+_MEANT = ("add_prefix_space", "add_bos_token", "add_eos_token")  # llama.cpp has other defaults than tokenizer.json
+
+
+def _lost(one: Mapping[str, Any], two: Mapping[str, Any]) -> set[str]:
+    """Keys of the reference alone that others read: of tokenizers, and angles as transformers 4 spells them.
+
+    The angles matter unless they are what the class takes without any.
+    """
+    gone = {key for key in (*_MEANT, "rope_theta", "rope_scaling") if key not in one and two.get(key) is not None}
+    if gone and not gone & {*_MEANT}:
+        plain = {key: value for key, value in one.items() if key != "rope_parameters"}
+        return gone if full_config(plain) != full_config(one) else set()
+    return gone
+
+
 def _added_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Difference]:
     """The tokens that both sides name in tokenizer_config.json under another id, or of which one alone is special."""
     (here, here_at), (there, there_at) = (_named_tokens(side.get("added_tokens_decoder")) for side in (one, two))
+    lost = sorted(there_at[token] for token in there_at.keys() - here_at.keys() if there[there_at[token]]["special"])
     moved = sorted(token for token in here_at.keys() & there_at.keys() if here_at[token] != there_at[token])
     other = sorted(number for number in here.keys() & there.keys() if here[number] != there[number])
     effect = "other programs, such as llama.cpp, take tokens from here"
     if moved:
         told = worded(here_at[moved[0]]), worded(there_at[moved[0]])
         return [Difference("tokenizer", f"the id of {shown(moved[0])} in {SETTINGS}", *told, effect)]
+    if lost and not other:
+        told = worded(None), worded(there[lost[0]])
+        return [Difference("tokenizer", f"added_tokens_decoder.{lost[0]} of {SETTINGS}", *told, effect)]
     if other:
         told = worded(here[other[0]]), worded(there[other[0]])
         return [Difference("tokenizer", f"added_tokens_decoder.{other[0]} of {SETTINGS}", *told, effect)]

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
+from engine.assets.chat import unmarked
 from engine.comparing.effects import Difference, both
 from engine.comparing.tokenizers import TOKENS, Files
 from engine.planning.config_keys import shown
@@ -46,6 +49,11 @@ def _rendered(
             conversation.get("optional") and _REFUSED in (here[: len(_REFUSED)], there[: len(_REFUSED)])
         ):
             unlike.append((name, here, there))
+    reads = [_read_by(template) for template, _ in (one, two)]
+    if not unlike and reads[0] != reads[1]:
+        told = both(lambda names: ", ".join(sorted(names)) or "no more", reads[0] - reads[1], reads[1] - reads[0])
+        yield Difference("chat template", f"what {called} reads", *told, "prompts differ where a program gives it")
+        return
     if not unlike:
         effect = f"it renders {len(conversations)} conversations alike all the same"
         yield Difference("chat template", called, "other text", "its own", effect, "told")
@@ -58,6 +66,18 @@ def _rendered(
     it = "it" if called == "the template" else called
     told = both(lambda text: shown(text[low : low + 50]), here, there)
     yield Difference("chat template", f"what {it} renders of {name}{more}", *told, effect)
+
+
+def _read_by(template: str) -> frozenset[str]:
+    """The variables that a template reads, such as `documents`; none of one that cannot be parsed.
+
+    >>> sorted(_read_by("{% generation %}{{ messages[0] }}{% endgeneration %}{% if tools %}{% set x = 1 %}{% endif %}"))
+    ['messages', 'tools']
+    """
+    try:
+        return frozenset(find_undeclared_variables(Environment().parse(unmarked(template))))
+    except TemplateError:
+        return frozenset()
 
 
 def _templates(files: Files) -> dict[str, str]:

@@ -15,8 +15,8 @@ from typing import Any
 
 import yaml
 
-from engine.assets.ready import panics_caught
-from engine.comparing.effects import Difference, both
+from engine.assets.ready import check_prefix, panics_caught
+from engine.comparing.effects import Difference, both, keys_of
 from engine.oracle.load_model import quiet
 from engine.planning.config_keys import shown
 
@@ -55,9 +55,10 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
         (folder / name).write_bytes(_without_code(name, data))
     why = ""
     # beside tokenizer.json nothing reads tokenizer.model in its place
-    for load in (_by_transformers, _by_tokenizers if _MODELS[0] in files else _by_sentencepiece):
+    for load in (_by_transformers, _by_tokenizers if MODELS[0] in files else _by_sentencepiece):
         try:
             with panics_caught():
+                check_prefix(files.get(MODELS[0], b""))
                 loaded = load(folder)
                 for text in _texts([], []):
                     loaded.encode(text, loaded.whole)
@@ -131,7 +132,7 @@ def _by_sentencepiece(folder: Path) -> Tokenizer:
 
 
 Files = Mapping[str, bytes]
-_MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _MOST = 200  # merges that are tried
 
 
@@ -141,7 +142,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
     Args:
         names: the files that belong to a tokenizer.
     """
-    there = [any(name in files for name in _MODELS) for files in (ours, theirs)]
+    there = [any(name in files for name in MODELS) for files in (ours, theirs)]
     if all(ours.get(name) == theirs.get(name) for name in names) or not any(there):
         return []
     ours, theirs = (
@@ -162,17 +163,17 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         except Exception as error:  # a text may make these libraries raise anything
             why = f"one of both fails on a text: {' '.join(str(error).split())[:160]}"
             return [Difference("tokenizer", "a tokenizer", why, why, "its ids could not be compared")]
-    if not found:
-        unlike = [name for name in names if ours.get(name) != theirs.get(name)]
+    unlike = [keys_of(name, ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)]
+    if not found and any(unlike):
         effect = "ids, text and special tokens are still equal for all texts tried"
-        found = [Difference("tokenizer", ", ".join(unlike), "other bytes", "its own", effect, "told")]
+        found = [Difference("tokenizer", ", ".join(filter(None, unlike)), "other bytes", "its own", effect, "told")]
     return found
 
 
 def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Iterator[Difference]:
     """What differs where one file alone is read: transformers puts what other files say of tokens over
     `tokenizer.json`, and does not read `tokenizer.model` beside it."""
-    for name, load in zip(_MODELS[:2], (_by_tokenizers, _by_sentencepiece), strict=True):
+    for name, load in zip(MODELS[:2], (_by_tokenizers, _by_sentencepiece), strict=True):
         texts = [files.get(name) for files in (ours, theirs)]
         if None not in texts and texts[0] != texts[1]:
             with suppress(Exception), panics_caught():  # whatever the files make the library raise
@@ -185,7 +186,7 @@ def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
     sides = []
     for files in (ours, theirs):
         try:
-            merges = json.loads(files[_MODELS[0]])["model"]["merges"]
+            merges = json.loads(files[MODELS[0]])["model"]["merges"]
             pairs = [(one, two) for one, two in (m if isinstance(m, list) else m.split(" ") for m in merges)]
             sides.append([*dict.fromkeys(reversed(pairs))][::-1])  # of a repeated merge, the last one counts
         except (KeyError, ValueError, TypeError, AttributeError):

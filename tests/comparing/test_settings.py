@@ -316,6 +316,37 @@ def test_a_key_that_another_program_reads_is_told(name: str, key: str, value: An
     assert [one.grade for one in told] == ["function"]
 
 
+@pytest.mark.parametrize(
+    ("name", "key", "told"),
+    [
+        ("config.json", "rope_theta", "rope_theta of config.json"),
+        ("tokenizer_config.json", "add_prefix_space", "add_prefix_space of tokenizer_config.json"),
+        ("tokenizer_config.json", "added_tokens_decoder", "added_tokens_decoder.0 of tokenizer_config.json"),
+        ("tokenizer_config.json", None, "add_prefix_space of tokenizer_config.json"),
+    ],
+)
+def test_a_key_that_another_program_misses_is_told(name: str, key: str | None, told: str, out: Path) -> None:
+    """transformers 5 does without it; its older versions take other angles, llama.cpp other tokens."""
+    edit(out, "config.json", lambda data: data.update(rope_theta=5e5, rope_parameters={"rope_theta": 5e5}))
+    ref = shutil.copytree(out, out.parent / "ref")
+    if key is None:
+        (out / name).unlink()
+    else:
+        edit(out, name, lambda data: data.pop(key))
+    assert differences(out, ref)["config" if name == "config.json" else "tokenizer", told].grade == "function"
+    assert compare(out, ref).exit_code == 1
+
+
+def test_the_old_spelling_of_angles_that_every_version_takes_is_not_missed(out: Path, made: Path) -> None:
+    edit(out, "config.json", lambda data: data.pop("rope_theta"))
+    assert not differences(out, made)
+
+
+def test_the_keys_are_told_whose_bytes_alone_differ(out: Path, made: Path) -> None:
+    edit(out, "tokenizer_config.json", lambda data: data.update(errors="replace", chat_template=""))
+    assert tokenizer_parts(out, made)["tokenizer_config.json (errors)"].grade == "told"
+
+
 def test_a_first_token_that_is_left_out_is_told(out: Path, made: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         data["post_processor"] = None
@@ -357,9 +388,14 @@ def test_a_tokenizer_on_one_side_only_is_told(out: Path, made: Path) -> None:
         {"tokenizer.json": b"{}", "tokenizer.model": b"{}"},
         {"tokenizer.json": b"{}"},  # transformers does not go on to the other file
         {"continuing_subword_prefix": "##"},  # at which `tokenizers` panics, which is no Exception
+        {
+            "continuing_subword_prefix": "##",
+            "merges": [["▁", "\u2581"]],
+            "vocab": {"▁": 0, "▁\u2581": 1},
+        },  # it ends Python
         {"type": "WordLevel", "unk_token": "[UNK]"},  # loads, and raises when a word is unknown
     ],
-    ids=["both files", "one file", "a panic", "a word"],
+    ids=["both files", "one file", "a panic", "an abort", "a word"],
 )
 def test_a_damaged_tokenizer_is_told_and_nothing_raises(damaged: dict[str, Any], out: Path, made: Path) -> None:
     for name, data in damaged.items():
@@ -387,6 +423,14 @@ def test_a_template_that_renders_otherwise_is_told(change: tuple[str, str], out:
     path.write_text(path.read_text().replace(*change))
     (found,) = [one for (part, _), one in differences(out, made).items() if part == "chat template"]
     assert found.grade == "function" and found.what.startswith("what it renders of")
+
+
+@pytest.mark.parametrize("name", ["documents", "enable_thinking"])
+def test_a_template_that_reads_more_is_told(name: str, out: Path, made: Path) -> None:
+    path = out / "chat_template.jinja"
+    path.write_text(path.read_text() + f"{{% if {name} is defined and {name} %}}{{{{ {name} }}}}{{% endif %}}")
+    found = differences(out, made)["chat template", "what the template reads"]
+    assert (found.out, found.ref, found.grade) == (name, "no more", "function")
 
 
 def test_another_text_that_renders_the_same_is_no_other_function(out: Path, made: Path) -> None:
