@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
-    """What is wrong in mapping and layout files, or in all below a folder; without paths, in every bundled mapping.
+    """Check mapping and layout files, all files below a folder, or without paths every bundled mapping.
 
     >>> engine.lint("internlm2-7b")
     []

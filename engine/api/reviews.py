@@ -101,8 +101,8 @@ def verify(
             `src` the way training computes it. This uses no mapping.
 
     Raises:
-        EngineError: E304 or E301 when there is no manifest and nothing else to compare with, E0xx
-            for arguments that do not go together, E2xx and E3xx when either side cannot be read.
+        EngineError: E304 or E301 when there is no valid manifest and nothing else to compare with, E0xx
+            for arguments that do not fit together, E2xx and E3xx when either side cannot be read.
     """
     check_type("sample", sample, str | None)
     check_asked(src is not None, mapping is not None, logits, sample is not None)

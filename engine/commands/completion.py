@@ -1,4 +1,4 @@
-"""What a shell completes: mapping names, files, folders, codes, settings; and the script that makes it do so."""
+"""Shell completion: of mapping names, files, folders, codes and settings; and the script for a shell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _VARIABLE = "_ENGINE_COMPLETE"
 def script(shell: str, cli: click.Command) -> str:
     """The script that a shell evaluates to complete the command line."""
     kind = get_completion_class(shell)
-    if shell == "bash" or kind is None:  # click's own lets go of names beside files, and of values after `=`
+    if shell == "bash" or kind is None:  # click's own script drops names beside files, and values after `=`
         return Path(__file__).with_suffix(".bash").read_text("utf-8")
     return kind(cli, {}, "engine", _VARIABLE).source()
 
@@ -39,14 +39,14 @@ def mapping_names(ctx: click.Context, param: click.Parameter, incomplete: str) -
 
 
 def codes(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """Error and lint codes, with what they mean."""
+    """Error and lint codes, with their titles."""
     from engine.explaining.codes import list_codes
 
     return [CompletionItem(code, help=text) for code, text in list_codes().items() if code.startswith(incomplete)]
 
 
 def settings(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    """`NAME=VALUE` of the variants and options of the mapping that was given before."""
+    """`NAME=VALUE` for the variants and options of the mapping that was given before."""
     from engine.errors import EngineError
     from engine.language.mapping_file import load_mapping
 

@@ -1,4 +1,4 @@
-"""Commands that write checkpoints, and the plan of what they would do."""
+"""Commands that write checkpoints, and `plan`."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def write(
     then: Callable[[str], Sequence[str]] = lambda out: (f"engine inspect {out}",),
     **asked: Any,
 ) -> None:
-    """Run an API function that writes a checkpoint, with progress and a log, and say what it did.
+    """Run an API function that writes a checkpoint, with progress and a log, and print the result.
 
     Args:
-        then: commands to go on with, of an output's path.
+        then: an output's path → the commands to suggest next.
     """
     functions: dict[str, Callable[..., Report]] = {
         "run": engine.api.convert,
@@ -92,7 +92,7 @@ def run(ctx: click.Context, as_json: bool, /, saved: str | None, **options: Any)
     """
     said = next((flag for name, flag in given(ctx).items() if name in SAVED), None)
     if saved is not None and said:
-        raise click.UsageError(f"--plan says all of {said} already; give one or the other", ctx)
+        raise click.UsageError(f"--plan already contains {said}; give one or the other", ctx)
     if saved is not None:
         how = {name: value for name, value in options.items() if name not in SAVED}
         write(as_json, "run --plan", path=saved, then=lambda out: (f"engine verify {out}",), **how)
@@ -146,11 +146,11 @@ def plan(
       engine plan -m internlm2-7b -s ckpt/20000 -o plan.json && engine run --plan plan.json
       engine plan --for reverse -m internlm2-7b -s hf --tp 4 -o plan.json
     """
-    from engine.explaining.describe import own_sizes  # which loads much
+    from engine.explaining.describe import own_sizes  # late, as it is slow to import
 
     options = of_job(ctx, job, options)
     if mapping is None and JOBS[job].reads != "training":
-        raise click.UsageError("Missing option '--mapping': only a training checkpoint tells which fits", ctx)
+        raise click.UsageError("Missing option '--mapping': only a training checkpoint shows which one fits", ctx)
     mapping = chosen(mapping, src, options["config"], quiet=as_json)
     if out is not None:
         made = engine.api.save_plan(out, mapping, src, job=job, overwrite=overwrite, **options)

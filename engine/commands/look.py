@@ -80,7 +80,7 @@ def explain(
         raise click.UsageError("Give a tensor or a code to explain, or a source tensor with --from; one of them.")
     if what is not None and is_code(what):
         if said := next((flag for name, flag in given(ctx).items() if name in EXPLAINED), None):
-            raise click.UsageError(f"{said} has no effect on what a code means")
+            raise click.UsageError(f"{said} has no effect: a code has one meaning")
         text, where = engine.api.explain_code(what), f"docs/codes/{what.strip().upper()}.md"
         answer(as_json, {"code": what, "text": text, "page": where}, lambda: f"{text}\nDocumentation: {where}")
         return
@@ -123,9 +123,9 @@ def view(as_json: bool, /, mapping: str | None, src: str, out: str, png: str | N
 def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **options: Any) -> None:
     """Check an output against its manifest, source or logits.
 
-    Without options, byte for byte against its own manifest. With --src and --mapping, against the training
-    checkpoint; with --load, whether transformers runs it; with --src and --logits, against a forward
-    pass as training computes it.
+    Without options, compares every byte with the output's manifest. With --src and --mapping, compares
+    it with the training checkpoint; with --load, runs it in transformers; with --src and --logits,
+    compares it with a forward pass as training computes it.
 
     \b
     Examples:
@@ -154,7 +154,7 @@ def compare(
 
     OUT and REF are Hugging Face folders or weights files, or, with --mapping, training checkpoints. Tensors,
     configuration, generation settings, tokenizer, chat template and code are compared. Exits with 0 if both
-    compute the same, else with 1.
+    compute the same function, else with 1.
 
     \b
     Examples:

@@ -27,7 +27,7 @@ from engine.commands.values import add_store_options
 from engine.errors import EngineError, visible
 from engine.language.version import __version__
 
-# A command is listed under the first heading, in this order, with the first sentence of its help.
+# Sections of the help; each command is listed with the first sentence of its own help.
 SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "Convert": (convert.run, convert.plan, convert.reverse, convert.reshard, convert.clean),
     "Convert on many machines": (convert.part, convert.commit),
@@ -39,7 +39,7 @@ SECTIONS: dict[str, tuple[click.Command, ...]] = {
     "This program": (look.env, look.completion),
 }  # fmt: skip
 ALIASES = {"convert": "run"}
-# Where a command is documented, if not with the others.
+# Commands that are documented on another page than the others.
 PAGES = {"serve": "serving", "mount": "serving", "part": "clusters", "commit": "clusters", "new": "adding-a-release",
          "completion": "editor", "format": "editor"}  # fmt: skip
 EXAMPLES = """\
@@ -54,7 +54,7 @@ Documentation: docs/commands.md shows each command with its output,
 docs/troubleshooting.md says what to do when a command refuses."""
 
 # docstrings are the text of the help
-_LOST = "" if __doc__ else "Python was started with -OO or PYTHONOPTIMIZE=2: without it this help says more.\n\n"
+_LOST = "" if __doc__ else "Python was started with -OO or PYTHONOPTIMIZE=2, which removes most of this help.\n\n"
 
 
 class Commands(click.Group):
@@ -88,10 +88,10 @@ class Commands(click.Group):
             say(f"{usage}Error: {visible(error.format_message())}", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
-            if extract_tb(error.__traceback__)[-1].name != "echo":  # click's, by which all is printed
+            if extract_tb(error.__traceback__)[-1].name != "echo":  # click's function for all printing
                 raise
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # else it is tried again at the end
-            what, fix = "what is printed cannot be written", "Free some space there."
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # else Python tries again at exit
+            what, fix = "standard output cannot be written", "Free some space there."
             say(str(EngineError("E403", what, got=error.strerror, fix=fix)), err=True)
             sys.exit(1)
         sys.exit(code if isinstance(code, int) else 0)
@@ -114,7 +114,7 @@ for _commands in SECTIONS.values():
 
 
 def internal_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """One line for what nobody foresaw: where it happened and what to send."""
+    """Print one line for an unforeseen error: its place, and what to report."""
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     where = "?" if trace is None else f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}"
@@ -130,7 +130,7 @@ _terminated: list[int] = []
 
 
 def terminate(number: int, _: object) -> NoReturn:
-    """End as an interruption from the keyboard does, so that what was done is kept in order."""
+    """End like an interruption from the keyboard, so that finished work is kept."""
     _terminated.append(number)
     raise KeyboardInterrupt
 
@@ -141,11 +141,11 @@ def _escaped(error: UnicodeError) -> tuple[str, int]:
 
 
 def open_streams() -> None:
-    """Streams that take everything a command prints.
+    """Make standard streams that accept everything a command prints.
 
-    One that whoever started the program closed becomes a sink: else the next file that is opened would have its
-    number, and what a library prints would be written into it. What a stream's encoding lacks is shown as an escape,
-    one that JSON has too.
+    A stream that was closed when the program started discards its data. Else the next opened file would get its
+    number, and libraries would print into that file. Characters that an encoding lacks are written as escapes that
+    are also valid in JSON.
     """
     codecs.register_error("json", _escaped)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
@@ -159,9 +159,9 @@ def main() -> NoReturn:
     """The console script."""
     open_streams()
     signal.signal(signal.SIGTERM, terminate)
-    gc.set_threshold(100_000, 20, 100)  # plans are large and hold hardly any cycles to look for
+    gc.set_threshold(100_000, 20, 100)  # plans are large, with hardly any reference cycles
     if os.environ.get("ENGINE_DEBUG") != "1":
-        warnings.simplefilter("ignore")  # of libraries: what a user must know is an error or a notice
+        warnings.simplefilter("ignore")  # of libraries: the engine reports what users must know
         sys.excepthook = internal_error
     cli.main()
 

@@ -1,4 +1,4 @@
-"""What commands share on the command line: groups of options, errors rendered."""
+"""Shared parts of commands: groups of options, and the rendering of errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _OPTIONAL = ("torch", "transformers")  # of the extra `model`
 
 
 def check_text(ctx: click.Context) -> None:
-    """A usage error for an argument that is empty, as of a shell variable that is not set, or holds NUL."""
+    """A usage error for an argument that is empty, as from an unset shell variable, or contains NUL."""
     for param in ctx.command.params:
         given = ctx.params.get(param.name or "")
         for text in given if isinstance(given, tuple) else (given,):
@@ -41,7 +41,7 @@ def check_text(ctx: click.Context) -> None:
 
 
 def _loading(error: BaseException) -> str | None:
-    """The library that failed while it was loaded, with whatever error; None where none was being loaded."""
+    """The library whose import failed with any error; None if no import failed."""
     for one in (error, error.__cause__ or error.__context__):
         frames = [] if one is None else [frame for frame, _ in walk_tb(one.__traceback__)]
         names = [f.f_globals.get("__name__") or "" for f in frames if f.f_code.co_name == "<module>"]
@@ -52,7 +52,7 @@ def _loading(error: BaseException) -> str | None:
 
 
 def _in_words(error: Exception) -> EngineError:
-    """A library that is not there, no memory, no thread, or what the system says of a path; raises anything else."""
+    """An `EngineError` for a missing library, memory or thread, or a system error of a path; raises anything else."""
     if isinstance(error, MemoryError) or str(error) == "can't start new thread":
         memory = isinstance(error, MemoryError)
         what, limit = ("is not enough memory", "-v") if memory else ("are no more threads", "-u")
@@ -78,7 +78,7 @@ def _in_words(error: Exception) -> EngineError:
         try:
             os.getcwd()
         except FileNotFoundError:
-            return EngineError("E001", "the current folder is not there any more", fix="Go to one that is, by `cd`.")
+            return EngineError("E001", "the current folder is not there any more", fix="Change to one that does.")
         raise error
     place = Place(os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename))
     return EngineError(
@@ -87,9 +87,9 @@ def _in_words(error: Exception) -> EngineError:
 
 
 def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..., None]:
-    """Give a command `--json` and `--no-color`, and render the errors it meets.
+    """Give a command `--json` and `--no-color`, and render its errors.
 
-    Exit code 2 for arguments that cannot be used as given, else 1.
+    The exit code of an error is 2 for unusable arguments (E0xx), else 1.
     """
 
     @click.option("--json", "as_json", is_flag=True, help="Print the result, or the errors, as JSON.")
@@ -106,7 +106,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
             check_together(ctx)
             with waiting:
                 command(as_json, *args, **kwargs)
-        except Exception as raised:  # what is none of those that are told goes on as it is
+        except Exception as raised:  # other errors are raised again
             if isinstance(raised, click.ClickException | click.Abort | click.exceptions.Exit):
                 raise
             error = raised if isinstance(raised, EngineError) else _in_words(raised)
@@ -130,11 +130,11 @@ _DECLARED = {one.name: one for kind in (Request, Running) for one in fields(kind
 
 
 def asks(*names: str, required: Sequence[str] = (), **helps: str) -> Callable[[Command], Command]:
-    """Options of a command, in this order: fields of `Request` or `Running` as these declare them.
+    """Options of a command, in this order: fields of `Request` or `Running`, which declare them.
 
     Args:
-        required: those that must be given.
-        helps: other words for what a field is to this command; it has no default there.
+        required: options that must be given.
+        helps: other help texts for this command; these options have no default.
     """
     return group(*(_option(_DECLARED[name], name in required, helps.get(name)) for name in names))
 
@@ -174,7 +174,7 @@ def given(ctx: click.Context) -> dict[str, str]:
     return {name: flag for name, flag in params if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT}
 
 
-# Command and option → those of which one must be given with it: alone it would have no effect.
+# Command and option → options of which one must be given too, as it has no effect alone.
 _TOGETHER = {
     **{(command, "parts"): ("--executor",) for command in ("run", "reverse", "reshard")},
     **{(command, "overwrite"): ("--out",) for command in ("plan", "new")},
@@ -195,7 +195,7 @@ def check_together(ctx: click.Context) -> None:
 
 
 def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: bool = False) -> str:
-    """The mapping that was given, else the only one that fits, which is told; E003 where none or several fit."""
+    """The given mapping, else the only one that fits, which is reported; E003 if none or several fit."""
     if mapping is not None:
         return mapping
 
@@ -206,11 +206,11 @@ def chosen(mapping: str | None, src: str, config: str | None = None, *, quiet: b
 
 
 EXPLAINED = ("mapping", "src", "config", "settings", "dtype")
-SAVED = (*EXPLAINED, "max_shard_size", "strict")  # what a saved plan already says
+SAVED = (*EXPLAINED, "max_shard_size", "strict")  # options that a saved plan contains
 
 
 def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that a job has; a usage error for one that was given and that it has not."""
+    """The options of a job; a usage error for a given option that the job does not have."""
     takes = JOBS[job].takes.__annotations__
     for name, flag in given(ctx).items():
         if name in options and name not in takes:
@@ -230,7 +230,7 @@ def group(*options: Callable[[Command], Command]) -> Callable[[Command], Command
 
 
 QUIET = click.option("--quiet", "-q", is_flag=True, help="Print only errors.")
-# Numbers of ranks of the dimensions that have options of their own.
+# Numbers of ranks of the dimensions that have their own options.
 RANK_FLAGS = group(
     *(click.option(f"--{name}", type=COUNT, metavar="N", help=told) for name, told in RANK_OPTIONS.items())
 )
@@ -240,13 +240,13 @@ CUT = group(
     RANK_FLAGS,
     asks("ranks", "chunks", "mode", "like", "config", "settings", "dtype"),
 )
-# What the commands share that write a checkpoint.
+# Shared options of the commands that write a checkpoint.
 WRITING = group(
     asks("overwrite", "resume", "workers", "max_memory", "digests", "check_source", "executor", "parts"),
     click.option("--log-file", metavar="FILE", help="Append one JSON line per event to this file."),
     QUIET,
 )
-# What `verify` can compare an output with besides its manifest.
+# What `verify` can compare an output with, besides its manifest.
 VERIFYING = group(
     asks("src", src="The training checkpoint it was made from."),
     asks("mapping", "config", "settings", mapping="Compare tensors with what this mapping makes of --src."),

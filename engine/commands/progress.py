@@ -1,6 +1,6 @@
-"""What a command tells while it works: progress of whatever takes over a second, and a log for machines.
+"""What a command reports while it works: progress if it takes over a second, and a log for machines.
 
-Progress is live on a terminal, else plain lines; a log is one JSON line per event, without tensor contents.
+Progress is live on a terminal, else plain lines. A log has one JSON line per event, without tensor contents.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ if TYPE_CHECKING:
     from engine.run.meter import Listener, Progress
 
 _SILENT = 1.0  # seconds before anything is shown
-_START = b'{"event": "'  # of a log
+_START = b'{"event": "'  # every log starts so
 _HOW = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _EVERY = 5.0  # seconds between a log's events of progress
 
 
 class InWords:
-    """Progress in words, with the rate of the phase that is on.
+    """Progress in words, with the rate of the current phase.
 
     >>> from engine.run.meter import Progress
     >>> now = [0.0]
@@ -70,8 +70,8 @@ def progress(*, show: bool, doing: str = "planning", also: Listener | None = Non
     """A listener for a long piece of work.
 
     Args:
-        doing: what is done before the first report.
-        also: another listener that is told the same.
+        doing: the phase before the first report.
+        also: another listener for the same reports.
     """
     if not show:
         yield also
@@ -95,7 +95,7 @@ def _both(one: Listener, other: Listener | None) -> Listener:
 
 
 class Live:
-    """A line at the foot of the terminal, shown after a second and gone when the work ends."""
+    """A line at the bottom of the terminal, shown after a second and removed when the work ends."""
 
     def __init__(self, doing: str) -> None:
         self._doing, self._no_color = doing, click.get_current_context().color is False
@@ -142,7 +142,7 @@ class Live:
 
 @contextmanager
 def live(doing: str) -> Iterator[Live]:
-    """Show that something goes on, until it ends or something is printed; rich is only loaded where it is shown."""
+    """Show that work goes on, until it ends or something is printed; rich is loaded only if this is shown."""
     clear_progress()
     shown = click.get_current_context().meta[LIVE] = Live(doing)
     try:
@@ -152,7 +152,7 @@ def live(doing: str) -> Iterator[Live]:
 
 
 def plain_progress(write: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Listener:
-    """A line at every tenth of the way and for every phase, and after five seconds without one; none at first."""
+    """A listener that writes a line for every 10 % and every phase, and after five seconds without one."""
     told = InWords(clock)
     started = last = clock()
     reached: tuple[str, int] = ("", 0)
@@ -178,7 +178,7 @@ class Log:
             self._file = os.open(given_path(path, "the log"), _HOW, 0o666)
             if stat.S_ISREG(os.fstat(self._file).st_mode) and not is_log(os.pread(self._file, len(_START), 0)):
                 os.close(self._file)
-                raise exists(Path(path), "Choose another --log-file.", "a file that is no log of the engine")
+                raise exists(Path(path), "Choose another --log-file.", "a file that is not a log of the engine")
         except OSError as error:
             raise self._failed(error) from error
         self._clock = clock
@@ -203,7 +203,7 @@ class Log:
         )
 
     def progress(self, state: Progress) -> None:
-        """Bytes moved, now and then and at the end."""
+        """Log the bytes moved, every few seconds and at the end."""
         now = self._clock()
         if now - self._told >= _EVERY or state.done == state.total:
             self._told = now
@@ -214,13 +214,13 @@ class Log:
 
 
 def is_log(start: bytes) -> bool:
-    """Whether a file of these first bytes is empty, or was written as a log."""
+    """Whether a file that starts with these bytes is empty or a log."""
     return start[: len(_START)] in (b"", _START)
 
 
 @contextmanager
 def logged(path: str | None, command: str, asked: Mapping[str, Any]) -> Iterator[Log | None]:
-    """A log around one command: `started`, then `failed` or `interrupted` when it does not end well."""
+    """A log around one command: `started`, then `failed` or `interrupted` if it does not succeed."""
     if path is None:
         yield None
         return
@@ -229,7 +229,7 @@ def logged(path: str | None, command: str, asked: Mapping[str, Any]) -> Iterator
         log.event("started", command=command, **{name: value for name, value in asked.items() if value is not None})
         yield log
     except EngineError as error:
-        with suppress(EngineError):  # the first error tells more than a log that cannot be written
+        with suppress(EngineError):  # the first error matters more than that of the log
             log.event("failed", errors=[one.as_dict() for one in error.errors])
         raise
     except BaseException as error:

@@ -1,4 +1,4 @@
-"""Commands for who writes and reviews mappings; none needs a checkpoint but `new`."""
+"""Commands for writing and reviewing mappings; only `new` needs a checkpoint."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
 @click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...", shell_complete=mapping_names)
 @click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
 @click.option(
-    "--mutants", is_flag=True, help="Also change the mapping in one place at a time, and say which check notices."
+    "--mutants", is_flag=True, help="Also change the mapping in one place at a time, and say which check detects it."
 )
 @click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
               help="First write the current meaning of each mapping, to commit beside it.")  # fmt: skip

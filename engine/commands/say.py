@@ -1,4 +1,4 @@
-"""Everything that a command prints goes through here."""
+"""All printing of commands."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import click
 from engine.errors import visible
 from engine.show.text import Styled, as_json, fit, terminal_width
 
-_STYLE = re.compile(r"(\x1b\[[0-9;]*m)")  # what `click.style` writes, and nothing else of a terminal's
+_STYLE = re.compile(r"(\x1b\[[0-9;]*m)")  # the escapes of `click.style`, and no others
 
 
-LIVE = "engine.live"  # where a command's context holds the progress that is on the terminal
+LIVE = "engine.live"  # key of a command's context for the progress on the terminal
 
 
 def clear_progress() -> None:
-    """Take progress off the terminal, where something is to be printed."""
+    """Remove progress from the terminal before something is printed."""
     context = click.get_current_context(silent=True)
     shown = None if context is None else context.meta.pop(LIVE, None)
     if shown is not None:
@@ -25,7 +25,7 @@ def clear_progress() -> None:
 
 
 def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> None:
-    """Print text that cannot steer the terminal: what is not a line's end or a style of ours is shown as an escape.
+    """Print text that cannot control the terminal: control characters other than line ends and own styles are escaped.
 
     Lines are fitted to the terminal, unless they are `raw`: JSON, YAML, a script.
     """
@@ -37,7 +37,7 @@ def say(text: str, *, err: bool = False, nl: bool = True, raw: bool = False) -> 
 
 
 def answer(json: bool, data: object, text: Callable[[], str], *, quiet: bool = False) -> None:
-    """Print the result of a command: its data with `--json`, else its text, unless that is not wanted."""
+    """Print the result of a command: its data with `json`, else its text, unless `quiet`."""
     if json:
         say(as_json(data), raw=True)
     elif not quiet:

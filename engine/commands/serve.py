@@ -78,7 +78,7 @@ def serve(
             say(f"serving {visible(served)}\n  HF_ENDPOINT={server.url}\nCtrl-C ends it", err=True)
         if log is not None:
             log.event("serving", url=server.url)
-        with suppress(KeyboardInterrupt):  # which is how it ends
+        with suppress(KeyboardInterrupt):  # the way to stop it
             server.run()
         if log is not None:
             log.event("finished")
@@ -100,7 +100,7 @@ def _token(file: str | None) -> str | None:
     if file is None:
         return os.environ.get(_TOKEN) or None
     try:
-        with open(file, "rb") as opened:  # which may be a pipe of a program that keeps secrets
+        with open(file, "rb") as opened:  # it may be a pipe from a secret store
             raw = opened.read(_LONGEST + 1)
     except OSError as error:
         raise EngineError(

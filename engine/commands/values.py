@@ -1,4 +1,4 @@
-"""Values on the command line: what text is read as which, and which is wrong usage; and how stores are reached."""
+"""Values on the command line: parsing, usage errors, and options for stores."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def parse_value(text: str) -> int | float | bool | str:
 
 
 def parse_pair(text: str, like: str = "region=eu-west-1") -> tuple[str, str]:
-    """The name and the value of `--store-option`, as they are: a key may look like a number."""
+    """The name and the value of `--store-option`, both as text: a key may look like a number."""
     name, equals, value = (part.strip() for part in text.partition("="))
     if not equals or not name:
         raise ValueError(f"`{text}` has no name and value; write it like {like}")
@@ -78,14 +78,14 @@ def parse_workers(text: str) -> int | None:
 
 
 def parse_count(text: str) -> int:
-    """A number of ranks, chunks or parts: from one up to far more than anybody has."""
+    """A number of ranks, chunks or parts, from 1 to a limit beyond any real use."""
     if re.fullmatch(r"[0-9]{1,9}", text) and 1 <= int(text) <= _MOST:
         return int(text)
     raise ValueError(f"{text[:80]!r} is not a whole number from 1 to {_MOST:,}")
 
 
 class Parsed(ParamType[Any]):
-    """A value that a function reads; the ValueError that it raises is wrong usage."""
+    """A value that a function parses; its ValueError becomes a usage error."""
 
     def __init__(self, name: str, parse: Callable[[str], Any], known: Sequence[str] = ()) -> None:
         self.name, self._parse, self._known = name, parse, known
@@ -107,7 +107,7 @@ WORKERS, DTYPE = Parsed("auto|n", parse_workers), Parsed("|".join(DTYPES), dtype
 
 
 def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """Collect `--set`; a name given twice is a mistake that the last one should not hide."""
+    """Collect `--set`; a usage error for a name that is given twice."""
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -132,7 +132,7 @@ def add_store_options(command: click.Command) -> None:
 
 
 def check_reaching(ctx: click.Context, given: Mapping[str, str]) -> None:
-    """A usage error for an option of stores where no path that was given, or that a saved plan holds, is a URL."""
+    """A usage error for options of stores if no given path, nor one in a saved plan, is a URL."""
     flag = given.get("store_option") or given.get("window")
     if flag is None:
         return
@@ -145,7 +145,7 @@ def check_reaching(ctx: click.Context, given: Mapping[str, str]) -> None:
     for value in ctx.params.values():
         places += value if isinstance(value, tuple) else [value]
     if not any(is_url(one) for one in places if isinstance(one, str)):
-        raise click.UsageError(f"{flag} has no effect without a URL: all that is given lies in folders", ctx)
+        raise click.UsageError(f"{flag} has no effect without a URL: all given paths are local", ctx)
 
 
 def _reach(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]) -> None:

@@ -107,7 +107,7 @@ def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str
         if error.code != "E304" or isinstance(where, File):
             raise
         if planned is None:
-            error.fix = f"{error.fix} A training checkpoint is compared by what a mapping makes of it: give --mapping."
+            error.fix = f"{error.fix} A training checkpoint is compared as a mapping converts it: give --mapping."
             raise
         plan, small = planned()
         return Side(plan, plan.config, small)
@@ -121,7 +121,7 @@ def compare_sides(
     differences: tuple[Difference, ...] = ()
     unchecked: list[str] = []
     if out.small is None or ref.small is None:
-        unchecked.append("only tensors were compared: a weights file was given, and not its folder")
+        unchecked.append("only tensors were compared: a weights file was given, not its folder")
     else:
         small = [dict(out.small), dict(ref.small)]
         for one, other, training in ((0, 1, out.training), (1, 0, ref.training)):
@@ -138,7 +138,7 @@ def compare_sides(
 
 
 def _without_effect(one: Difference) -> Difference:
-    """A head that is tied on one side and stored, equal to the embedding, on the other is the same function."""
+    """Without an effect if the head is tied on one side, and stored equal to the embedding on the other."""
     if one.what != "tie_word_embeddings":
         return one
-    return replace(one, grade="told", effect="the head that is stored equals the embedding, so nothing changes")
+    return replace(one, grade="told", effect="the stored head equals the embedding, so nothing changes")

@@ -95,7 +95,11 @@ def _counted(what: str, numbers: set[int]) -> str:
     return f"{what}s {{{fold(list(numbers))}}}" if len(numbers) > 1 else f"{what} {min(numbers)}"
 
 
-_WHOLE = ("rotary pairs in every head",)  # said by the sentence itself
+def _equal(names: Sequence[str]) -> str:
+    return "equals" if len({leaf(name) for name in names}) == 1 else "equal"
+
+
+_WHOLE = ("rotary pairs in every head",)  # the sentence itself says it
 
 
 def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -107,7 +111,7 @@ def _rotary(verdicts: Sequence[Verdict]) -> Iterator[str]:
         permuted = [verdict for verdict in verdicts if verdict.kind == "permuted" and verdict.rotary == rotary]
         notes = grouped(("" if one.note in _WHOLE else f" ({one.note})", one.name) for one in permuted)
         for note, names in notes.items():
-            yield f"{_leaves(names)}{_layers(names)} equal the reference {said}{note}"
+            yield f"{_leaves(names)}{_layers(names)} {_equal(names)} the reference {said}{note}"
 
 
 def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
@@ -152,7 +156,7 @@ def _swaps(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
 
 def _orders(at: int, moved: Sequence[Verdict], verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Layers in another order, where `at` is 0, or experts of layers; whatever moves alike is said once."""
+    """Layers (`at` 0) or experts of layers in another order; tensors that move alike are described once."""
     orders: dict[tuple[int, ...], dict[int, int]] = {}
     for one in moved:
         here, there = numbers_in(one.name), numbers_in(one.other or "")
@@ -181,7 +185,7 @@ def _alone(names: Sequence[str], alike: Sequence[str], at: int) -> str:
 
 
 def _besides(verdict: Verdict) -> str:
-    """What else became of a tensor that is another one's."""
+    """How else a tensor differs that is another one of the reference."""
     more = verdict.note.partition(" of the reference, ")[2]
     return more + (f": `rotary` should be {'the other choice' if verdict.rotary == 'other' else f'`{verdict.rotary}`'}"
                    if verdict.rotary else "")  # fmt: skip
@@ -201,7 +205,7 @@ def _casts(verdicts: Sequence[Verdict]) -> Iterator[str]:
         yield f"{count} {what} {one} here and {two} in the reference, equal after casting"
 
 
-# What else a relation means, where more can be said than that it is so.
+# What a relation means for the model.
 _MEANS = {
     "padded": "the vocabulary is padded on one side",
     "truncated": "what was cut off is lost",
@@ -210,14 +214,14 @@ _ROWS_OF_TOKENS = ("embed_tokens", "lm_head", "tok_embeddings", "output")
 
 
 def _others(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Relations alike in several tensors, once."""
+    """Other relations; equal ones of several tensors are described once."""
     elsewhere = ("equal", "cast", "swapped", "copied", "shape", "missing", "extra")
     others = [v for v in verdicts if v.kind not in elsewhere and v.note and not (v.kind == "permuted" and v.rotary)]
     for (kind, _), group in grouped(((v.kind, without_numbers(v.note)), v) for v in others).items():
         names = [v.name for v in group]
         means = _MEANS.get(kind, "")
         if kind == "transposed" and all(v.note == "rows are columns" for v in group):
-            yield f"{_leaves(names)}{_layers(names)} equal the reference after transposing"
+            yield f"{_leaves(names)}{_layers(names)} {_equal(names)} the reference after transposing"
             continue
         if kind == "permuted" and all(leaf(name) in _ROWS_OF_TOKENS for name in names):
             means = "is the tokenizer's vocabulary the same?"

@@ -41,7 +41,7 @@ class Difference:
 
 @cache
 def _effects() -> dict[str, tuple[str, Grade]]:
-    """The last part of a key → what another value does."""
+    """The last part of a key → the effect of another value, and its grade."""
     loaded: dict[Grade, dict[str, str]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
     return {key: (effect, grade) for grade, effects in loaded.items() for key, effect in effects.items()}
 

@@ -70,7 +70,7 @@ def compare_settings(
     for name in sorted(name for name in ours.keys() | theirs.keys() if name.endswith(".py")):
         if ours.get(name) != theirs.get(name):
             effect = "with trust_remote_code, different code runs the weights"
-            found.append(Difference("code", name, *_presence(ours, theirs, name, "another content"), effect))
+            found.append(Difference("code", name, *_presence(ours, theirs, name, "different content"), effect))
     return tuple(found)
 
 
@@ -91,7 +91,7 @@ _OWN_WORDS = ("chat_template", "model_max_length", "tokenizer_class", "added_tok
 def _for_other_programs(
     part: str, file: str, one: Mapping[str, Any], two: Mapping[str, Any], found: Sequence[Difference]
 ) -> list[Difference]:
-    """Keys of a file that differ though what transformers makes of it does not: another place or program reads them.
+    """Keys of a file that differ only for other programs or versions: transformers reads the file alike.
 
     Args:
         found: differences that are reported already.
@@ -126,7 +126,7 @@ def _lost(one: Mapping[str, Any], two: Mapping[str, Any]) -> set[str]:
 
 
 def _added_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Difference]:
-    """The tokens that both sides name in tokenizer_config.json under another id, or of which one alone is special."""
+    """Tokens of tokenizer_config.json with another id, or ids with another text or that are special on one side."""
     (here, here_at), (there, there_at) = (_named_tokens(side.get("added_tokens_decoder")) for side in (one, two))
     lost = sorted(there_at[token] for token in there_at.keys() - here_at.keys() if there[there_at[token]]["special"])
     moved = sorted(token for token in here_at.keys() & there_at.keys() if here_at[token] != there_at[token])
@@ -145,7 +145,7 @@ def _added_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Differ
 
 
 def _named_tokens(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """Id → text and whether it is special; and text → id."""
+    """Id → text and whether the token is special; and text → id."""
     tokens = {k: v for k, v in listed.items() if isinstance(v, dict)} if isinstance(listed, dict) else {}
     said = {
         number: {"content": str(one.get("content")), "special": bool(one.get("special"))}
@@ -193,5 +193,5 @@ def _generating(key: str) -> tuple[str, Grade]:
     if key.endswith("_token_id"):
         return effect_of(key)
     if key in ("use_cache", "cache_implementation", "return_dict_in_generate") or key.startswith("output_"):
-        return "only speed, or what is returned besides, changes", "told"
+        return "only speed or additional results change", "told"
     return "generate() gives different text", "function"

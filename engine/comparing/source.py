@@ -89,12 +89,12 @@ class AgainstSource:
     def summary(self) -> str:
         """One line about what was compared."""
         wrong = len(self.differing) + self.more + len(self.extra)
-        told = f"{wrong} tensors are not what the source gives" if wrong else "as the source gives them"
-        return f"{self.tensors} tensors against the source ({self.sample or 'every element'}): {told}"
+        told = f"{wrong} tensors are not what the source gives" if wrong else "all as the source gives them"
+        return f"{self.tensors} tensors compared with the source ({self.sample or 'every element'}): {told}"
 
 
 def source_bytes(plan: Plan, sample: float) -> int:
-    """The bytes that `verify_source` will advance its meter by."""
+    """The number of bytes by which `verify_source` advances its meter."""
     return plan.nbytes + (replica_bytes(plan) if sample == 1 else 0)
 
 
@@ -103,7 +103,7 @@ def verify_source(plan: Plan, folder: Store, sample: float, meter: Meter) -> Aga
 
     Args:
         sample: the share of each tensor's blocks to compare. If all are, replicas are compared too.
-        meter: advances by `source_bytes` in all.
+        meter: advances by `source_bytes` in total.
 
     Raises:
         EngineError: E2xx and E3xx when either side cannot be read, E402 when replicas differ.

@@ -27,7 +27,7 @@ def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
     found: list[Difference] = []
     for name in sorted(one.keys() | two.keys()):
         called = "the template" if name == "default" else f"template `{name}`"
-        if name in (_SETTINGS, _JSON):  # where it is that of all places, it stands once
+        if name in (_SETTINGS, _JSON):  # the other side may have this template only as the default
             one, two = ({name: side["default"], **side} if "default" in side else side for side in (one, two))
         if name not in one or name not in two:
             told = both(lambda side: "there" if side is not None else "absent", one.get(name), two.get(name))
@@ -55,7 +55,7 @@ def _rendered(
         yield Difference("chat template", f"what {called} reads", *told, "prompts differ where a program gives it")
         return
     if not unlike:
-        effect = f"it renders {len(conversations)} conversations alike all the same"
+        effect = f"all {len(conversations)} conversations that were tried are rendered alike"
         yield Difference("chat template", called, "other text", "its own", effect, "told")
         return
     name, here, there = unlike[0]
@@ -81,7 +81,7 @@ def _read_by(template: str) -> frozenset[str]:
 
 
 def _templates(files: Files) -> dict[str, str]:
-    """A folder's templates by name, as transformers finds them; by file name, one that other programs use instead."""
+    """A folder's templates by name, as transformers finds them, and by file name one that only other programs use."""
     templates: dict[str, str] = {}
     if _TEMPLATE in files:
         templates["default"] = files[_TEMPLATE].decode("utf-8", "replace")
@@ -104,7 +104,7 @@ def _settings(files: Files, name: str) -> dict[str, Any]:
 
 
 def _named(files: Files) -> dict[str, Any]:
-    """Special tokens, which templates write."""
+    """Special tokens by name, for templates that write them."""
     settings = _settings(files, "special_tokens_map.json") | _settings(files, _SETTINGS)
     return {name: token.get("content") if isinstance(token, dict) else token
             for name in TOKENS if (token := settings.get(name)) is not None}  # fmt: skip

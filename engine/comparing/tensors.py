@@ -32,7 +32,7 @@ class Verdict:
         other: the tensor of another name that it equals instead, if any.
         note: details, for people.
         rotary: for a permuted tensor, the choice of `rotary` that would have been right; `other`
-            where head_dim 4 does not tell the two apart.
+            if head_dim is 4, for which both choices look alike.
         count, largest, first: number of differing elements, largest absolute deviation, index of the first.
     """
 
@@ -114,7 +114,7 @@ class _Comparer:
         self.found[name] = Verdict(name, kind, *sides, **more)
 
     def _pair(self, name: str, one: View) -> None:
-        """Judge a tensor that is equal on both sides; no verdict yet if it differs."""
+        """Add the verdict of a tensor that is equal on both sides; one that differs is related later."""
         two, item, done = self.ref.get(name), ITEM_SIZES[one.dtype], 0
 
         def advance(elements: int) -> None:
@@ -127,7 +127,7 @@ class _Comparer:
         self.advance((one.elements - done) * item)
 
     def _tied(self, name: str) -> None:
-        """A head that only one side stores is no difference if the other side's config ties it."""
+        """A head that only one side stores is equal if the other side's configuration ties it."""
         side, config = (self.out, self.configs[1]) if name in self.out else (self.ref, self.configs[0])
         if name.split(".")[-2:-1] not in (["lm_head"], ["output"]) or config.get("tie_word_embeddings") is not True:
             return
@@ -139,7 +139,7 @@ class _Comparer:
                 return
 
     def _relate(self) -> None:
-        """Find what each tensor holds that does not equal its counterpart."""
+        """Find out how each tensor that differs from its counterpart was derived."""
         left = [name for name in self.out if name not in self.found]
         first = [name for name in self.ref if name not in self.found]
         search = Search(Sides(self.tensors, self.out, self.ref, geometry_of(self.configs)))
@@ -157,7 +157,7 @@ class _Comparer:
         one, two = self.out[name], self.ref.get(name)
         if relation is not None and relation.kind == "other" and relation.other is not None:
             back = all_of.get(relation.other)
-            gone = back is not None and back.kind == "other"  # its own place holds another tensor's content too
+            gone = back is not None and back.kind == "other"  # its place also holds another tensor's content
             kind: Kind = "extra" if two is None else "swapped" if gone else "copied"
             words = f", {relation.words}" if relation.words else ""
             note = f"equals {relation.other} of the reference{words}"
@@ -171,7 +171,7 @@ class _Comparer:
                 self._measure(name, one, two, search)
 
     def _measure(self, name: str, one: View, two: View, search: Search) -> None:
-        """The number of differing elements, the deviation, and the first."""
+        """Add the number of differing elements, the largest deviation and the first index to a verdict."""
         import numpy as np
 
         here, there, told = as_matrix(one), as_matrix(two), search.changes.get(name)
@@ -187,7 +187,7 @@ class _Comparer:
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
-    """Layer 10 after layer 9.
+    """A sort key that puts layer 10 after layer 9.
 
     >>> sorted(["h.10.w", "h.9.w", "a"], key=_natural)
     ['a', 'h.9.w', 'h.10.w']

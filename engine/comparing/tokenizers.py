@@ -21,7 +21,7 @@ from engine.oracle.load_model import quiet
 from engine.planning.config_keys import shown
 
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-_FEWEST = 2  # tokens of a vocabulary that was read
+_FEWEST = 2  # tokens; a smaller vocabulary was not read
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,12 @@ class Tokenizer:
     """The functions of a tokenizer, and its settings.
 
     Attributes:
-        spoken: ids as text without special tokens.
-        pair: two texts as one sequence.
+        spoken: ids → text without special tokens.
+        pair: two texts → the ids of one sequence.
         added: tokens that were added to the vocabulary.
         named: special tokens by purpose.
-        other: settings that change batches or text, by name.
-        whole: whether special tokens are added around text as they are for users of the model.
+        other: settings that affect batches or text, by name.
+        whole: whether it adds special tokens around text as it does for users of the model.
     """
 
     encode: Callable[[str, bool], list[int]]
@@ -49,12 +49,12 @@ class Tokenizer:
 
 
 def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
-    """A tokenizer from copies of its files; or why it cannot be loaded."""
+    """A tokenizer from copies of its files, or the reason why it cannot be loaded."""
     folder.mkdir()
     for name, data in files.items():
         (folder / name).write_bytes(_without_code(name, data))
     why = ""
-    # beside tokenizer.json nothing reads tokenizer.model in its place
+    # with tokenizer.json, nothing reads tokenizer.model instead
     for load in (_by_transformers, _by_tokenizers if MODELS[0] in files else _by_sentencepiece):
         try:
             with panics_caught():
@@ -92,7 +92,7 @@ def _by_transformers(folder: Path) -> Tokenizer:
     named = {name: getattr(loaded, name, None) for name in TOKENS}
     named = {name: None if token is None else str(token) for name, token in named.items()}
     more = sorted({*map(str, loaded.all_special_tokens)}.difference(named.values()))
-    whole = getattr(loaded, "backend_tokenizer", None)  # what programs do that use it without transformers
+    whole = getattr(loaded, "backend_tokenizer", None)  # as programs without transformers use it
     other = {name: getattr(whole, name, None) for name in ("truncation", "padding")}
     other |= {name: getattr(loaded, name, None) for name in ("padding_side", "truncation_side", "model_max_length")}
     return Tokenizer(
@@ -161,7 +161,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
             with panics_caught():
                 found = list(_tokenizers(one, two, merges)) or list(_alone(ours, theirs, Path(made), merges))
         except Exception as error:  # a text may make these libraries raise anything
-            why = f"one of both fails on a text: {' '.join(str(error).split())[:160]}"
+            why = f"one of the two fails on a text: {' '.join(str(error).split())[:160]}"
             return [Difference("tokenizer", "a tokenizer", why, why, "its ids could not be compared")]
     unlike = [keys_of(name, ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)]
     if not found and any(unlike):
@@ -171,14 +171,14 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
 
 
 def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Iterator[Difference]:
-    """What differs where one file alone is read: transformers puts what other files say of tokens over
-    `tokenizer.json`, and does not read `tokenizer.model` beside it."""
+    """Differences for programs that read one file alone. transformers overrides `tokenizer.json` with tokens of
+    other files, and does not read `tokenizer.model` beside it."""
     for name, load in zip(MODELS[:2], (_by_tokenizers, _by_sentencepiece), strict=True):
         texts = [files.get(name) for files in (ours, theirs)]
         if None not in texts and texts[0] != texts[1]:
             with suppress(Exception), panics_caught():  # whatever the files make the library raise
                 for one in _tokenizers(load(made / "0"), load(made / "1"), merges):
-                    yield replace(one, what=f"{one.what}, where {name} alone is read")
+                    yield replace(one, what=f"{one.what}, if {name} alone is read")
 
 
 def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
@@ -207,26 +207,26 @@ def _vocabularies(one: Tokenizer, two: Tokenizer) -> Iterator[Difference]:
     if moved:
         more = f" and {len(moved) - 1} more tokens" if len(moved) > 1 else ""
         told = both(lambda side: str(side.vocabulary[moved[0]]), one, two)
-        effect = "the model reads other tokens than it was trained on"
+        effect = "the model reads different tokens than in training"
         yield Difference("tokenizer", f"the id of {shown(moved[0])}{more}", *told, effect)
     names = [{number: token for token, number in side.vocabulary.items()} for side in (one, two)]
     alone = (one.vocabulary.keys() ^ two.vocabulary.keys()).issuperset
     if other := [i for i in names[0] if i in names[1] and alone((names[0][i], names[1][i]))]:
         more = f" and {len(other) - 1} more ids" if len(other) > 1 else ""
         told = both(lambda side: shown(side[other[0]]), *names)
-        yield Difference("tokenizer", f"the token of id {other[0]}{more}", *told, "text is written otherwise")
+        yield Difference("tokenizer", f"the token of id {other[0]}{more}", *told, "ids are decoded to different text")
     ids = [one.vocabulary[token] for token in one.added if token in one.vocabulary and token in two.vocabulary]
     if one.spoken is not None and two.spoken is not None:
         for number in ids:
             here, there = one.spoken([number]), two.spoken([number])
             if here != there:
-                effect = "it is left out of text on one side only, as a special token is"
+                effect = "it is left out of text on one side only, like a special token"
                 yield Difference("tokenizer", f"the text of id {number}", shown(here), shown(there), effect)
                 break
     if one.pair is not None and two.pair is not None and one.encode("a", True) == two.encode("a", True):
         pairs = one.pair("one text", "and another"), two.pair("one text", "and another")
         if pairs[0] != pairs[1]:
-            effect = "pairs of texts are joined otherwise"
+            effect = "pairs of texts are joined differently"
             yield Difference("tokenizer", "the ids of two texts together", str(pairs[0][:8]), str(pairs[1][:8]), effect)
 
 
@@ -273,11 +273,11 @@ _EFFECTS = {
 
 
 def _texts(names: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
-    """Texts of many kinds, the names of special tokens inside text, and joins of a vocabulary's own pieces.
+    """Texts of many kinds, names of special tokens inside text, and joined pieces of a vocabulary.
 
     Args:
-        names: of special tokens, of both sides.
-        pieces: a vocabulary.
+        names: special tokens of both sides.
+        pieces: the tokens of a vocabulary.
     """
     yield from yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
     for name in names:

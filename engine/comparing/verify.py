@@ -121,7 +121,7 @@ def verify_output(
         problems, unchecked = _settings(folder, plan, small)
         told, other = ([], []) if known is None else _making(known, plan)
         found = found.and_also(*against.problems, *problems, *told, unchecked=[*unchecked, *other], source=against)
-    meter.finish()  # files are counted whole, their headers are not read again
+    meter.finish()  # headers count as done: they are not read again
     if load:
         from engine.oracle.load_model import load_model
 
@@ -168,9 +168,7 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
     found, nbytes, read, problems = read_contents(folder, data, advance, look)
     problems += check_index(folder, tensors)
     if not data["files"] and not any(str(entry.get("file")) + ":" in name for name, entry in tensors.items()):
-        problems.append(
-            "the manifest names no file beside the weights, such as the configuration: nothing checked them"
-        )
+        problems.append("the manifest names no file beside the weights, such as the configuration, so none was checked")
     files = {*data["files"], *(str(entry.get("file")) for entry in tensors.values())}
     strangers, unchecked = extra_files(folder, files)
     total = content_id(found) if found and read == len(found) else ""
@@ -216,7 +214,7 @@ def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]
     made = making(plan)
     if known["sources"] != made["sources"]:
         unlike = [name for name, _, _ in changed(known["sources"], made["sources"])]
-        return [], [f"{NAME}: {listed('what it says of its making: it was made from other files', unlike)}"]
+        return [], [f"{NAME}: {listed('how it was made was not checked: it was made from other files', unlike)}"]
     same_mapping = any(known["mapping"][key] == as_data(made["mapping"][key]) for key in ("digest", "resolved"))
     then, now = (
         {
@@ -236,8 +234,8 @@ def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:
     """E001 for arguments that do not fit together."""
     wrong = (
         ((mapping or logits) and not src, "there is nothing to compare with", "Give the training checkpoint: --src."),
-        (src and not (mapping or logits), "the source alone says nothing", "Give --mapping, or --logits, or both."),
-        (sample and not mapping, "a sample is of tensors compared with the source", "Give --src and --mapping too."),
+        (src and not (mapping or logits), "the source alone is not enough", "Give --mapping, or --logits, or both."),
+        (sample and not mapping, "a sample is for comparing tensors with the source", "Give --src and --mapping too."),
     )
     for found, message, fix in wrong:
         if found:

@@ -1,4 +1,4 @@
-"""What each error and lint code means: the pages of `docs/codes`."""
+"""The meaning of each error and lint code, from the pages of `docs/codes`."""
 
 from __future__ import annotations
 

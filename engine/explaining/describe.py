@@ -29,7 +29,7 @@ def fold(numbers: Sequence[int]) -> str:
 
 
 def folded(text: str, values: Sequence[Mapping[str, int]]) -> str:
-    """A name pattern with the values of its placeholders filled in, as `model.layers.{0…31}`."""
+    """A name pattern with the values of its placeholders, such as `model.layers.{0…31}`."""
     for placeholder in pattern(text).placeholders:
         text = text.replace(f"{{{placeholder}}}", f"{{{fold([v[placeholder] for v in values])}}}")
     return text

@@ -1,4 +1,4 @@
-"""What a user asks about, `NAME[0:128, :]` or `FILE:NAME[17, 3]`, and the explanation as JSON-ready data."""
+"""The user's question, `NAME[0:128, :]` or `FILE:NAME[17, 3]`, and the explanation as JSON-ready data."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Flow:
 
     Attributes:
         byte_ranges: the first absolute byte ranges in the source's file, the end not included.
-        range_count: how many there are.
+        range_count: their total number.
         replicas: other files that hold the same elements; a run compares them.
     """
 
@@ -150,7 +150,7 @@ def _error(name: str, why: str, text: str) -> EngineError:
 
 
 def unknown_name(name: str, kind: str, known: Iterable[str], *, otherwise: str | None = None) -> EngineError:
-    """E001 for an unknown name, with similar names, or with what to do `otherwise`."""
+    """E001 for an unknown name, with a similar name, else with the fix `otherwise`."""
     near = get_close_matches(name, list(dict.fromkeys(known)), 3)
     suggested = f"Did you mean `{near[0]}`?" if near else "`engine plan` lists the names."
     return EngineError(

@@ -1,7 +1,7 @@
-"""The differences between two meanings, for a reviewer: which tensors come out differently, and which values.
+"""The differences between two meanings, for a reviewer: which tensors and values are different.
 
-Tensors are compared under every combination of variant choices, so that a rule that was split in two by `when`,
-renamed or moved to a family shows only where its result differs.
+Tensors are compared under every combination of variant choices, so a rule that was split in two by `when`,
+renamed or moved to a family shows only if its result differs.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ _ASPECTS = {
     "cut": ("split", "stage", "ranks"),
     "treated": ("own dtype", "optional", "tied to", "written as zeros"),
 }
-_MANY = 4  # of longer lists only additions and removals are shown
+_MANY = 4  # items; of longer lists only additions and removals are shown
 _PARAMS = (".weight", ".bias")
-# Parts of a meaning whose values say what is written, and what is taken and refused.
+# Parts of a meaning whose values say what is written, accepted and refused.
 VALUED = (
     "reading", "writing", "tensors there", "tokenizer", "generation_config.json", "chat", "options", "variants",
     "divided evenly", "ignored", "refused", "keys", "about",
@@ -46,13 +46,13 @@ _Key = tuple[str, ...]  # kind, target, sources before and after
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """A target tensor that comes out differently.
+    """A target tensor that is mapped differently.
 
     Attributes:
         kind: a key of `KINDS`.
-        target: its name pattern; the new one where it was renamed.
-        old, new: where it comes from, for people; None when it is not mapped.
-        when: the choices under which it is so, `rotary=pairs`; empty for all of them.
+        target: its name pattern; the new one if it was renamed.
+        old, new: where it comes from, for people; None if it is not mapped.
+        when: the choices under which it differs, such as `rotary=pairs`; empty for all.
     """
 
     kind: str
@@ -64,13 +64,13 @@ class TensorChange:
 
 @dataclass(frozen=True, slots=True)
 class ValueChange:
-    """A value of a written file that comes out differently.
+    """A value of a written file that is different.
 
     Attributes:
-        file: `config.json`, `tokenizer` and the like.
+        file: `config.json`, `tokenizer` and so on.
         name: the key.
-        given: what is read then, `rope_base: (absent)`; empty for the usual values.
-        others: how many more given configurations it differs for.
+        given: the input that shows it, such as `rope_base: (absent)`; empty for the usual values.
+        others: the number of further inputs that show it.
     """
 
     file: str
@@ -84,7 +84,7 @@ class ValueChange:
 def compare_meanings(
     old: MappingFile | None, new: MappingFile | None
 ) -> tuple[tuple[TensorChange, ...], tuple[ValueChange, ...]]:
-    """Tensors and values that come out differently; None stands for a mapping that does not exist."""
+    """Tensors and values that differ between two mappings; None for a mapping that does not exist."""
     before, after = ({} if one is None else meaning_of(one) for one in (old, new))
     tensors = tensor_changes(before, after, [one for one in (old, new) if one is not None])
     return tensors, () if old is None or new is None else value_changes(before, after)
@@ -94,7 +94,7 @@ def compare_meanings(
 
 
 def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
-    """What is written differently, each key once with the first given configuration that shows it."""
+    """Values that are written differently: each key once, with the first input that shows it."""
     found = grouped(
         (name.partition(" ")[::2] if part in ("reading", "writing") else (part, name), (given, old, new))
         for part in VALUED
@@ -112,7 +112,7 @@ def _told_value(value: Any) -> str | None:
 
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
-    """Key, what is given, and its value on either side, at least where they differ."""
+    """(key, input, value before, value after), including all that differ."""
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
         for name, old, new in changed(*(dict(leaves(one)) for one in both)):
@@ -123,11 +123,11 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
     sides = [one if isinstance(one, Mapping) else {} for one in (before, after)]
     usual = [side.get("gives", {}) for side in sides]
     rows = [side.get("otherwise", {}) for side in sides]
-    # What only one of them reads changes nothing in the other.
+    # Inputs that only one mapping reads leave the other's usual values.
     for given in ["", *dict.fromkeys([*rows[0], *rows[1]])]:
         both = [{**usual[i], **(rows[i].get(given, {}) if given else {})} for i in (0, 1)]
         differ = list(changed(*both))
-        # A size that nothing is written of says how tensors are read.
+        # Sizes are reported only if nothing else differs: they affect how tensors are read.
         for name, old, new in [one for one in differ if not one[0].startswith("size ")] or differ:
             yield name, given, old, new
 
@@ -139,7 +139,7 @@ Route = tuple[dict[str, Any], ...]  # the entries that fill one target
 
 
 def tensor_changes(before: Meaning, after: Meaning, mappings: Sequence[MappingFile]) -> tuple[TensorChange, ...]:
-    """Tensors that come out differently, under the choices of any of the mappings."""
+    """Tensors that are mapped differently, under the choices of any of the mappings."""
     combinations = choices_named(mappings)
     found: dict[_Key, dict[str, list[Mapping[str, str]]]] = {}
     texts: dict[tuple[_Key, str], tuple[str | None, str | None]] = {}
@@ -189,7 +189,7 @@ def _routes(entries: Sequence[dict[str, Any]], choices: Mapping[str, str]) -> di
 def _under(
     before: Mapping[str, Route], after: Mapping[str, Route]
 ) -> Iterator[tuple[str, _Key, tuple[str | None, str | None]]]:
-    """What differs under one combination: the parameter, which stands as `*` in texts, what, and how it was and is."""
+    """The differences under one combination: (parameter, shown as `*` in texts; key; texts before and after)."""
     gone = {target: route for target, route in before.items() if target not in after}
 
     def change(kind: str, target: str, old: Route, new: Route, told: tuple[str | None, str | None]) -> Any:
@@ -229,13 +229,13 @@ def _kind(old: Route, new: Route) -> str | None:
 
 
 def _unlike(old: Mapping[str, Any], new: Mapping[str, Any], names: Sequence[str]) -> bool:
-    """Whether two entries differ; if one is in no plan, it is not known what ranks hold of it."""
+    """Whether two entries differ; ranks are compared only if both entries are in some plan."""
     known = all(isinstance(one.get("ranks"), Mapping) for one in (old, new))
     return any(old.get(name) != new.get(name) for name in names if name != "ranks" or known)
 
 
 def _told(route: Route, param: str, other: Route = ()) -> str:
-    """A route in one line, with what it has unlike another."""
+    """A route in one line, with details in which it differs from another."""
     lines: list[str] = []
     for number, one in enumerate(route):
         unlike = other[number] if number < len(other) else {}
@@ -258,7 +258,7 @@ def _told(route: Route, param: str, other: Route = ()) -> str:
 
 
 def _grid(ranks: Any, other: Any) -> str:
-    """The first grid whose ranks hold something else."""
+    """The first grid whose ranks hold something different, in words."""
     mine, theirs = (_by_grid(one) for one in (ranks, other))
     for grid, held in mine.items():
         if theirs.get(grid) != held:
@@ -273,14 +273,14 @@ def _by_grid(ranks: Any) -> dict[str, str]:
 
 
 def _conditions(held: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
-    """Combinations as few conditions: `a=x|y` for every variant that matters, if that says them all."""
+    """Combinations as few conditions: `a=x|y` for every variant that matters, if that is enough."""
     if len(held) == len(every):
         return [()]
     seen = {name: list(dict.fromkeys(one[name] for one in held)) for name in every[0]}
     full = {name: {one[name] for one in every} for name in every[0]}
     if prod(map(len, seen.values())) == len(held):
         return [tuple(f"{n}={'|'.join(c)}" for n, c in seen.items() if set(c) != full[n])]
-    # Not a product: fix one variant and say the rest for each of its choices.
+    # Not a product: fix one variant, and describe the rest for each of its choices.
     name = next(n for n, choices in seen.items() if len(choices) > 1)
     result: list[tuple[str, ...]] = []
     for choice in seen[name]:

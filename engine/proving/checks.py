@@ -1,4 +1,4 @@
-"""The checks of a proof: rules, round trips at tiny sizes, boxes at real ones, and the target's own model.
+"""The checks of a proof: rules, round trips at tiny sizes, boxes at real sizes, and the target's own model.
 
 Model classes whose tensors a mapping lists, so that transformers is not needed, are checked against transformers.
 """
@@ -31,7 +31,7 @@ _MOST_FAILURES = 5  # counter-examples reported per check
 
 
 def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]]) -> Check:
-    """Every source piece in one target, every target piece from one source, under all choices."""
+    """Check that every source piece goes to one target, and every target piece has one source, under all choices."""
     errors = [finding for finding in lint(mapping) if finding.severity == "error"]
     failures: list[Failure] = []
     if errors:
@@ -48,13 +48,13 @@ def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]])
 def check_round_trip(
     mapping: MappingFile, layout: Layout, worlds: Worlds, possible: Sequence[Combination], folder: Path
 ) -> Check:
-    """Index tensors to rank files and back, over a matrix of layouts and choices."""
+    """Check that tensors of numbered elements return from rank files, over a matrix of layouts and choices."""
     if not mapping.training_config and not (layout.config_of_target and mapping.rules):
         told = "not checked: the mapping has no `training_config`, so nothing can be written"
         return Check(ROUND_TRIP, None, told)
     if not possible:
         failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
-        return check_of(ROUND_TRIP, "no combination of choices can be reached", [failure])
+        return check_of(ROUND_TRIP, "no combination of choices is possible", [failure])
     mapping = replace(mapping, expect={})  # tiny sizes match no release
     free = guess_sizes(mapping, DIVISIBLE)
     refused: set[str] = set()
@@ -106,7 +106,7 @@ def _in_words(elements: int) -> str:
 def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Check:
     """Check that a release's sizes follow from its configuration, and that both directions are exact at them.
 
-    Boxes are those of a few layers, as layers are alike.
+    Boxes are computed for a few layers, as all layers are alike.
     """
     failures = [
         Failure(
@@ -120,7 +120,7 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world
     layers = world.sizes.get("layer", 0)
     few = {**mapping.expect, "layer": _FEW_LAYERS + layers % STAGES}
     shallow = usual_world(mapping, worlds, few) if "layer" in mapping.expect and layers > few["layer"] else None
-    mapping = replace(mapping, expect={})  # so few are no release's
+    mapping = replace(mapping, expect={})  # a release has more layers
     for tried in real_cases(layout) if not failures else ():
         for case in tried:
             try:
@@ -136,7 +136,7 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world
 
 
 def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
-    """The names and shapes that transformers' own model has, for each configuration once."""
+    """Compare names and shapes with transformers' own model, once for each configuration."""
     failures: list[Failure] = []
     counted: dict[str, int] = {}
     for world in worlds:
@@ -151,7 +151,7 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
         if isinstance(model, str):
             return Check(MODEL, None, model)
         counted[key] = len(model.shapes)
-        forms = (model, *model.others)  # as transformers names them now, and as it loads them too
+        forms = (model, *model.others)  # current names, and other names that transformers loads too
         told = min((misfits(world.shapes, form.shapes, world.pieces) for form in forms), key=len)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
@@ -190,12 +190,12 @@ def check_told(told: MappingFile) -> list[Failure]:
 
 def check_classes(classes: Mapping[str, str]) -> list[Failure]:
     """The same for every class that a mapping lists."""
-    load_classes()  # once, and not for each question
+    load_classes()  # once, not for each configuration
     failures: list[Failure] = []
     for name, file in classes.items():
         told = load_mapping(file)
         if told.architecture != name:
-            failures.append(Failure(f"{file} tells {told.architecture}, not {name}", str(told.place)))
+            failures.append(Failure(f"{file} describes {told.architecture}, not {name}", str(told.place)))
         failures += check_told(told)
     return failures
 
@@ -203,7 +203,7 @@ def check_classes(classes: Mapping[str, str]) -> list[Failure]:
 def _difference(known: Wanted | None, model: Wanted) -> str:
     """The first difference; empty if they are equal."""
     if known is None:
-        return "it does not know a configuration of its own, so that it is never used"
+        return "it does not know this configuration, so it is never used for it"
     absent = "not there"
     differ = [*changed(known.shapes, model.shapes, absent), *changed(known.tied, model.tied, absent)]
-    return "".join(f"`{name}` is told as {got}, transformers has {expected}" for name, got, expected in differ[:1])
+    return "".join(f"`{name}` is {got} in the file, transformers has {expected}" for name, got, expected in differ[:1])

@@ -15,17 +15,17 @@ def wanted_of(model: Any, ties: bool) -> Wanted:
     state = model.state_dict()
     tied = _ties(model, state) if ties else {}
     own, *others = (_wanted_as(one, state, tied) for one in _forms(model, state))
-    text = model.config.get_text_config(decoder=True)  # by which transformers 4 ties, and 5 by the whole
+    text = model.config.get_text_config(decoder=True)  # transformers 4 reads this part to tie, 5 the whole
     alike = bool(getattr(text, "tie_word_embeddings", ties)) == ties
     others = [replace(one, ties=ties and alike, versions=None if alike else ">=5") for one in others]
     return replace(own, ties=ties and alike, versions=None if others == [] and alike else ">=5", others=tuple(others))
 
 
 def _wanted_as(named: Mapping[str, Any], state: Mapping[str, Any], tied: Mapping[str, str]) -> Wanted:
-    """The tensors of a class under other names: name → its tensor, which is also in the state, or made of such."""
+    """The tensors of a class under other names; each tensor of `named` is in `state`, or made of tensors in it."""
     numbers, last = {id(tensor): number for number, tensor in enumerate(state.values())}, 0
     order: dict[str, int] = {}
-    for name, tensor in named.items():  # what is made of several tensors comes after its neighbour
+    for name, tensor in named.items():  # one that is made of several follows its predecessor
         order[name] = last = numbers.get(id(tensor), last)
     kept = sorted(order, key=order.__getitem__)
     called = {id(tensor): name for name, tensor in named.items()}
@@ -55,9 +55,9 @@ def _shapes(named: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _forms(model: Any, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A class's tensors as it names them itself, and as older releases did, which transformers loads as well.
+    """A class's tensors with its own names, and with names of older releases, which transformers loads as well.
 
-    Since 5, transformers stacks experts, and names parts of models anew. It saves many of them as it did before.
+    Since 5, transformers stacks experts and renames parts of models, but saves many of them with the older names.
     """
     forms = [state]
     try:
@@ -67,14 +67,14 @@ def _forms(model: Any, state: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         every = get_model_conversion_mapping(model, add_legacy=False)
         for changes in (
             every,
-            [one for one in every if not isinstance(one, PrefixChange)],  # as it saves them
-            [one for one in every if one.scope_prefix],  # as 4 named them in memory, where parts have other names now
+            [one for one in every if not isinstance(one, PrefixChange)],  # as saved
+            [one for one in every if one.scope_prefix],  # as 4 named renamed parts in memory
         ):
             model._weight_conversions = changes
             named = revert_weight_conversion(model, state) if changes else state
             if all(_shapes(named) != _shapes(other) for other in forms):
                 forms.append(named)
-    except ImportError:  # of transformers 4, which has one name for each
+    except ImportError:  # transformers 4 has one name for each tensor
         return forms
     except Exception:  # not a public interface: other names are not known
         return [*forms, state]

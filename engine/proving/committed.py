@@ -78,7 +78,7 @@ def committed_text(mapping: MappingFile) -> str:
         return whole
     before, after = dict(flat(meaning_of(load_mapping(_file(mapping.files[-2]))))), dict(flat(now))
     changed = {p: v for p, v in after.items() if p not in before or not same(before[p], v)}
-    inside = {p[:end] for p in after for end in range(1, len(p))}  # what holds more now than one value
+    inside = {p[:end] for p in after for end in range(1, len(p))}  # paths that hold several values now
     lost = (p for p in before if p not in inside and not any(p[:end] in after for end in range(1, len(p) + 1)))
     changed |= dict.fromkeys(lost, GONE)
     beside = _HEAD + text_of({**head, "extends": mapping.files[-2], "differs": tree_of(changed)})
@@ -126,7 +126,7 @@ def _file(shown: str) -> Path:
     return Path(shown)
 
 
-@lru_cache(maxsize=64)  # a family's is read for each of its releases
+@lru_cache(maxsize=64)  # a family's meaning is read for each of its releases
 def _values(path: Path, *_: int) -> dict[KeyPath, Any]:
     return dict(flat(load_yaml(path).data))
 
@@ -135,7 +135,7 @@ def read_meaning(path: Path) -> dict[KeyPath, Any]:
     """The values of a committed meaning, merged over those of its parent.
 
     Raises:
-        EngineError: E101 for a file that is none.
+        EngineError: E101 for a file that is not a meaning.
     """
     try:
         state = path.stat()
@@ -194,7 +194,7 @@ def _check_mapping(mapping: MappingFile) -> Check:
         if (own.parent / FOLDER).is_dir():
             told = "none is committed, and its neighbours have theirs; --write-meaning writes it"
             return check_of(MEANING, told, [Failure(told, str(mapping.place))])
-        told = "none is committed beside it, so a wrong rule may go unseen; --write-meaning writes it"
+        told = "none is committed beside it, so a wrong rule may go unnoticed; --write-meaning writes it"
         return Check(MEANING, None, told)
     file, path = found
     try:
@@ -207,14 +207,14 @@ def _check_mapping(mapping: MappingFile) -> Check:
     if inherits and (own.parent / FOLDER).is_dir():
         failures.insert(0, Failure("no meaning of its own is committed; --write-meaning writes it", str(mapping.place)))
     elif inherits and failures:
-        told = f"none is committed of its own, and what it means is not what {file} means"
+        told = f"no meaning of its own is committed, and its meaning differs from that of {file}"
         other = [{path: value for path, value in one.items() if _is_model(path)} for one in (then, now)]
         # A release exists to change defaults, tokenizer or sizes, but not the places of tensors.
         if wrong := differences(mapping, other[0], other[1]):
-            wrong.append(Failure("if that is right, commit its own with --write-meaning", str(mapping.place)))
+            wrong.append(Failure("if that is right, commit its own meaning with --write-meaning", str(mapping.place)))
             return check_of(MEANING, told, wrong)
         return Check(MEANING, None, told, tuple(failures))
-    return check_of(MEANING, f"{len(now)} facts are as {file} had them when it was checked", failures)
+    return check_of(MEANING, f"{len(now)} facts are as committed for {file}", failures)
 
 
 def _is_model(path: KeyPath) -> bool:
@@ -257,7 +257,7 @@ def _place(mapping: MappingFile, name: str) -> str:
 
 
 def _generic(path: KeyPath, old: Any, new: Any) -> str:
-    """Another value anywhere else: `reading, rope_base: (absent), config.json rope_theta: …`."""
+    """A difference anywhere else: `reading, rope_base: (absent), config.json rope_theta: …`."""
     where = ", ".join(path)
     if isinstance(old, list) and isinstance(new, list):
         lost, more = [o for o in old if o not in new], [n for n in new if n not in old]

@@ -1,4 +1,4 @@
-"""Counter-examples in words: elements that two tensors claim, or none.
+"""Counter-examples in words: elements that two tensors claim, or that none claims.
 
 Computed only from the rules, element by element at tiny sizes, independently of the planner: each
 rule's source and target regions give positions, and every position must occur exactly once.
@@ -65,7 +65,7 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
 def _tensors(
     name: Pattern, axes: Axes, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, tuple[int, ...], list[Region]]]:
-    """Name, shape and regions of every tensor of a pattern, of the first layer only."""
+    """(name, shape, regions) of every tensor of a pattern, only of the first layer."""
     shape = tuple(extent(dim, sizes) for dim in axes.dims)
     counts = [range(1 if p == "layer" else sizes[p]) for p in name.placeholders]
     for values in product(*counts):
@@ -83,7 +83,7 @@ def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:
 
 
 def moves_of(instance: Instance, sizes: Mapping[str, int]) -> dict[str, list[tuple[str, str, Copy]]]:
-    """Target pattern → the copies from one rule's tensors, of the first layer, by name on either side."""
+    """Target pattern → (source name, target name, copy) of one rule's tensors, only of the first layer."""
     found: dict[str, list[tuple[str, str, Copy]]] = {}
     for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
         for name, axes in instance.targets:
@@ -94,7 +94,7 @@ def moves_of(instance: Instance, sizes: Mapping[str, int]) -> dict[str, list[tup
 
 
 def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
-    """Pieces that a rule drops on purpose count as claimed."""
+    """Claims for the pieces that a rule drops on purpose."""
     for region in held:
         if any(axis in region.box for axis in instance.rule.drop):
             for copy in _copies([region], [region]):
@@ -103,7 +103,7 @@ def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:
 
 
 def positions(copy: Copy) -> tuple[np.ndarray, np.ndarray]:
-    """The flat positions that a copy pairs, on either side."""
+    """The flat positions that a copy pairs: in the source, and in the target."""
     at, to = (copy.source_offset, copy.source_strides), (copy.target_offset, copy.target_strides)
     return strided(copy.shape, *at), strided(copy.shape, *to)
 
@@ -134,7 +134,7 @@ def _told(
         if (seen == 0).any():
             yield f"{element(name, int(np.flatnonzero(seen == 0)[0]))} {nowhere}", places[name]
         if (seen > 1).any():
-            # The last one rather than the first: an index of zeros says little.
+            # The last one, as an index of zeros says little.
             position = int(np.flatnonzero(seen > 1)[-1])
             both = [element(other, int(to[at == position][0])) for at, other, to in held if other and position in at]
             if verb == "goes to":

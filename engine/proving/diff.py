@@ -15,7 +15,7 @@ from engine.proving.changes import TensorChange, ValueChange, compare_meanings
 from engine.proving.committed import file_facts
 from engine.proving.meaning import spoken
 
-# Section → what readers call it. `rules` by rule and key, the others by dotted path.
+# Section → its name for readers. `rules` are compared by rule and key, the others by dotted path.
 SECTIONS = {
     "about": "name, version and architecture",
     "rules": "rules",
@@ -169,7 +169,7 @@ def _entries(data: Mapping[str, Any], section: str) -> Iterator[tuple[str, str]]
 def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            if key == "choices" and isinstance(item, dict):  # their order is their meaning
+            if key == "choices" and isinstance(item, dict):  # their order matters
                 yield f"{name}.{key}", text_of(item)
             else:
                 yield from _flat(item, f"{name}.{key}" if name else str(key))

@@ -1,6 +1,6 @@
-"""A direction of reading configurations: what is read, the usual values, and the result of given ones.
+"""Directions of reading a configuration: the inputs, their usual values, and the result for given values.
 
-`Forth` is that of `run`: a training configuration, options and tensors → sizes, choices and config.json.
+`Forth` is the direction of `run`: a training configuration, options and tensors → sizes, choices and config.json.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Direction:
 
     @cached_property
     def base(self) -> dict[str, Any]:
-        """Everything that is read, with its usual value."""
+        """All inputs with their usual values."""
         raise NotImplementedError
 
     @cached_property
     def paths(self) -> list[str]:
-        """What expressions read."""
+        """The names that expressions read."""
         return sorted({path for one in self.expressions for path in compile_expression(one).paths})
 
     def closure(self, name: str) -> frozenset[str]:
@@ -61,7 +61,7 @@ class Direction:
         return frozenset(p for name in read.paths for p in self.closure(name)).union(single)
 
     def required(self, written: Mapping[str, Any]) -> dict[str, Any]:
-        """Keys that must not be absent, even if nothing reads them, since the other side writes them."""
+        """Keys that must be present even if no expression reads them, with the values that the other side writes."""
         found: dict[str, Any] = {}
         for name, key in self.side.keys.items():
             if (key.default is None or key.allows(key.default)) and key.comes_with is None:
@@ -73,7 +73,7 @@ class Direction:
         return found
 
     def edges(self, path: str) -> list[Any]:
-        """More values to try for what is read."""
+        """More values to try for an input."""
         return []
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
@@ -117,7 +117,7 @@ class Direction:
 
 
 def value_of(tree: Any, names: Mapping[str, Any]) -> Any:
-    """A configuration's value; in words if it cannot be computed."""
+    """A configuration's value, or the error in words if it cannot be computed."""
     return render_tree(tree, names, _value_or_why)
 
 
@@ -145,7 +145,7 @@ class Forth(Direction):
         itself: frozenset[str] = frozenset()
         if name in mapping.dims:
             read = compile_expression(mapping.dims[name]).paths
-            itself = frozenset([name]) & read  # a key of the same name
+            itself = frozenset([name]) & read  # a key of that name
         elif name in mapping.variants:
             variant = mapping.variants[name]
             if name in decided_by_names(mapping):
@@ -169,9 +169,9 @@ class Forth(Direction):
         base: dict[str, Any] = {}
         axes = {axis for rule in self.mapping.rules for axis in rule.axes.names()}
         own = {*self.mapping.dims, *self.mapping.variants, *self.world.sizes, *axes}
-        own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of the same name
+        own -= {axis for axis, one in self.mapping.dims.items() if axis in names_in(one)}  # a key of that name
         number = 0
-        made_up: list[str] = []  # whole numbers that may not be so large
+        made_up: list[str] = []  # whole numbers that may be too large
         for path in self.paths:
             root = path.split(".")[0]
             if root in own or root == "options":
@@ -214,7 +214,7 @@ class Forth(Direction):
         return base if "refused" not in self.run(base) else self._answered(base, made_up)
 
     def _answered(self, base: dict[str, Any], made_up: Sequence[str]) -> dict[str, Any]:
-        """Values that are accepted: whole numbers as large as allowed, others as a question needs them."""
+        """Values that are accepted: made-up numbers become 1 if they are too large, others what a variant asks for."""
         found = {**base, **dict.fromkeys(made_up, 1)}
         for path, values in constants(self.expressions, self.closure).items():
             if values and isinstance(found.get(path), float) and "refused" in self.run(found):
@@ -224,14 +224,14 @@ class Forth(Direction):
         return found
 
     def _asked(self) -> list[str]:
-        """Tensors asked for by variants that keys decide too."""
+        """Tensors that variants ask for which keys also decide."""
         both = [v for name, v in self.mapping.variants.items() if name not in decided_by_names(self.mapping)]
         return sorted(
             {n for v in both for e in expressions_of(dict(v.choices)) for n in compile_expression(e).patterns}
         )
 
     def edges(self, path: str) -> list[Any]:
-        """Sizes less one, where sizes are rounded up to multiples of what is read."""
+        """A large value to try for an input that sizes are rounded up to multiples of."""
         divisors = {name for one in self.mapping.dims.values() for name in divisors_of(one)}
         rounded = any(path in self.closure(name) for name in divisors)
         below = [one for name, one in self.mapping.dims.items() if name in divisors]
@@ -252,17 +252,17 @@ class Forth(Direction):
         return found
 
     def _least(self, given: Given, guess: Given | None = None) -> dict[str, Any]:
-        """What to leave out or to change beside what is given, such that nothing is refused or read from tensors.
+        """Leave out as many keys as possible besides the given ones, so that nothing is refused or read from tensors.
 
         Args:
-            guess: what may be left out; where it can, no less is tried.
+            guess: keys that can probably be left out; if they can, the search starts from there.
         """
         defaults = {f"options.{name}": option.default for name, option in self.mapping.options.items()}
         least, before = dict(given), -1
         usual = self.run({**self.base, **given})
         if guess is not None and self._fine(usual, fewer := {**guess, **given}):
             least = fewer
-        while before < (before := len(least)):  # what one key asks for may be absent when that one is
+        while before < (before := len(least)):  # a key may be needed only while another is present
             for path in self.base:
                 if path not in least and (path in defaults or "." not in path):
                     fewer = {**least, path: defaults.get(path, OMIT)}

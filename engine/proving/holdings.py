@@ -1,7 +1,7 @@
-"""Where the elements of every target come from, and what each rank of small grids holds of it.
+"""Where the elements of every target come from, and which of them each rank of small grids holds.
 
-Taken from the plans that write a tiny model for each layout, so that the effect of a rule counts and
-not how it is written: axes with other names hold the same elements.
+This is taken from plans that write a tiny model for each grid, so only the effect of a rule counts, not how
+it is written: other names of axes give the same result.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Coordinates = tuple[tuple[str, int], ...]
 
 
 def origins(mapping: MappingFile) -> dict[str, Any]:
-    """Tiny sizes, and for each target where its elements come from, in which order."""
+    """Tiny sizes, and for each target the source and order of its elements."""
     sizes = _sizes(mapping, guess_sizes(mapping, DIVISIBLE, EVEN))
     return {
         "sizes": {axis: sizes[axis] for axis in sorted(sizes)},
@@ -44,7 +44,7 @@ def origins(mapping: MappingFile) -> dict[str, Any]:
 
 
 def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, Any]:
-    """How each small grid cuts layers, and what its ranks hold of each target; equal grids are listed once."""
+    """How each small grid cuts layers, and the elements of each target on its ranks; equal grids are listed once."""
     mapping = replace(mapping, expect={})  # tiny sizes match no release
     free = guess_sizes(mapping, DIVISIBLE, EVEN)
     grids: dict[str, str] = {}
@@ -69,7 +69,7 @@ def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, 
 
 
 def _targets(mapping: MappingFile) -> Iterator[tuple[str, Instance, Pattern, Axes]]:
-    """Every entry: its name, its rule, and its target."""
+    """Every entry: its name, its rule, its target and the target's axes."""
     for one in instances(mapping):
         for name, axes in one.targets:
             yield key_of(name.text, one.sources[0].text, one.rule.when), one, name, axes
@@ -124,7 +124,7 @@ def change_text(rule: Rule) -> str:
 
 
 def small_cases(layout: Layout) -> list[Case]:
-    """Of the layouts that are proved, all of the first mode and one of each other mode."""
+    """The cases to describe: all of the first mode, and one of each other mode."""
     found: list[Case] = []
     for case in cases(layout):
         first = not found or case.mode == found[0].mode
@@ -141,7 +141,7 @@ def key_of(target: str, source: str, when: Mapping[str, Sequence[str]]) -> str:
 
 
 def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], listed: Sequence[Case]) -> Iterator[World]:
-    """Worlds in which every rule that some case writes is active, as few as a greedy search finds."""
+    """A few worlds, found by a greedy search, that together make every rule active that some case writes."""
     left = {one.key for one in instances(mapping)}
     found = [choices for choices, most in combinations_of(mapping) if most]
     possible = [choices for choices in found if any(case.takes(choices) for case in listed)]
@@ -157,7 +157,7 @@ def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], lis
 
 
 def _first_tensors(mapping: MappingFile, world: World) -> dict[str, dict[str, tuple[Instance, str]]]:
-    """Source pattern → the target tensors with 0 for every placeholder → the rule, and the target's pattern."""
+    """Source pattern → name of the target's first tensor (0 for every placeholder) → the rule and target pattern."""
     found: dict[str, dict[str, tuple[Instance, str]]] = defaultdict(dict)
     for one in instances(mapping):
         if one.rule.active(world.choices):
@@ -192,7 +192,7 @@ def _held(plan: Plan, known: Mapping[str, Mapping[str, tuple[Instance, str]]]) -
 
 
 def _order(moves: Sequence[tuple[str, str, Copy]]) -> str | list[str]:
-    """The order of elements in a target, of whose kind the first stands for all; several tensors may fill it."""
+    """The order of elements in a target's first tensor; several source tensors may fill it."""
     first = min((target for _, target, _ in moves), default="")
     listed = [(source, copy) for source, target, copy in moves if target == first]
     names = list(dict.fromkeys(source for source, _ in listed))
@@ -203,7 +203,7 @@ def _order(moves: Sequence[tuple[str, str, Copy]]) -> str | list[str]:
 
 
 def _ranks(held: Held, plan: Plan) -> str:
-    """Which elements of the target each rank holds: `tp0 [0:24, :]; tp1 [24:48, :]`."""
+    """The elements of the target on each rank: `tp0 [0:24, :]; tp1 [24:48, :]`."""
     assert plan.written is not None
     dims = [dim for dim, count in plan.written.sizes.items() if count > 1]
     files = {file.pattern.name for file in plan.written.files if any(file.pattern.name == one[1] for one in held)}
@@ -234,7 +234,7 @@ def _without(told: Mapping[Coordinates, str], dim: str) -> dict[Coordinates, str
 
 
 def _box(mask: np.ndarray) -> str:
-    """A set of elements as ranges along each dimension, or as ranges of the elements counted through."""
+    """A set of elements as ranges along each dimension, or as ranges of flat indices."""
     if mask.all():
         return "all"
     along = [mask.any(axis=tuple(a for a in range(mask.ndim) if a != axis)) for axis in range(mask.ndim)]
@@ -252,7 +252,7 @@ def _ranges(held: Any) -> str:
 
 
 def _stages(plan: Plan) -> str:
-    """Which layers each stage has, in the order of the layers."""
+    """The layers of each stage, in order."""
     stages = plan.stages
     alone = stages.chunks == 1 and not stages.dims
     listed = sorted(stages.starts.items(), key=lambda one: one[1])
@@ -261,7 +261,7 @@ def _stages(plan: Plan) -> str:
 
 
 def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:
-    """Merge grids that hold the same."""
+    """Merge grids with equal ranks: `grid, grid` → what ranks hold."""
     alike = grouped((held, grid) for grid, held in ranks.items())
     return {", ".join(grids): held for held, grids in alike.items()}
 

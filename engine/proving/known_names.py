@@ -1,4 +1,4 @@
-"""Lint of names: unknown keys, models, tensors and choices that a mapping writes or asks for."""
+"""Lint of names: keys, models, tensors and choices that a mapping writes or asks for and nothing knows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _unknown(name: str, where: str, known: Iterable[str], place: Place, why: str
 
 
 def _config_keys(mapping: MappingFile) -> Iterator[Finding]:
-    """Of `config`: keys that neither the target's class nor the mapping itself knows, nor any other class."""
+    """In `config`: keys that neither the target's class nor the mapping itself knows, nor any other class."""
     known = targets.known_of(mapping.model_type)
     own = mapping.keys.get("target", {})
     every = {*targets.common_keys(), *own, *(known.keys if known is not None else ())}
@@ -52,7 +52,7 @@ def _config_keys(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """Of `training_config`: undeclared keys; a pattern that matches anything does not declare one."""
+    """In `training_config`: undeclared keys; a pattern that matches anything does not declare one."""
     keys = {name: key for name, key in declared(mapping, layout, "source").items() if name != "*"}
     for path, _ in leaves(mapping.training_config) if keys else ():
         if find_key(keys, path) is None and not any(name.startswith(f"{path}.") for name in keys):
@@ -61,7 +61,7 @@ def _training_keys(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 
 
 def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
-    """Of `generation`; says so if a key belongs to the tokenizer."""
+    """In `generation`: unknown keys, with a note if a key belongs to the tokenizer."""
     known = targets.listed("generation")
     for name in mapping.generation or ():
         if name in known:
@@ -75,7 +75,7 @@ def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def check_models(mapping: MappingFile) -> Iterator[Finding]:
-    """L011: models and types that do not exist or contradict each other, and activations."""
+    """L011: models, model types and activations that do not exist or contradict each other."""
     if mapping.as_model:
         return
     types, kind = targets.listed("model types"), mapping.model_type
@@ -113,7 +113,7 @@ def check_models(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _is_class(name: str, target: str, classes: frozenset[str]) -> bool:
-    """Whether a class that transformers does not list can be one: of the target's make, with a head that others have.
+    """Whether a class that transformers does not list may exist: named like the target, with a known kind of head.
 
     >>> _is_class("LlamaForCausalLn", "LlamaForCausalLM", frozenset(["LlamaForCausalLM"]))
     False
@@ -127,7 +127,7 @@ def _is_class(name: str, target: str, classes: frozenset[str]) -> bool:
 
 
 def _same_word(one: str, other: str) -> bool:
-    """Whether two types differ in a number or an added part only, as families do.
+    """Whether two types differ only in a number or an added part, as types of one family do.
 
     >>> _same_word("internlm_moe", "internlm3"), _same_word("lama", "llama")
     (True, False)
@@ -136,11 +136,11 @@ def _same_word(one: str, other: str) -> bool:
 
 
 def check_patterns(mapping: MappingFile) -> Iterator[Finding]:
-    """L012: `present('…')` with a name that no rule or entry has."""
+    """L012: `present('…')` with a name that no rule or entry matches."""
     names = {source for rule in mapping.rules for source in rule.sources}
     names |= {e.pattern for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"}
     written = spelled_out(names)
-    for expression in () if mapping.as_model else _own(mapping):  # its rules are made when a checkpoint is read
+    for expression in () if mapping.as_model else _own(mapping):  # its rules are made from the checkpoint
         for asked in compile_expression(expression).patterns:
             sample = pattern(asked).sample()
             if asked not in written and not any(pattern(name).match(sample) is not None for name in written):
@@ -167,7 +167,7 @@ def check_comparisons(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _own(mapping: MappingFile) -> list[Expression]:
-    """Expressions of the file itself: of its parents' it may have removed what they ask for."""
+    """Expressions of the file itself; those of its parents may ask for rules that it removed."""
     return [one for one in every_expression(mapping) if one.place.file == mapping.files[-1]]
 
 
@@ -180,7 +180,7 @@ def _constants(node: nodes.Node) -> Iterator[nodes.Const]:
 
 
 def _texts(tree: Any) -> Iterator[str]:
-    """Texts that a value may become: literals, and the results of an expression's branches."""
+    """Texts that a value may have: literals, and the results of an expression's branches."""
     for value in values_in(tree):
         if isinstance(value, Expression):
             yield from _results(compile_expression(value).tree)

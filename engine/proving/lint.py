@@ -28,7 +28,7 @@ from engine.proving.values import check_declared, check_options, check_spellings
 
 
 def lint_file(name: str) -> list[Finding]:
-    """Load and lint one mapping or layout; an error that keeps it from loading is a finding too."""
+    """Load and lint one mapping or layout; an error in loading is a finding too."""
     try:
         if kind_of(find_file(name)) == "layout":
             load_layout(name)
@@ -62,7 +62,7 @@ def lint(mapping: MappingFile) -> list[Finding]:
 
 
 def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
-    """L001: two rules that can match the same name, and that some choices make active together."""
+    """L001: two rules that can match the same name and can be active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(spelled_out(rule.sources))]
     for index, (rule, name) in enumerate(named):
         sample = pattern(name).sample()
@@ -93,10 +93,10 @@ def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _gaps(mapping: MappingFile) -> Iterator[Finding]:
-    """L002: where one variant changes its choice, a tensor that is no longer read and one that is no longer written.
+    """L002: under another choice of one variant, a tensor is no longer read and another is no longer written.
 
-    Of twins, as for two generations of names, one is missing then: alone, a tensor that is not read may be absent
-    under that choice, and one that is not written may have another in its place.
+    Then one of two twin rules is probably missing, as for two generations of names. Each alone can be right: a tensor
+    that is not read may be absent under that choice, and one that is not written may be replaced by another.
     """
     every = choices_named([mapping])
     held = {tuple(one.values()): [rule for rule in mapping.rules if rule.active(one)] for one in every}
@@ -117,7 +117,7 @@ def _gaps(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _ends(rules: Sequence[Rule]) -> tuple[set[str], set[str]]:
-    """What rules read, and what they write; a tied tensor may be absent."""
+    """The tensors that rules read, and those that they write; a tied tensor may be absent."""
     written = {t.name for rule in rules if rule.tied_to is None for t in rule.targets}
     return {name for rule in rules for name in rule.sources}, written
 
@@ -142,7 +142,7 @@ def _unused(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
-    """L004: sample names of every rule against the patterns of `ignore` and `refuse`."""
+    """L004: rules whose names a pattern of `ignore` or `refuse` takes; tried with sample names."""
     entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
     for rule, entry in product(mapping.rules, entries):
         names, takes = sorted(spelled_out(rule.sources)), pattern(entry.pattern)
@@ -162,8 +162,8 @@ def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
         if len(rules) == 1 and name not in mapping.dims and name in rules[0].split:
             yield Finding(
                 rules[0].place,
-                f"axis `{name}` occurs in rule `{rules[0].name}` only and has no size in `dims`",
-                "Is it misspelt? Its size is taken from the tensors alone.",
+                f"axis `{name}` occurs only in rule `{rules[0].name}` and has no size in `dims`",
+                "Is it misspelt? Only tensors give its size.",
                 "warning",
             )
 
@@ -184,18 +184,18 @@ def _unreachable(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _undeclared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """L009: undeclared keys are unchecked: a text or a negative number would be taken for a size."""
+    """L009: undeclared keys. Nothing checks them, so a text or a negative number would be taken for a size."""
     own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
     for expression, side, path, known in _unknown_keys(mapping, layout):
         yield Finding(
             expression.place,
-            f"`{path}` is read, and `keys.{side}` does not say what it may be",
+            f"`{path}` is read, but `keys.{side}` does not declare it",
             meant(path, [*known, *own], "Declare its type and range: `{type: integer, min: 1}`."),
         )
 
 
 def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
-    """Keys that expressions read and nothing declares: expression, side, path, what is declared there."""
+    """Keys that expressions read and nothing declares: (expression, side, path, declarations of that side)."""
     own = {*axes_of(mapping), *mapping.dims, *mapping.variants, "options", "training", "given"}
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
     grid |= {f"{dim}s" for dim in layout_dims(layout)}

@@ -1,4 +1,4 @@
-"""Comparing mappings, of files or of git revisions, which are read without touching the working tree."""
+"""Compares mappings: of files, or of git revisions, which are read without touching the working tree."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def diff(
     old: str | Path, new: str | Path | None = None, paths: Sequence[str | Path] = (), *, revisions: bool = False
 ) -> list[MappingDiff]:
-    """What changes between mappings: in their rules, and in where every tensor goes.
+    """The differences between mappings: in their rules, and in where every tensor goes.
 
     >>> [one.name for one in engine.diff("internlm2-7b", "internlm2-20b")]
     ['internlm2-20b']
@@ -34,13 +34,13 @@ def diff(
         old: a mapping (with `new` another), or a git revision.
         new: a mapping, or a revision; without it a revision is compared with the working tree.
         paths: between revisions, the mapping files; default: all below `mappings/`.
-        revisions: take `old` and `new` for revisions, also without paths.
+        revisions: take `old` and `new` as revisions, also without paths.
 
     Returns:
-        The mappings and layouts that differ; those that change in the same way as one.
+        One diff for each mapping or layout that differs; those with the same change are merged.
 
     Raises:
-        EngineError: E001 for what is neither mapping nor revision, E1xx for what cannot be read.
+        EngineError: E001 for a name that is neither mapping nor revision, E1xx for files that cannot be read.
     """
     from engine.proving.diff import diff_layouts, diff_mappings, diff_templates, gather
 
@@ -65,7 +65,7 @@ def diff(
 
 
 def _path_of(path: str | Path) -> Path:
-    """A path, also of a file that is not there any more, or the file of a bundled name."""
+    """The given path, even if the file no longer exists, or the file of a bundled name."""
     given = Path(path)
     if os.path.exists(given) or (given.suffix == ".yaml" and given.parent != Path(".")):
         return given
@@ -76,7 +76,7 @@ def _path_of(path: str | Path) -> Path:
 
 
 def _below(top: Path, files: Sequence[Path]) -> list[PurePosixPath]:
-    """Paths from a repository's top, each once; E001 for a file that is not below it."""
+    """Paths relative to a repository's top, each once; E001 for a file that is not below it."""
     names: list[PurePosixPath] = []
     for file in files:
         absolute = file.parent.resolve() / file.name
@@ -93,7 +93,7 @@ def _below(top: Path, files: Sequence[Path]) -> list[PurePosixPath]:
 
 
 def _in_order(names: Iterable[str]) -> list[PurePosixPath]:
-    """Layouts, families and templates first, so that releases say they follow."""
+    """Layouts, families and templates first, so that releases with the same change are merged with them."""
     first = ("layouts", "families", "chat_templates")
     return sorted(map(PurePosixPath, names), key=lambda p: (p.parent.name not in first, str(p)))
 
@@ -112,14 +112,14 @@ class Tree:
     """Files of a repository, in a folder.
 
     Attributes:
-        revision: what they are of, for messages; empty for those of the working tree.
+        revision: their revision, for messages; empty for the working tree.
     """
 
     folder: Path
     revision: str = ""
 
     def read(self, path: PurePosixPath) -> str | None:
-        """A file's text, by its path from the repository's top; None when it is not there."""
+        """A file's text, by its path relative to the repository's top; None if there is no such file."""
         return (self.folder / path).read_text("utf-8") if os.path.isfile(self.folder / path) else None
 
     def mappings(self) -> list[str]:
@@ -128,7 +128,7 @@ class Tree:
         return [path.relative_to(self.folder).as_posix() for path in found]
 
     def load(self, path: PurePosixPath) -> MappingFile | None:
-        """The mapping resolved over its parents, which are of the same revision; None when it is not there.
+        """The mapping resolved over its parents of the same revision; None if there is no such file.
 
         Raises:
             EngineError: E1xx, with places in that revision.
@@ -146,18 +146,18 @@ class Tree:
             raise
 
     def parent_of(self, path: PurePosixPath) -> MappingFile | None:
-        """What a mapping that is there extends; None when it extends nothing."""
+        """The parent of an existing mapping; None if it extends nothing."""
         chain = chain_of(self.folder / path, self._named)
         return load_mapping(chain[-2].path, self._named) if len(chain) > 1 else None
 
     @property
     def _named(self) -> Path | None:
-        """Where a parent that is given by its name is looked for first."""
+        """The folder where a parent that is given by name is searched first."""
         return self.folder / "mappings" if self.revision else None
 
 
 def top_of(beside: Path, revision: str) -> Path:
-    """The top of the repository that a folder is in; E001 for a folder in none."""
+    """The top of the git repository that contains a folder; E001 if there is none."""
     there = next(folder for folder in (beside.absolute(), *beside.absolute().parents) if folder.is_dir())
     found = _git(there, "rev-parse", "--show-toplevel")
     if found is None:
@@ -173,7 +173,7 @@ def top_of(beside: Path, revision: str) -> Path:
 
 @contextmanager
 def checked_out(top: Path, revision: str, files: Sequence[PurePosixPath]) -> Iterator[Tree]:
-    """The YAML files of a revision, and those given besides, in a folder that is removed afterwards.
+    """The YAML files of a revision, and `files`, in a folder that is removed afterwards.
 
     Raises:
         EngineError: E001 when there is no such revision.
@@ -205,16 +205,16 @@ def checked_out(top: Path, revision: str, files: Sequence[PurePosixPath]) -> Ite
                     f"git cannot read the files of revision `{revision}`",
                     place=Place(printable(path)) if path else None,
                     got=printable(head) or f"`git {'ls-tree' if listed is None else 'cat-file'}` failed in {top}",
-                    fix="`git fsck` tells what is missing; fetch it again.",
+                    fix="`git fsck` lists what is missing; fetch it again.",
                 )
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            # as it is: a link is its target's name, and no filter runs
+            # raw content: a link is its target's name, and no filter runs
             (folder / path).write_bytes(data.read(int(head.split()[2]) + 1)[:-1])
         yield Tree(folder, revision)
 
 
 def _git(folder: Path, *arguments: str, given: str | None = None) -> str | None:
-    """What git prints, or None when it fails. No shell is involved."""
+    """What git prints, or None if it fails. No shell is involved."""
     try:
         done = subprocess.run(
             ["git", "-C", str(folder), *arguments],

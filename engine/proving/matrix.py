@@ -1,7 +1,7 @@
 """The matrix that a mapping is proved over: layouts, choices, and the combinations of them to run.
 
-Every pair of facts (a choice of one variant with a choice of another, or with a parallel mode) occurs in
-some row, and every layout; all combinations would be thousands.
+Every layout occurs in some row, and so does every pair of facts (a choice of one variant with a choice of
+another, or with a parallel mode). All combinations would be thousands.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from engine.planning.request import Request
 
 _MAX_COMBINATIONS = 512
 _MOST_NAMED = 4096
-_SAMPLE = 60  # candidates looked at for each row
+_SAMPLE = 60  # candidates for each row
 # At real sizes: ranks that cut an axis, and ranks that cut rows, also inside heads.
 _REAL = ((8, 32), (4, 32), (2, 32), (2, 16), (2, 2), (1, 1))
 STAGES = 4  # pipeline ranks of the first mode, or half of them
@@ -28,7 +28,7 @@ _TINY = ((2, 4, 2), (3, 3, 3))
 
 
 Fact = tuple[str, str]
-Combination = tuple[Mapping[str, str], bool]  # choices, and whether most or fewest optional tensors are there
+Combination = tuple[Mapping[str, str], bool]  # choices; most (True) or fewest optional tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class Case:
 
 
 def cases(layout: Layout) -> list[Case]:
-    """Ranks one and many, even and uneven, in every mode; chunks, and what else the layout can do."""
+    """One rank and many, even and uneven, in every mode; also chunks, and the layout's switches."""
     found: list[Case] = []
     for number, mode in enumerate(mode for mode in layout.modes if mode.only_read is None):
         dims = written_dims(mode.files[0])
@@ -115,10 +115,10 @@ class Row:
 def rows(
     mapping: MappingFile, layouts: Sequence[Case], possible: Sequence[Combination], refused: Collection[str]
 ) -> Iterator[Row]:
-    """Rows in which every pair of facts and every layout occurs that occurs at all.
+    """Rows in which every possible pair of facts and every layout occurs.
 
     Args:
-        refused: labels of layouts that turned out not to fit; their rows do not count.
+        refused: labels of layouts that did not fit; their rows do not count. The caller adds to it while rows are made.
     """
     every = [Row(choices, most, case) for choices, most in possible for case in layouts if case.takes(choices)]
     random = Random(mapping.name)
@@ -144,7 +144,7 @@ def rows(
 
 
 def choices_named(mappings: Sequence[MappingFile]) -> list[dict[str, str]]:
-    """Every combination of choices of the variants that rules name; of mappings that share them, of both's choices."""
+    """Every combination of choices of the variants that rules name, with the choices of all the mappings."""
     choices: dict[str, dict[str, None]] = {}
     for mapping in mappings:
         for name in dict.fromkeys(name for rule in mapping.rules for name in rule.when):
@@ -154,7 +154,7 @@ def choices_named(mappings: Sequence[MappingFile]) -> list[dict[str, str]]:
 
 
 def combinations_of(mapping: MappingFile) -> list[Combination]:
-    """Combinations of choices, each with most and with fewest optional tensors; at most some hundreds."""
+    """Combinations of choices, at most 512; each with most and with fewest optional tensors."""
     names = list(mapping.variants)
     every = list(product(*(mapping.variants[n].choices for n in names)))
     if len(every) > _MAX_COMBINATIONS:
@@ -170,15 +170,15 @@ def _facts(row: Row) -> list[Fact]:
 
 
 def _pairs(row: Row) -> list[tuple[Fact, Fact]]:
-    """What a row shows: every two of its facts; of a layout that it occurs at all, as its mode stands for it."""
+    """Every pair of a row's facts, and the layout alone, since its mode represents it in pairs."""
     *facts, layout = _facts(row)
     return [*combinations(facts, 2), (layout, layout)]
 
 
 def real_cases(layout: Layout) -> list[list[Case]]:
-    """For every way to cut layers, layouts as they are used at real sizes; the first that fits is enough.
+    """For every way to cut layers, layouts as used at real sizes; the first that fits is enough.
 
-    Modes that differ only in what ranks share while training runs cut layers alike: the later has few ranks.
+    Modes whose ranks differ only while training runs cut layers alike: the later of them has few ranks.
     """
     found: list[list[Case]] = []
     seen: list[object] = []

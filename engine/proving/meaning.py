@@ -1,8 +1,8 @@
 """The meaning of a mapping in one readable form, for reviews, proofs, comparisons and mutation tests.
 
 For every target tensor: where its elements come from, their order, and what each rank of small grids holds.
-For every configuration: what its keys come to when others are as usual, absent or unusual. How a rule is
-written, what axes are called and in which order rules stand is no part of it.
+For every configuration: the values of its keys if others are as usual, absent or unusual. The text of rules, the
+names of axes and the order of rules are not part of it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ORDER = (
     "about", "release", "options", "variants", "divided evenly", "sizes", "tensors", "layers", "ranks", "ignored",
     "refused", "tensors there", "reading", "writing", "keys", "tokenizer", "generation_config.json", "chat",
 )  # fmt: skip
-# What where tensors lie and what is read depend on; options only matter to the latter.
+# Sections that places of tensors and readings of configurations depend on; the latter depend on options too.
 _SHARED = ("rules", "dims", "even", "variants", "config", "training_config", "keys", "source", "target")
 _WIDTH = 118
 _TALK = [
@@ -49,7 +49,7 @@ _TALK = [
     {"role": "assistant", "content": "Hello"},
     {"role": "user", "content": "Bye"},
 ]
-_KNOWN: dict[str, dict[Path, Any]] = {}  # what several mappings share, by what it depends on
+_KNOWN: dict[str, dict[Path, Any]] = {}  # parts that mappings share, by their inputs
 _MOST_KNOWN = 64
 
 
@@ -57,7 +57,7 @@ def meaning_of(mapping: MappingFile) -> Meaning:
     """The meaning of a mapping, plain data.
 
     Raises:
-        EngineError: for a layout that cannot be read. What the mapping itself cannot do is part of its meaning.
+        EngineError: for a layout that cannot be read. Errors of the mapping itself are part of its meaning.
     """
     found = tree_of(dict(facts_of(mapping)))
     return {name: found[name] for name in _ORDER if found.get(name) not in ({}, [], None)}
@@ -96,7 +96,7 @@ def facts_of(mapping: MappingFile) -> Iterator[Fact]:
 
 
 def _once(kind: str, parts: list[Any], make: Callable[[], Iterator[Meaning]]) -> Iterator[Fact]:
-    """A part, made once for all mappings with the same inputs; or why there is none."""
+    """A part, computed once for all mappings with the same inputs; or its error."""
     key = json.dumps([kind, parts], default=str, sort_keys=False)
     if key in _KNOWN:
         yield from _KNOWN[key].items()
@@ -127,7 +127,7 @@ def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] |
     """The world of the default choices, or of the nearest choices that some tensors show.
 
     Args:
-        sizes: those of a release, which are no tiny ones.
+        sizes: those of a release, instead of tiny ones.
     """
     default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
 
@@ -156,7 +156,7 @@ def _option(body: Mapping[str, Any]) -> str:
 
 
 def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
-    """What is declared, without reasons → the names of which it is."""
+    """Declaration, without reasons → the names of the keys that have it."""
     found: dict[str, list[str]] = {}
     for name, key in keys.items():
         told = [] if key.limits == Limits() else [str(key.limits)]
@@ -171,7 +171,7 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
 
 
 def _generation(mapping: MappingFile, gives: Mapping[str, Any]) -> Meaning:
-    """generation_config.json, its token ids filled up from config.json."""
+    """generation_config.json, with missing token ids taken from config.json."""
     if mapping.generation is None:
         return {}
     config = {p.removeprefix("config.json "): v for p, v in gives.items() if p.endswith("_token_id")}
@@ -215,7 +215,7 @@ def spoken(text: str, tokens: Mapping[str, str]) -> Meaning:
 
 
 class _Text(yaml.SafeDumper):
-    """YAML in block form, what fits on a line in flow form."""
+    """YAML in block form; what fits on a line in flow form."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

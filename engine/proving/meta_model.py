@@ -25,7 +25,7 @@ from engine.proving.targets import known_of
 
 
 def wanted(config: Mapping[str, Any], architecture: str = "") -> Wanted | str:
-    """Name → shape of every parameter and saved buffer, with ties separate; or why it is not known.
+    """Name → shape of every parameter and saved buffer, with ties separate; or the reason why it is unknown.
 
     Raises:
         EngineError: E502 when transformers refuses the configuration.
@@ -64,18 +64,18 @@ def wanted_by_class(mapping: MappingFile, config: Mapping[str, Any]) -> Wanted:
 
 
 def asked(config: Mapping[str, Any]) -> Wanted:
-    """What the model class of a configuration itself says; errors as above."""
+    """The tensors by the model class itself; the same errors."""
     if "transformers" in sys.modules:
         return _wanted_here(config)
-    # Torch and transformers take ten times the memory of a conversion: a process that ends frees it.
+    # Torch and transformers take ten times the memory of a conversion; it is freed when the process ends.
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
     done = subprocess.run(  # -P: no module is taken from the current folder, which may be a checkpoint's
         [sys.executable, "-P", "-c", "from engine.proving.meta_model import tell; tell()"],
         input=pickle.dumps(dict(config)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=paths, check=False,
     )  # fmt: skip
     if done.returncode:
-        return _wanted_here(config)  # which tells why
-    answer: Wanted | EngineError = pickle.loads(done.stdout)  # of this engine's own
+        return _wanted_here(config)  # raises the error
+    answer: Wanted | EngineError = pickle.loads(done.stdout)  # from this engine's own process
     if isinstance(answer, EngineError):
         raise answer
     return answer
@@ -85,8 +85,8 @@ def tell() -> None:
     """Send the tensors of a configuration's model class to the parent process."""
     from torch import distributed
 
-    answer, sys.stdout = sys.stdout.buffer, sys.stderr  # libraries that print shall not be in the answer
-    distributed.is_available = lambda: False  # what transformers imports for it takes a third of the time
+    answer, sys.stdout = sys.stdout.buffer, sys.stderr  # what libraries print must not mix with the answer
+    distributed.is_available = lambda: False  # saves imports that take a third of the time
     config = pickle.load(sys.stdin.buffer)
     try:
         told: Wanted | EngineError = _wanted_here(config)
@@ -120,7 +120,7 @@ def written_as_model(mapping: MappingFile, checkpoint: Checkpoint) -> MappingFil
 def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[MappingFile, Layout, Checkpoint]:
     """A mapping with its rules, even if these come from the model class of the checkpoint's configuration.
 
-    Then the checkpoint has only the model's tensors, and the layout the prefix of their names.
+    In that case the returned checkpoint has only the model's tensors, and the layout the prefix of their names.
     """
     if not mapping.as_model:
         return mapping, layout, checkpoint
@@ -128,14 +128,14 @@ def fitted(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tupl
 
 
 def load_classes() -> None:
-    """Load torch and transformers, if they are there, before they are asked."""
+    """Load torch and transformers in advance, if they are installed."""
     with suppress(ImportError):
         import torch  # noqa: F401
         from transformers.models.auto.modeling_auto import AutoModelForCausalLM  # noqa: F401
 
 
 def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | str:
-    """The model without memory, and whether embedding and head are one tensor; or why it is not known."""
+    """The model without memory, and whether embedding and head are tied; or the reason why it is unknown."""
     import torch
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -151,7 +151,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
     if known and made.config_class is not CONFIG_MAPPING[kind] and (of_kind is None or named not in of_kind.classes):
         raise EngineError(
             "E502",
-            f"`architectures` and `model_type` name two models: {named} is none of {kind}",
+            f"`architectures` and `model_type` name two models: {named} is not a class of {kind}",
             got=f"{named}, whose type is {getattr(made.config_class, 'model_type', 'unknown')}",
             expected=f"a class of {kind}",
             fix="Programs disagree about which of the two counts. Correct `config`.",
@@ -162,7 +162,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
         loaded = transformers.AutoConfig.for_model(**{**_with_infinities(config), "dtype": "bfloat16"})
         with torch.device("meta"), _unfilled():
             model = made(loaded)
-    except Exception as error:  # whatever their validation raises, it is this configuration that they refuse
+    except Exception as error:  # their validation may raise anything
         raise EngineError(
             "E502",
             "transformers refuses the configuration",
@@ -175,7 +175,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
 
 
 def _unfilled() -> Any:
-    """A context in which tensors are not filled with first values: without memory they have none."""
+    """A context in which tensors are not initialised, as they have no memory."""
     from torch.overrides import TorchFunctionMode
 
     class Unfilled(TorchFunctionMode):
@@ -188,7 +188,7 @@ def _unfilled() -> Any:
 
 
 def _generating(kind: Any) -> Any:
-    """What makes the class that generates text by a configuration that names none, as 4 saved some of two parts."""
+    """The auto class for a configuration without a class name, as transformers 4 saved some models of two parts."""
     import transformers
 
     listed = [getattr(transformers, f"AutoModelFor{task}") for task in ("CausalLM", "ImageTextToText", "Seq2SeqLM")]
@@ -196,7 +196,7 @@ def _generating(kind: Any) -> Any:
 
 
 def _with_infinities(value: Any) -> Any:
-    """A configuration with the infinities that transformers 5 writes as mappings.
+    """A configuration with infinities in place of the mappings that transformers 5 writes for them.
 
     >>> _with_infinities({"time_step_limit": [0.0, {"__float__": "Infinity"}]})
     {'time_step_limit': [0.0, inf]}
@@ -213,7 +213,7 @@ def _with_infinities(value: Any) -> Any:
 def misfits(
     shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], pieces: Pieces
 ) -> list[Failure]:
-    """Names that only one side has and shapes that differ, one line per rule's target."""
+    """Names that only one side has, and shapes that differ; one line per target of a rule."""
     found: dict[str, tuple[Failure, int]] = {}
 
     def add(key: str, message: str, place: str | None) -> None:

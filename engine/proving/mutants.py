@@ -1,4 +1,4 @@
-"""Mutants: copies of a mapping with every possible change in one place."""
+"""Mutants: copies of a mapping, each with one change."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def mutants_of(mapping: MappingFile) -> Iterator[Change]:
 
 
 def _whole(rule: Data) -> Data:
-    """A rule with `target`, which is short for one target with the source's axes, written out."""
+    """A rule with the short form `target` (one target with the source's axes) written out."""
     if rule.get("target") is None:
         return rule
     rest = {key: value for key, value in rule.items() if key != "target"}
@@ -68,7 +68,7 @@ def _rules(data: Data, ones: frozenset[str]) -> Iterator[Change]:
 
 
 def _names(data: Data, name: str, rule: Data) -> Iterator[Change]:
-    """Misspell sources and targets, drop historical names."""
+    """Edits that misspell sources and targets, or drop historical names."""
     sources = texts(rule["source"])
     for number, source in enumerate(sources):
         if len(sources) > 1:
@@ -82,7 +82,7 @@ def _names(data: Data, name: str, rule: Data) -> Iterator[Change]:
 
 
 def _exchanges(data: Data) -> Iterator[Change]:
-    """Two targets of the same axes exchanged wherever they are written: gate and up, two norms."""
+    """Edits that exchange two targets of the same axes everywhere: gate and up, two norms."""
     written: dict[str, tuple[str, str]] = {}
     for name, rule in data["rules"].items():
         for target in rule["targets"]:
@@ -105,13 +105,13 @@ def _places(name: str) -> list[str]:
 
 
 def _last(name: str) -> str:
-    """The most telling part of a name: `q_proj`."""
+    """The most specific part of a name: `q_proj`."""
     parts = [part for part in name.split(".") if part not in ("weight", "{param}")]
     return parts[-1] if parts else name
 
 
 def reordered(axes: Axes, ones: frozenset[str] = frozenset()) -> Iterator[Axes]:
-    """Two neighbours of a sum or of a product exchanged: another order of q, k and v, a permutation lost.
+    """Axes with two neighbours of a sum or product exchanged: another order of q, k and v, or a lost permutation.
 
     >>> [str(axes) for axes in reordered(parse_axes("(heads (q + k)) | hidden"))]
     ['((q + k) heads) | hidden', '(heads (k + q)) | hidden']
@@ -136,6 +136,6 @@ def _exchanged(node: Node, ones: frozenset[str]) -> Iterator[Node]:
 
 
 def turned(axes: Axes) -> Iterator[Axes]:
-    """The last two storage dimensions exchanged."""
+    """Axes with the last two storage dimensions exchanged."""
     if len(axes.dims) >= 2:
         yield Axes((*axes.dims[:-2], axes.dims[-1], axes.dims[-2]), axes.bar)

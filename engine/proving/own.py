@@ -1,4 +1,4 @@
-"""Custom mappings, which no test of ours has seen: their errors must not become a model."""
+"""Custom mappings, which no test of this project covers: their errors must not result in a wrong model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.planning.wanted import wanted_by_mapping
 
-# Lint findings that change what is decided or written; planning itself refuses the others, or they are harmless.
+# Lint findings that change decisions or output. Planning itself refuses the others, or they are harmless.
 _OF_THE_TARGET = ("L010", "L012", "L013", "L014", "L015", "L017")
 
 
@@ -20,13 +20,13 @@ def checked(plan: Plan) -> Plan:
     """A plan whose mapping is bundled, or passes `engine lint` and fits the target's class; adds lint's warnings.
 
     Raises:
-        EngineError: E109 for what lint calls an error, and for tensors that the model class does not load.
+        EngineError: E109 for errors of lint, and for tensors that the model class does not load.
     """
     mapping = plan.mapping
     named = _of_its_name(mapping)
     if any(one.digest == mapping.digest for one in named):
         return plan
-    from engine.proving.lint import lint  # late, since most runs are of bundled mappings
+    from engine.proving.lint import lint  # late, since most runs use bundled mappings
     from engine.proving.values import contradiction, not_allowed
 
     found = lint(mapping)
@@ -37,23 +37,23 @@ def checked(plan: Plan) -> Plan:
         for one in found
         if one.severity == "error" and one.code in _OF_THE_TARGET
     ]
-    if not wrong and plan.written is None:  # what lint sees of literals, of what expressions gave
+    if not wrong and plan.written is None:  # as lint checks literals, check the results of expressions
         wrong = [
             EngineError(
                 "E109",
                 f"L014: {contradiction('config', path, value, key)}",
                 place=mapping.place,
-                fix="Correct the expression, or what `keys` says of it.",
+                fix="Correct the expression, or its declaration in `keys`.",
             )
             for path, value, key in not_allowed(plan.config, mapping.keys.get("target", {}))
         ]
     if wrong:
         raise EngineErrors(wrong)
     _check_class(plan)
-    told = [f"`engine lint` says of the mapping: {one.message} ({one.place})" for one in found]
+    told = [f"`engine lint` on the mapping: {one.message} ({one.place})" for one in found]
     if named:
-        other = f"`engine diff {mapping.name} {mapping.files[-1]}` shows in what"
-        told.insert(0, f"the mapping has the name of the bundled {mapping.name}, and is another: {other}")
+        other = f"`engine diff {mapping.name} {mapping.files[-1]}` shows the differences"
+        told.insert(0, f"the mapping has the name of the bundled {mapping.name}, but is a different one: {other}")
     return replace(plan, notices=(*plan.notices, *told))
 
 

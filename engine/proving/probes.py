@@ -1,4 +1,4 @@
-"""Inputs to try a mapping's expressions with: every key usual, absent and changed, and pairs of switches.
+"""Inputs for trying a mapping's expressions: every key usual, absent and changed, and pairs of switches.
 
 Values come from a key's declaration and from the constants that expressions compare it with.
 """
@@ -21,14 +21,14 @@ from engine.language.model import Expression, Layout
 from engine.language.names import pattern
 
 ABSENT = "(absent)"
-Given = Mapping[str, Any]  # what is read → its value; OMIT where it is absent
+Given = Mapping[str, Any]  # input → its value; OMIT if it is absent
 Outcome = Mapping[str, Any]
 _UNUSUAL = (0.0625, 12345.5, 0.375, 3.25, 17.5, 0.015625, 260.25)  # exact in binary, all different
-_MOST_PAIRS = 24  # of one expression
+_MOST_PAIRS = 24  # for one expression
 
 
 def grid_of(layout: Layout) -> dict[str, list[Any]]:
-    """Names of the rank grid in expressions → the usual value, and others."""
+    """Names of the rank grid in expressions → the usual value, then others."""
     dims = {dim for mode in layout.modes for file in mode.files for dim in pattern(file.name).placeholders}
     found: dict[str, list[Any]] = {"dtype": ["torch.bfloat16", "torch.float32"], "chunks": [1, 2, 5], "layers": [4, 6]}
     found["mode"] = [mode.name for mode in layout.modes]
@@ -38,12 +38,12 @@ def grid_of(layout: Layout) -> dict[str, list[Any]]:
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted paths as a tree; what is absent is left out."""
+    """Dotted paths as a tree, without absent values."""
     return tree_of({tuple(path.split(".")): value for path, value in flat.items() if value is not OMIT})
 
 
 def constants(expressions: Sequence[Expression], reads: Callable[[str], frozenset[str]]) -> dict[str, list[Any]]:
-    """What is read → the constants that expressions compare it with."""
+    """Input → the constants that expressions compare it with."""
     found: dict[str, list[Any]] = defaultdict(list)
     for expression in expressions:
         for compare in compile_expression(expression).every(nodes.Compare):
@@ -54,13 +54,13 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
 
 
 def divisors_of(expression: Expression) -> frozenset[str]:
-    """Names that are divisors of a whole division."""
+    """Names that are divisors of an integer division."""
     every = compile_expression(expression).every(nodes.FloorDiv)
     return frozenset(path for one in every for path in _paths(one.right))
 
 
 def multiples_of(expression: Expression, values: Mapping[str, Any]) -> dict[str, int]:
-    """Names of which an expression takes whole multiples of a number: name → the number."""
+    """Names that an expression divides by an integer, as in rounding to a multiple: name → the integer."""
     found: dict[str, int] = {}
     for one in compile_expression(expression).every(nodes.FloorDiv):
         number = _number(one.right, values)
@@ -79,13 +79,13 @@ def _number(node: nodes.Node, values: Mapping[str, Any]) -> int | None:
 
 
 def quotients_of(expression: Expression) -> list[tuple[str, str]]:
-    """Which names are divided by which, exactly."""
+    """(dividend, divisor) of divisions with `/`."""
     every = compile_expression(expression).every(nodes.Div)
     return [(a, b) for one in every for a in _paths(one.left) for b in _paths(one.right)]
 
 
 def plain_name(expression: Expression) -> str | None:
-    """The single name that an expression is, or is when the name exists or a condition holds."""
+    """The single name that is an expression's value, always or if it exists or a condition holds."""
     tree: nodes.Node = compile_expression(expression).tree
     if isinstance(tree, nodes.CondExpr):
         tree = tree.expr1
@@ -95,14 +95,14 @@ def plain_name(expression: Expression) -> str | None:
 
 
 def _paths(tree: nodes.Node) -> Iterator[str]:
-    """Every name below, and with what is asked of it: `options` and `options.size`."""
+    """Every name in an expression, with its attributes: `options` and `options.size`."""
     for node in [tree, *tree.find_all((nodes.Name, nodes.Getattr))]:
         if path := dotted(node):
             yield path
 
 
 def unusual(number: int, key: Key | None) -> float:
-    """A number that no one would write, within the declared range."""
+    """A number that nobody would write, within the declared range."""
     for value in (*_UNUSUAL[number % len(_UNUSUAL) :], *_UNUSUAL):
         if key is None or key.limits.fits(value):
             return value
@@ -110,7 +110,7 @@ def unusual(number: int, key: Key | None) -> float:
 
 
 def others(path: str, usual: Any, keys: Mapping[str, Key], compared: Sequence[Any]) -> list[Any]:
-    """Values to try besides the usual one: absent, the other truth value, other sizes, what it is compared with."""
+    """Values to try besides the usual one: absent, the other truth value, other sizes, compared constants."""
     key = find_key(keys, path)
     types = () if key is None else key.limits.types
     values: list[Any] = [OMIT]
@@ -146,13 +146,13 @@ def _same(one: Any, other: Any) -> bool:
 def scenarios(
     tried: Mapping[str, Sequence[Any]], together: Sequence[frozenset[str]], few: Mapping[str, bool]
 ) -> Iterator[dict[str, Any]]:
-    """What differs from the usual: one thing at a time, then switches that one expression reads in pairs, or one of
-    them with another thing absent.
+    """Inputs that differ from the usual: one at a time; then pairs of switches that one expression reads, and a
+    switch together with another absent input.
 
     Args:
-        tried: what is read → the values to try.
-        together: what one expression reads.
-        few: whether a thing is a switch, with few values.
+        tried: input → the values to try.
+        together: the inputs of each expression.
+        few: whether an input is a switch, with few values.
     """
     for path, values in tried.items():
         for value in values:
@@ -173,7 +173,7 @@ def scenarios(
 
 
 def told(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Values for text: an absent one as a word."""
+    """Values for display, with a word for absent ones."""
     return {path: ABSENT if value is OMIT else value for path, value in given.items()}
 
 
@@ -191,7 +191,7 @@ def name_of(given: Mapping[str, Any]) -> str:
 
 
 def rows(base: Given, run: Callable[[Given], Outcome], tried: Iterable[tuple[str, Given]]) -> Iterator[dict[str, Any]]:
-    """The rows of a table, lazily: the results of the usual values, and for other inputs the results that differ."""
+    """The rows of a table, lazily: the results for the usual values, and for other inputs the results that differ."""
     usual = run(base)
     yield {"given": told({p: v for p, v in base.items() if v is not OMIT}), "gives": dict(usual)}
     without: list[str] = []

@@ -1,4 +1,4 @@
-"""Results of lint and proofs: findings, checks that hold or not, counter-examples in words, and evidence on mutants."""
+"""Results of lint and proofs: findings, checks, counter-examples in words, and what detected mutants."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engine.errors import EngineError, Place, in_words
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing found: an error makes `engine lint` fail, a warning does not."""
+    """A finding of lint: an error makes `engine lint` fail, a warning does not."""
 
     place: Place | None
     message: str
@@ -19,7 +19,7 @@ class Finding:
     severity: Literal["error", "warning"] = "error"
     got: str | None = None
     expected: str | None = None
-    code: str = ""  # of the check that found it
+    code: str = ""  # the check that found it, L001 and so on
 
     def in_words(self) -> str:
         """The finding in the shape of an error."""
@@ -38,7 +38,7 @@ def finding_of(error: EngineError, place: Place | None = None) -> Finding:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """One thing that does not hold, in words, and where: the mapping's place, the choices, the layout."""
+    """A counter-example in words, and where it is: the place in the mapping, the choices, the layout."""
 
     message: str
     place: str | None = None
@@ -55,7 +55,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim and how it was checked; `holds` is None if it could not be checked."""
+    """A claim and how it was checked; `holds` is None if it could not be checked."""
 
     name: str
     holds: bool | None
@@ -65,7 +65,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True)
 class Mutant:
-    """A mapping changed in one place: where, what was done, and what showed it (None: nothing)."""
+    """A mapping changed in one place: where, the change, and what detected it (None: nothing)."""
 
     where: str
     what: str
@@ -85,7 +85,7 @@ class Proof:
 
     @property
     def holds(self) -> bool:
-        """Whether nothing failed. What could not be checked does not fail, a mutant that survives does."""
+        """Whether nothing failed. An impossible check is no failure, an undetected mutant is one."""
         return all(check.holds is not False for check in self.checks) and all(m.caught_by for m in self.mutants)
 
     def as_dict(self) -> dict[str, Any]:

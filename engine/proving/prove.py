@@ -1,7 +1,7 @@
-"""Proving a mapping: that it is total, injective and exactly invertible, in every layout.
+"""Proves that a mapping is total, injective and exactly invertible in every layout.
 
-At tiny sizes by running the real planner and runner on index tensors, at a release's own sizes by
-box arithmetic, and against the names and shapes that transformers has.
+Tiny models are run through the real planner and runner, a release's own sizes are checked by box arithmetic, and
+names and shapes are compared with transformers' model.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
 _FEW = 4  # up to this many mappings, one process is as fast as several
-_ROOM = 1 << 30  # bytes that proofs side by side never need; a container's memory folder is often of 64 MiB
+_ROOM = 1 << 30  # bytes, enough for parallel proofs; a container's /dev/shm often has only 64 MiB
 
 
-Begun = tuple[Proof, Sequence[World]]  # a proof, and the models that are still to be held against transformers' own
+Begun = tuple[Proof, Sequence[World]]  # a proof, and models to compare with transformers' own
 
 
 def shared_rules(mapping: MappingFile) -> str:
@@ -91,7 +91,7 @@ def prove(
             continue
         groups.setdefault(shared_rules(mapping), []).append((number, mapping))
     meter = Meter(len(names), progress, "proving", "mappings")
-    ordered = sorted(groups.values(), key=_work, reverse=True)  # so that no long one is begun last
+    ordered = sorted(groups.values(), key=_work, reverse=True)  # so that no long one starts last
     members = [[mapping for _, mapping in group] for group in ordered]
     alone = len(names) <= _FEW or len(ordered) < 2 or (os.cpu_count() or 1) < 2
     for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
@@ -114,9 +114,9 @@ def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter)
 
 
 def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[Begun]]]:
-    """Groups in processes of their own, each as soon as it is proved; transformers is loaded in this one alone."""
+    """Prove groups in separate processes, and yield each when it is done; only this process loads transformers."""
     workers = min(os.cpu_count() or 1, len(groups))
-    collecting = gc.get_threshold()  # a new process looks for cycles as seldom as this one does
+    collecting = gc.get_threshold()  # new processes collect garbage as seldom as this one
     with ProcessPoolExecutor(workers, get_context("spawn"), gc.set_threshold, collecting) as pool:
         running = {pool.submit(prove_group, group, mutants): number for number, group in enumerate(groups)}
         load_classes()
@@ -126,7 +126,7 @@ def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterato
 
 def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[Begun]:
     """Prove mappings one after another, without the checks that need transformers."""
-    proven: dict[str, str] = {}  # what a check depends on → the mapping it was made for
+    proven: dict[str, str] = {}  # inputs of a check → the mapping that was checked
     found: list[Begun] = []
     for mapping in mappings:
         started = time.monotonic()
@@ -134,16 +134,16 @@ def prove_group(mappings: Sequence[MappingFile], mutants: bool) -> list[Begun]:
         try:
             checks, tried, worlds = _prove(mapping, proven, mutants=mutants)
         except EngineError as error:
-            checks, tried = [check_of("proof", "everything could be tried", [Failure.of(error)])], []
+            checks, tried = [check_of("proof", "all checks could be run", [Failure.of(error)])], []
         found.append((Proof(mapping.name, tuple(checks), tuple(tried), time.monotonic() - started), worlds))
     return found
 
 
 def _with_model(mapping: MappingFile, proof: Proof, worlds: Sequence[World]) -> Proof:
-    """A proof with the check of the models that are left to hold against transformers'."""
+    """The proof, with the check against transformers' models added."""
     started = time.monotonic()
     if mapping.classes:
-        told = f"{', '.join(mapping.classes)} are told as transformers has them"
+        told = f"{', '.join(mapping.classes)} are as in transformers"
         try:
             failures = check_classes(mapping.classes)
         except EngineError as error:
@@ -194,9 +194,9 @@ def _prove(
 
 
 def _quick() -> Path | None:
-    """A folder in memory, where there is one with room: thousands of tiny files are brought to stable storage.
+    """A folder in memory, if there is one with enough room: a proof writes thousands of tiny files with fsync.
 
-    None for the usual folder of temporary files, also where TMPDIR names one.
+    None for the usual folder of temporary files, and if TMPDIR is set.
     """
     memory = Path("/dev/shm")
     if "TMPDIR" in os.environ or not os.access(memory, os.W_OK):

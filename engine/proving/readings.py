@@ -23,11 +23,11 @@ from engine.proving.forth import Direction, Forth, value_of
 from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios
 from engine.proving.tiny import World, Worlds, decided_by_names
 
-_GIVEN = 40  # a size that a user's config.json gives
+_GIVEN = 40  # a size in a given config.json
 
 
 def readings(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Iterator[dict[str, Any]]:
-    """Both tables of a mapping, bit by bit; `world` gives sizes that agree."""
+    """Both tables of a mapping, row by row; `world` gives sizes that agree."""
     forth = Forth(mapping, layout, worlds, world)
     yield from ({"reading": row} for row in _rows(forth))
     if asked := sorted({p for one in forth.expressions for p in compile_expression(one).patterns}):
@@ -72,12 +72,12 @@ def _rows(side: Direction) -> Iterator[dict[str, Any]]:
 
 
 def _near(compared: Any) -> Sequence[Any]:
-    """Values of the grid to try where one is compared with another: a number and the next one, or a text."""
+    """Values to try for a name of the grid that is compared with this one: a number and the next, or a text."""
     return (compared, compared + 1) if type(compared) is int else (compared,) if isinstance(compared, str) else ()
 
 
 def _presence(mapping: MappingFile, asked: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Which choices the tensors show that expressions ask for: with all of them, all but one, and one alone."""
+    """The choices that tensors show: with all tensors that expressions ask for, all but one, and only one."""
     found: dict[str, dict[str, str]] = {}
     sets = [("all", set(asked)), *((f"without {p}", set(asked) - {p}) for p in asked)]
     for name, there in [*sets, *((f"only {p}", {p}) for p in asked)]:
@@ -93,7 +93,7 @@ def _presence(mapping: MappingFile, asked: Sequence[str]) -> dict[str, dict[str,
 
 
 class Back(Direction):
-    """The direction of `reverse`, of what the other gives."""
+    """The direction of `reverse`, which reads what `Forth` gives."""
 
     def __init__(self, forth: Forth) -> None:
         mapping = forth.mapping
@@ -123,12 +123,12 @@ class Back(Direction):
         return base
 
     def edges(self, path: str) -> list[Any]:
-        """Sizes that are rounded up to multiples: a multiple, and with what is tried of every number its neighbours."""
+        """A multiple, for sizes that are rounded up to multiples; its neighbours are tried too, as for every number."""
         usual = {one: value for one, value in self.base.items() if value is not OMIT}
         return [n for one in self.expressions for name, n in multiples_of(one, usual).items() if name == path]
 
     def whole(self) -> list[tuple[str, dict[str, Any]]]:
-        """Sizes whose quotient, multiplied again, comes to a little less and to a little more."""
+        """Sizes whose floating-point quotient, multiplied again, is slightly too small or too large."""
         base = self.base
         found: dict[str, dict[str, Any]] = {}
         for one in self.expressions:

@@ -1,7 +1,7 @@
 """Round trips of index tensors: the real planner and runner, to rank files and back.
 
-A tiny Hugging Face checkpoint in which every element is another number is written for a layout,
-read back and compared. The numbers say where each element came from.
+A tiny Hugging Face checkpoint, in which every element is a different number, is written for a layout,
+read back and compared. The numbers show where each element came from.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_ranks(
     """Write rank files with the real planner and runner, and read the folder again.
 
     Raises:
-        EngineError: E214 where the layout does not fit the sizes, else what is wrong with the mapping.
+        EngineError: E214 if the layout does not fit the sizes, else an error of the mapping.
     """
     plan = make_plan(mapping, layout, whole, case.request(mapping, world.choices, world.lossy))
     folder.mkdir(parents=True)
@@ -75,7 +75,7 @@ def write_ranks(
 
 
 def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
-    """The plan back; choices that more than one plan would fit are set."""
+    """The plan back; choices of variants that shapes do not decide are set."""
     try:
         return make_plan(mapping, layout, trip.checkpoint)
     except EngineError as error:
@@ -98,7 +98,7 @@ def compare_trip(trip: Trip, plan: Plan, out: Path) -> list[Failure]:
 
 
 def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
-    """Run a plan with the real runner; the tensors it wrote, read by another reader. Nothing looks at digests."""
+    """Run a plan with the real runner, without digests; returns the tensors, read by the safetensors library."""
     from safetensors.numpy import load_file
 
     out.mkdir(parents=True)
@@ -107,7 +107,7 @@ def convert(plan: Plan, out: Path) -> dict[str, np.ndarray]:
 
 
 def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
-    """Injective and total into the rank files: replicas aside, every number is there exactly once."""
+    """Check that every number is in the rank files exactly once, apart from replicas."""
     replicas = {source for one in plan.replicas for source in one.sources[1:]}
     added = {
         copy.source: np.float32(output.transform[1])
@@ -123,7 +123,7 @@ def _counted(trip: Trip, plan: Plan) -> Iterator[Failure]:
     wanted = np.ones(trip.world.elements, np.int64)
     for name, to in trip.world.tied.items():
         spec = next(one for one in trip.world.pieces.targets.values() if one.name.match(name) is not None)
-        if not spec.instances[0].rule.optional:  # else the rank files need not hold it twice
+        if not spec.instances[0].rule.optional:  # else one copy is enough
             wanted[arrays[to].ravel().astype(np.int64)] = 2
     if any(rule.zeros for rule in plan.mapping.rules):
         counts[0] = min(counts[0], wanted[0])  # padding is zeros
@@ -145,7 +145,7 @@ def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:
 
 
 def stored_numbers(plan: Plan, source: int) -> np.ndarray:
-    """The elements of a stored tensor, from its own header, without the plan."""
+    """The elements of a stored tensor, read by its own header, without the plan."""
     tensor = plan.sources[source]
     header = tensor.header
     count = span(header.shape, header.strides)
@@ -158,7 +158,7 @@ def stored_numbers(plan: Plan, source: int) -> np.ndarray:
 
 
 def element_of(arrays: Mapping[str, Any], number: float) -> str:
-    """The element that was given a number: `model.norm.weight[3]`."""
+    """The element that has this number: `model.norm.weight[3]`."""
     for name, array in arrays.items():
         first = float(array.flat[0]) if array.size else -1
         if array.size and first <= number < first + array.size:
@@ -171,7 +171,7 @@ def index(values: Any) -> str:
 
 
 def differences(world: World, plan: Plan, got: Mapping[str, np.ndarray], where: str) -> Iterator[Failure]:
-    """Tensors that did not come back, each with its first wrong element."""
+    """Tensors that did not return intact, each with its first wrong element."""
     wanted = world.arrays()
     changed = {output.name for output in plan.outputs if loses(output.transform)}
     outputs = {output.name: output for output in plan.outputs}

@@ -1,8 +1,8 @@
 """Proofs at real sizes by box arithmetic: headers are made up, no tensor exists.
 
-Both sides of a plan hold boxes of the rules' pieces, and planning refuses a tensor that they do not fill. Where on
-either side the boxes of each piece are disjoint, the copies between the two are one to one: nothing is lost, doubled
-or left over. The plans made in the two directions must then be each other's copies with the sides exchanged.
+Both sides of a plan hold boxes of the rules' pieces, and planning refuses a tensor that they do not fill. If the
+boxes of each piece are disjoint on both sides, the copies between them are one to one: nothing is lost, doubled or
+left over. Then the copies of the two directions must be equal with the sides exchanged.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def written(plan: Plan, layout: Layout) -> Checkpoint:
 
 
 def reverse_of(mapping: MappingFile, layout: Layout, world: World, case: Case) -> Plan:
-    """The plan that writes a world's ranks; E214 where it cannot be cut so."""
+    """The plan that writes a world's ranks; E214 if it cannot be cut in this way."""
     return make_plan(mapping, layout, invented(world), case.request(mapping, world.choices, world.lossy))
 
 
 def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) -> list[Failure]:
-    """Both directions of one layout at the world's sizes, from headers alone.
+    """Check both directions of one layout at the world's sizes, from headers alone.
 
     Raises:
-        EngineError: E214 where the layout does not fit, else what keeps it from being planned.
+        EngineError: E214 if the layout does not fit the sizes, else the error of planning.
     """
     back = reverse_of(mapping, layout, world, case)
     shapes = [v.name for v in mapping.variants.values() if v.decide == "shapes"]
@@ -75,7 +75,7 @@ def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) 
 
 
 def inverse(forth: Plan, back: Plan) -> Iterator[str]:
-    """Where the copies of one direction are not those of the other with the sides exchanged."""
+    """Copies of one direction that are not those of the other with the sides exchanged, in words."""
     read = [[(plan.files[one.file].name, one.header.name) for one in plan.sources] for plan in (forth, back)]
     replicas = {read[0][s] for one in forth.replicas for s in one.sources[1:]}
     names = [
@@ -97,7 +97,7 @@ def inverse(forth: Plan, back: Plan) -> Iterator[str]:
 
 
 def one_to_one(plan: Plan) -> Iterator[str]:
-    """The reasons why a plan is not one to one, per class of tensors."""
+    """The reasons why a plan is not one to one, for each class of tensors."""
     seen: set[object] = set()
     sides = (plan.copies.target, plan.copies.source)
     for group in sides[0].groups:
@@ -122,10 +122,10 @@ def _boxes(side: Side, groups: Sequence[Group]) -> dict[object, list[Box]]:
 
 
 def _overlaps(boxes: Sequence[Box], name: str) -> Iterator[str]:
-    """Two boxes of one piece that share an element."""
+    """Pairs of boxes of one piece that share an element, in words."""
     varying = [a for a in boxes[0] if len({box[a] for box in boxes}) > 1] if boxes else []
     first = varying[0] if varying else next(iter(boxes[0]), "") if boxes else ""
-    open_: list[Box] = []  # boxes that reach the current start along one axis
+    open_: list[Box] = []  # earlier boxes that extend beyond the current start along one axis
     for box in sorted(boxes, key=lambda box: box[first][0]):
         open_ = [one for one in open_ if one[first][1] > box[first][0]]
         for one in open_:

@@ -1,7 +1,7 @@
 """The known names of the target's classes: keys of configurations, names of models, activations.
 
-Taken from transformers by `make targets` into `schemas/targets.json`, so that mappings are checked where it is
-not installed, and without its imports. A model type that is not there is looked up in transformers, if there is one.
+`make targets` takes them from transformers into `schemas/targets.json`, so that mappings can be checked without
+transformers and its slow import. Other model types are looked up in transformers, if it is installed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class Known:
     """The names that transformers has for a model type.
 
     Attributes:
-        keys: of its configuration.
-        classes: its models.
+        keys: keys of its configuration.
+        classes: its model classes.
     """
 
     keys: frozenset[str]
@@ -35,28 +35,28 @@ def _data() -> dict[str, Any]:
 
 
 def listed(part: str) -> tuple[str, ...]:
-    """The names that transformers has of a kind.
+    """The names of one kind that transformers has.
 
     Args:
         part: `model types`, `generation` for the keys of generation_config.json, `activations` for `hidden_act`,
-            `heads` for what names of model classes end with, as `ForCausalLM`.
+            `heads` for the ends of names of model classes, such as `ForCausalLM`.
     """
     return tuple(_data()[part])
 
 
 def common_keys() -> frozenset[str]:
-    """Keys of every configuration, those that transformers 4 read among them."""
+    """Keys of every configuration, including those that transformers 4 reads."""
     return frozenset((*_data()["common"], "rope_theta", "rope_scaling", "torch_dtype"))
 
 
 def every_key() -> frozenset[str]:
-    """Keys that some configuration has: classes read more than they declare."""
+    """Keys that some configuration has. A class may read more keys than it declares."""
     data = _data()
     return frozenset(key for found in data["configurations"].values() for key in found["keys"])
 
 
 def known_of(model_type: str) -> Known | None:
-    """The names for a model type; None when transformers has none, or is needed but not installed."""
+    """The names for a model type; None if transformers does not have it, or is needed but not installed."""
     found = _data()["configurations"].get(model_type)
     if found is None and model_type in listed("model types") and find_spec("transformers") is not None:
         found = _of(model_type)
@@ -78,7 +78,7 @@ def _auto() -> dict[str, dict[str, Any]]:
 
 
 def _keys(kind: Any) -> set[str]:
-    """What a configuration class reads: its fields, their other names, and properties that can be set."""
+    """The keys that a configuration class reads: its fields, their other names, and settable properties."""
     made = kind()
     found = {*made.to_dict(), *getattr(kind, "attribute_map", {})}
     for one in kind.__mro__:

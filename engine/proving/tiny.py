@@ -1,7 +1,7 @@
 """Tiny models of a mapping: small sizes, a combination of choices, and an index tensor for every target.
 
-Every element is a number of its own, so that where it ends up tells where it came from. Sizes are
-chosen so that everything a mapping divides divides, and so that no two axes look alike.
+Every element is a different number, so a result shows where each element came from. Sizes are chosen so
+that all divisions of a mapping are exact, and so that no two axes have the same size.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 from engine.planning.whole_outputs import whole_groups
 
-_LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and the like; an axis that others are divided by
-DIVISIBLE = 6  # by 2 and by 3 ranks
-_APART = (36, 45, 28, 60, 52, 20, 44, 68)  # axes that nothing is known of
-EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same where two and three ranks are to divide them
+_LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and other placeholders; divisors
+DIVISIBLE = 6  # a size that 2 and 3 ranks divide
+_APART = (36, 45, 28, 60, 52, 20, 44, 68)  # sizes of axes without other constraints
+EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same, if 2 and 3 ranks must divide them
 _MAX_OPTIONAL = 8
 
 
@@ -46,12 +46,12 @@ def choices_text(choices: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A tiny Hugging Face checkpoint as one combination of a mapping's choices has it.
+    """A tiny Hugging Face checkpoint for one combination of a mapping's choices.
 
     Attributes:
-        shapes: target name → shape; tied targets included.
-        tied: target name → the one whose elements it has.
-        lossy: rules that do not invert, written all the same.
+        shapes: target name → shape, including tied targets.
+        tied: target name → the target whose elements it has.
+        lossy: rules that cannot be inverted but are written anyway.
     """
 
     choices: Mapping[str, str]
@@ -71,7 +71,7 @@ class World:
         return sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.tied)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Target name → its numbers, counted through in the order of the model."""
+        """Target name → its numbers, which count all elements in the order of the model."""
         found: dict[str, np.ndarray] = {}
         start = 0
         for name, shape in self.shapes.items():
@@ -87,13 +87,13 @@ def guess_sizes(
 ) -> dict[str, int]:
     """A small size for every axis that the configuration or the tensors decide.
 
-    What is divided becomes a multiple: `heads // groups` and `hidden // heads`, whose result is
+    A dividend becomes a multiple of its divisor: `heads // groups` and `hidden // heads`, whose result is
     halved again, give groups 3, heads 6, hidden 24.
 
     Args:
-        even: the size of axes that training only divides evenly, where nothing else decides it.
-        apart: sizes of axes that nothing is known of.
-        stated: sizes that are given, as a release's; what divides them does.
+        even: the size of axes that training divides evenly, if nothing else decides it.
+        apart: sizes of axes without other constraints.
+        stated: given sizes, such as a release's; divisors of these axes divide them.
     """
     divisions = {name: _divisions(e) for name, e in mapping.dims.items()}
     pairs = [(a, b) for found in divisions.values() for a, b in found]
@@ -108,7 +108,7 @@ def guess_sizes(
     values: dict[str, int] = {}
 
     def parts(axis: str) -> int:
-        """What the result of a division is a multiple of."""
+        """A number of which the size of `axis`, a result of a division, must be a multiple."""
         return 2 * math.lcm(1, *(int(b) for a, b in pairs if a == axis and b.isdigit()))
 
     def value(axis: str, depth: int = 0) -> int:
@@ -136,7 +136,7 @@ def guess_sizes(
         value(axis)
     sizes = {axis: values[axis] for axis in free} | dict(stated or {})
     follows = set(stated or ())
-    for a, b in 2 * pairs:  # twice, since what follows may be divided as well
+    for a, b in 2 * pairs:  # twice, as a later pair may change an earlier one
         if a in follows and b in sizes and b not in (stated or {}):
             sizes[b] = math.gcd(sizes[a], sizes[b])
             follows.add(b)
@@ -144,7 +144,7 @@ def guess_sizes(
 
 
 def _divisions(expression: Expression) -> list[tuple[str, str]]:
-    """What an expression divides by what, where both are names, or a name and a number."""
+    """(dividend, divisor) of an expression's divisions of names by names or numbers."""
     found: list[tuple[str, str]] = []
     for one in compile_expression(expression).every(nodes.FloorDiv):
         right = one.right.name if isinstance(one.right, nodes.Name) else getattr(one.right, "value", None)
@@ -154,7 +154,7 @@ def _divisions(expression: Expression) -> list[tuple[str, str]]:
 
 
 def _is_division(expression: Expression) -> bool:
-    """Whether a size is a quotient, or one where a configuration does not say it."""
+    """Whether a size is a quotient, always or as a default for a missing key."""
     tree: nodes.Node = compile_expression(expression).tree
     if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.args:
         tree = tree.args[0]
@@ -162,7 +162,7 @@ def _is_division(expression: Expression) -> bool:
 
 
 class Worlds:
-    """The worlds of a mapping, made when asked for."""
+    """Makes worlds of a mapping."""
 
     def __init__(self, mapping: MappingFile) -> None:
         self._mapping = mapping
@@ -170,16 +170,16 @@ class Worlds:
         self._shown = [mapping.variants[name] for name in decided_by_names(mapping)]
         asked = {p for v in self._shown for e in v.choices.values() if e for p in compile_expression(e).patterns}
         names = {one.sources[0] for one in self._instances}
-        # what `present` asks for → the source names that are such, and so whether each choice holds
+        # pattern in `present` → the source names that match it
         self._asked = {p: {one.text for one in names if pattern(p).match(one.sample()) is not None} for p in asked}
         self._known: dict[frozenset[str], tuple[str | None, ...]] = {}
         self._absent: dict[object, dict[tuple[str | None, ...], tuple[str, ...]]] = {}
 
     def make(self, choices: Mapping[str, str], sizes: Mapping[str, int], *, most: bool = True) -> World | None:
-        """The world of a combination of choices; None when no set of tensors shows them.
+        """The world of a combination of choices; None if no set of tensors shows them.
 
         Args:
-            sizes: of axes that are free; the others follow.
+            sizes: sizes of the free axes; the others follow.
             most: with every bias and optional tensor that the choices allow, or with as few as they allow.
 
         Raises:
@@ -204,7 +204,7 @@ class Worlds:
         return World(dict(choices), solved, config, pieces, shapes, tied, tuple(lossy))
 
     def used(self, choices: Mapping[str, str], *, most: bool) -> list[Instance] | None:
-        """Active rules' tensors that together show the choices which names decide; None where no set of them does."""
+        """Tensors of active rules whose names together show these choices; None if no set of them does."""
         active = [one.under(choices) for one in self._instances if one.rule.active(choices)]
         loose = {one.sources[0].text: one for one in active if one.param == "bias" or one.rule.optional}
         key = tuple(one.sources[0].text for one in active), tuple(loose), most
@@ -225,7 +225,7 @@ class Worlds:
 def settle(
     mapping: MappingFile, choices: Mapping[str, str], used: Sequence[Instance], sizes: Mapping[str, int]
 ) -> tuple[dict[str, int], dict[str, Any]]:
-    """Sizes and config.json that agree: what `dims` make of the configuration they give."""
+    """Sizes and a config.json that agree: `dims` compute these sizes from the configuration made of them."""
     present = present_in(training_names(used))
     options = {name: value for name, value in options_of(mapping, {}).items() if value is not None}
     fixed = {"options": options, "present": present, "training": {}, "given": {}, **choices}
@@ -253,9 +253,9 @@ def settle(
 
 
 def _made_up(keys: Mapping[str, Key], expression: Expression, names: Mapping[str, Any]) -> Any:
-    """An expression as far as names give it; a missing key of the training configuration stands as one that it may be.
+    """The value of an expression; missing keys of the training configuration get a value that they may have.
 
-    Such a key is no size: 1e-6, say, for an epsilon, which cannot be 1.
+    Such a key is not a size: an epsilon, for example, gets 1e-6, as it cannot be 1.
     """
     missing: dict[str, Any] = {}
     for path in sorted(compile_expression(expression).paths):
@@ -277,7 +277,7 @@ def training_names(used: Sequence[Instance]) -> set[str]:
 
 
 def decided_by_names(mapping: MappingFile) -> tuple[str, ...]:
-    """Variants that the tensors' names decide and nothing else."""
+    """Variants that only the names of tensors decide."""
     return tuple(
         name
         for name, variant in mapping.variants.items()
@@ -286,7 +286,7 @@ def decided_by_names(mapping: MappingFile) -> tuple[str, ...]:
 
 
 def _subsets(loose: Sequence[str], *, most: bool) -> Iterator[tuple[str, ...]]:
-    """Sets to leave out: small ones first when `most` are to stay, else large ones first."""
+    """Sets of tensors to leave out: small ones first if `most` should stay, else large ones first."""
     counts = list(range(len(loose) + 1)) if len(loose) <= _MAX_OPTIONAL else [0, len(loose)]
     for count in counts if most else reversed(counts):
         yield from combinations(loose, count)

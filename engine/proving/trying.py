@@ -1,8 +1,8 @@
 """Finds what detects a mutant.
 
-A mapping alone cannot tell gate from up: exchanged, the rules are as total, as invertible and of the same shapes as
-before. Only the meaning that is committed beside it can, or, where there is none, what it meant before. A mutant
-that nothing shows is reported so.
+A mapping alone does not distinguish gate from up: if they are exchanged, the rules are still total and invertible,
+with the same shapes. Only the meaning that is committed beside it shows it, or, if there is none, its meaning before
+the change. A mutant that nothing detects is reported as such.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from engine.proving.proof import Failure, Mutant
 from engine.proving.value_mutants import Change, Data
 
 LOADING, LINT = "loading", "lint"
-_ROWS = ("reading", "writing")  # whose facts stand each for itself
+_ROWS = ("reading", "writing")  # parts whose rows are independent of each other
 COMMITTED, BEFORE = "the committed meaning", "its meaning before"
 
 Facts = dict[str, dict[Path, Any]]  # part → its facts
@@ -34,10 +34,10 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
     """Every mutant, and the first check that detects it.
 
     Args:
-        changes: those to try; default: all.
+        changes: the changes to try; default: all.
 
     Raises:
-        EngineError: when the mapping does not load as it is, so that loading would tell no mutant from it.
+        EngineError: if the unchanged mapping does not load, as then loading shows nothing about mutants.
     """
     rebuilt(mapping, plain(mapping.resolved))
     then: Facts = {}
@@ -72,7 +72,7 @@ def _caught(mapping: MappingFile, change: Change, then: Facts, before: set[tuple
 
 
 def first_difference(mapping: MappingFile, then: Facts) -> Failure | None:
-    """How a mapping's meaning differs, by its parts; the parts and rows that are quickly known come first."""
+    """The first difference of a mapping's meaning from `then`; parts and rows that are fast to compute come first."""
     left = dict(then)
     for part, facts in groupby(facts_of(mapping), key=lambda fact: fact[0][0]):
         was = left.pop(part, {})
@@ -89,14 +89,14 @@ def first_difference(mapping: MappingFile, then: Facts) -> Failure | None:
 
 def _told(mapping: MappingFile, was: Mapping[Path, Any], now: Mapping[Path, Any]) -> Failure:
     found = differences(mapping, was, now)
-    return found[0] if found else Failure(f"its {next(iter({**now, **was}))[0]} are others", str(mapping.place))
+    return found[0] if found else Failure(f"its {next(iter({**now, **was}))[0]} differ", str(mapping.place))
 
 
 def rebuilt(mapping: MappingFile, data: Data) -> MappingFile:
     """A mapping from changed data, checked like its file.
 
     Raises:
-        EngineError: what loading it would raise.
+        EngineError: the errors of loading it from a file.
     """
     document = Document(mapping.files[-1], data)
     check_schema(document, "mapping", merged=True)

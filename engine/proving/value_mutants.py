@@ -1,4 +1,4 @@
-"""Mutants of values: constants, names and operators of expressions, keys and what is declared of them, options.
+"""Mutants of values: constants, names and operators of expressions, keys and their declarations, options.
 
 An edit is made in data of mapping files.
 """
@@ -19,7 +19,7 @@ Key = tuple[str | int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One edit of a mapping's data: its kind, where, what is done, and the data afterwards."""
+    """One edit of a mapping's data: its kind, its place, what it does, and the data afterwards."""
 
     kind: str
     where: str
@@ -28,7 +28,7 @@ class Change:
 
 
 def misspelt(name: str) -> str:
-    """A name with its longest word spelt wrongly.
+    """A name with its longest word misspelt.
 
     >>> misspelt("layers.{layer}.attention.wo.{param}")
     'layers.{layer}.attetnion.wo.{param}'
@@ -52,7 +52,7 @@ def get(data: Any, at: Key) -> Any:
 
 
 def _changed(data: Data, at: Key, change: Callable[[Any, Any], None]) -> Data:
-    """A copy along the path, with its end changed."""
+    """A copy of `data` with the value at a path changed; unchanged parts are shared."""
     result = dict(data)
     here: Any = result
     for key in at[:-1]:
@@ -76,7 +76,7 @@ def shown(value: Any) -> str:
 
 
 def of_values(data: Data) -> Iterator[Change]:
-    """Every edit of what is written, read, declared and decided, rules aside."""
+    """Every edit of values that are written, read, declared or decided, except in rules."""
     for kind, part in (
         ("dim", "dims"),
         ("config expression", "config"),
@@ -102,7 +102,7 @@ def of_values(data: Data) -> Iterator[Change]:
 
 
 def _tree(data: Data, kind: str, at: Key) -> Iterator[Change]:
-    """Every value of a tree changed, and every key left out that is not left out already."""
+    """Edits that change each value of a tree, or leave out a key that is present."""
     value = get(data, at)
     where = ".".join(map(str, at))
     if isinstance(value, dict):
@@ -145,7 +145,7 @@ _WORDS = frozenset(
 
 
 def _expressions(text: Any, names: Sequence[str]) -> Iterator[str]:
-    """An expression with one token changed: another constant, operator or name, a default lost."""
+    """An expression with one token changed: another constant, operator or name, or a lost default."""
     text = str(text)
     for token in _TOKEN.finditer(text):
         for other in _tokens(token[0], names):

@@ -18,12 +18,12 @@ from engine.proving.proof import Finding
 
 _BEGINS = frozenset(("<s>", "<bos>", "<|begin_of_text|>", "<|startoftext|>", "[BOS]", "<|im_start|>"))
 _ENDS = frozenset(("</s>", "<eos>", "<|end_of_text|>", "<|endoftext|>", "[EOS]", "<|im_end|>", "<|eot_id|>"))
-_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # of every SentencePiece model that is trained as usual
+_IDS = {"<unk>": 0, "<s>": 1, "</s>": 2}  # ids of every SentencePiece model trained with default options
 _TOKENS = ("bos", "eos", "pad", "unk")
 
 
 def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
-    """L014: a literal that what is declared of its key does not allow; `keys` that contradict themselves."""
+    """L014: literals that the declaration of their key does not allow; `keys` that contradict themselves."""
     sides = (("config", mapping.config, mapping.keys.get("target", {})),
              ("training_config", mapping.training_config, declared(mapping, layout, "source")))  # fmt: skip
     for part, tree, keys in sides:
@@ -33,7 +33,7 @@ def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
                 contradiction(part, path, value, key),
                 f'Write an expression in braces: "{{{{ {value} }}}}".'
                 if isinstance(value, str) and value in {*mapping.dims, *mapping.variants}
-                else "Correct the value, or what `keys` says of it.",
+                else "Correct the value, or its declaration in `keys`.",
             )
     for side in mapping.keys.values():
         for key in side.values():
@@ -43,7 +43,7 @@ def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
 
 
 def not_allowed(tree: Mapping[str, Any], keys: Mapping[str, Key]) -> Iterator[tuple[str, Any, Key]]:
-    """What a configuration says that its keys do not allow, expressions aside: path, value and key."""
+    """(path, value, key) of a configuration's literal values that its keys do not allow."""
     values = {above: value_at(tree, above) for path, _ in leaves(tree) for above in prefixes(path)} | dict(leaves(tree))
     for path, value in values.items():
         key = find_key(keys, path)
@@ -66,7 +66,7 @@ def _text(value: Any) -> str:
 
 
 def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
-    """L015: tokens that begin where others end, and numbers that are not those of the tokens."""
+    """L015: begin and end tokens that are exchanged, and numbers that are not those of the tokens."""
     spec = mapping.tokenizer or {}
     wrong = [name for name, others in (("bos", _ENDS), ("eos", _BEGINS)) if spec.get(name) in others]
     if len(wrong) == 2:
@@ -95,7 +95,7 @@ def check_tokens(mapping: MappingFile) -> Iterator[Finding]:
             yield _token(mapping, told, "generation", f"{name}_token_id")
         for one in listed:
             if name == "eos" and renamed.get(str(one)) in _BEGINS:
-                told = f"generation is to stop at {one}, `{renamed[str(one)]}`, which begins a text or a turn"
+                told = f"generation stops at {one}, `{renamed[str(one)]}`, which begins a text or a turn"
                 yield _token(mapping, told, "generation", "eos_token_id")
             if rows is not None and isinstance(one, int) and not 0 <= one < rows:
                 told = f"`{name}_token_id` of `generation` is {one}; the vocabulary has {rows} rows"
@@ -111,7 +111,7 @@ def _token(mapping: MappingFile, message: str, *path: str) -> Finding:
 
 
 def check_options(mapping: MappingFile) -> Iterator[Finding]:
-    """L016: defaults and choices of another type or out of range."""
+    """L016: defaults and choices of options with a wrong type or out of range."""
     for option in mapping.options.values():
         try:
             for value in option.choices or ():
@@ -121,7 +121,7 @@ def check_options(mapping: MappingFile) -> Iterator[Finding]:
             if option.default is not None:
                 option_value(option, option.default)
         except EngineError as error:
-            told = f"the default of option `{option.name}` is `{option.default}`, and it takes {error.expected}"
+            told = f"the default of option `{option.name}` is `{option.default}`, but it takes {error.expected}"
             at = place_of(mapping, "options", option.name, "default")
             yield Finding(at, told, "Correct the default, or the type, range or choices.")
         limits = option.limits
@@ -131,7 +131,7 @@ def check_options(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def check_spellings(mapping: MappingFile) -> Iterator[Finding]:
-    """L017: `config` writes two spellings of one key, and not the same in both."""
+    """L017: `config` writes two spellings of one key with different values."""
     written = dict(leaves(mapping.config))
     for name, key in mapping.keys.get("target", {}).items():
         if key.same_as in written and name in written:

@@ -367,8 +367,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     (
         ("explain E301 >&-", 0, ""),
         ("explain E301 <&- >&- 2>&-", 0, ""),
-        ("explain E301 >/dev/full", 1, "E403 what is printed cannot be written"),
-        ("--help >/dev/full", 1, "E403 what is printed cannot be written"),
+        ("explain E301 >/dev/full", 1, "E403 standard output cannot be written"),
+        ("--help >/dev/full", 1, "E403 standard output cannot be written"),
         (f"plan -m {MAPPING} -s {CHECKPOINT} | cat", 0, "tp 2 \\u00d7 pp 2"),
     ),
     ids=("closed", "all closed", "full", "full for help", "an encoding without that sign"),

@@ -198,7 +198,7 @@ def test_a_transposed_tensor_is_told_square_or_not(name: str, tmp_path: Path, re
         state[full] = state[full].t()
     done = api.compare(save(tmp_path / "out", state), ref)
     assert set(unequal(done).values()) == {"transposed"}
-    assert done.diagnoses == (f"{name.split('.')[1]} in layers {{0…2}} equal the reference after transposing",)
+    assert done.diagnoses == (f"{name.split('.')[1]} in layers {{0…2}} equals the reference after transposing",)
 
 
 @pytest.mark.parametrize("padded", ["out", "ref"])
