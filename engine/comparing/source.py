@@ -90,7 +90,7 @@ class AgainstSource:
         """One line about what was compared."""
         wrong = len(self.differing) + self.more + len(self.extra)
         told = f"{wrong} tensors are not what the source gives" if wrong else "all as the source gives them"
-        return f"{self.tensors} tensors compared with the source ({self.sample or 'every element'}): {told}"
+        return f"{self.tensors} tensors against the source ({self.sample or 'every element'}): {told}"
 
 
 def source_bytes(plan: Plan, sample: float) -> int:
