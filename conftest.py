@@ -10,6 +10,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from _pytest.doctest import DoctestModule
 
 _CHECKPOINT = Path(__file__).parent / "tests" / "fixtures" / "internevo" / "v1_tp2_pp2"
 _BESIDE = (
@@ -28,3 +29,12 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None]:
         shutil.copytree(_CHECKPOINT, Path("ckpt", "1000"), ignore=shutil.ignore_patterns("oracle.pt"))
         item.dtest.globs["engine"] = engine
         return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path: Path) -> Generator[None, list[pytest.Collector], list[pytest.Collector]]:
+    """A module without examples has none to look for, function by function."""
+    found = yield
+    if file_path.suffix == ".py" and b">>>" not in file_path.read_bytes():
+        return [one for one in found if not isinstance(one, DoctestModule)]
+    return found
