@@ -226,8 +226,7 @@ def test_a_configuration_that_changed_is_named_when_resuming(tmp_path: Path, mon
     go(source, out, resume=True)
 
 
-@pytest.mark.parametrize("put", PUT)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "put"), crossed(KINDS, list(PUT)))
 def test_a_source_that_changes_while_it_is_read_is_refused_at_the_end(
     kind: str, put: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -255,8 +254,7 @@ def planned(source: Path, folder: Path) -> Path:
     return folder / "plan.json"
 
 
-@pytest.mark.parametrize("put", PUT)
-@pytest.mark.parametrize("kind", KINDS[:3])
+@pytest.mark.parametrize(("kind", "put"), crossed(KINDS[:3], list(PUT)))
 def test_a_saved_plan_does_not_run_on_another_model_of_the_same_headers(kind: str, put: str, tmp_path: Path) -> None:
     source = write(tmp_path / "step", kind)
     saved, data = planned(source, tmp_path), other_model(source, kind)

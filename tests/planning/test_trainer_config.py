@@ -26,13 +26,20 @@ ALL = [str(path.relative_to(MAPPINGS).with_suffix("")) for path in sorted(MAPPIN
 ALL = [name for name in ALL if not name.startswith("layouts")]
 
 
-@pytest.mark.parametrize("name", GENUINE)
-def test_the_training_config_names_the_model_as_the_trainer_registers_it(name: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module", params=GENUINE)
+def there_and_back(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """A genuine checkpoint's name, and a folder with its model (`hf`) and the rank files written of that (`back`)."""
+    name, folder = request.param, tmp_path_factory.mktemp("there")
+    engine.convert(family_of(name), FIXTURES / name, folder / "hf", settings=settings_of(name))
+    engine.reverse(family_of(name), folder / "hf", folder / "back")
+    return name, folder
+
+
+def test_the_training_config_names_the_model_as_the_trainer_registers_it(there_and_back: tuple[str, Path]) -> None:
     """Without `model_type`, InternEvo takes INTERNLM, whatever the tensors."""
+    name, folder = there_and_back
     genuine = read_config(FIXTURES / name / "config_file.pt", "python_source")["model_type"]
-    engine.convert(family_of(name), FIXTURES / name, tmp_path / "hf", settings=settings_of(name))
-    engine.reverse(family_of(name), tmp_path / "hf", tmp_path / "back")
-    assert read_config(tmp_path / "back" / "config_file.pt", "python_source")["model_type"] == genuine
+    assert read_config(folder / "back" / "config_file.pt", "python_source")["model_type"] == genuine
 
 
 def test_a_checkpoint_to_be_like_says_its_own_model_type(tmp_path: Path) -> None:
@@ -126,14 +133,12 @@ def floats(config: dict[str, Any], prefix: str = "") -> dict[str, type]:
     return found
 
 
-@pytest.mark.parametrize("name", GENUINE)
-def test_every_key_that_may_be_any_number_is_written_as_one(name: str, tmp_path: Path) -> None:
+def test_every_key_that_may_be_any_number_is_written_as_one(there_and_back: tuple[str, Path]) -> None:
     """Both ways, whatever the other side's file held: trainers write `rope_base` whole."""
+    name, folder = there_and_back
     mapping = load_mapping(family_of(name))
-    engine.convert(family_of(name), FIXTURES / name, tmp_path / "hf", settings=settings_of(name))
-    engine.reverse(family_of(name), tmp_path / "hf", tmp_path / "back")
-    there = floats(json.loads((tmp_path / "hf" / "config.json").read_text()))
-    back = floats(read_config(tmp_path / "back" / "model_config.pt", "pickled_mapping"))
+    there = floats(json.loads((folder / "hf" / "config.json").read_text()))
+    back = floats(read_config(folder / "back" / "model_config.pt", "pickled_mapping"))
     source = declared(mapping, load_layout(mapping.layout), "source")
     checked = 0
     for keys, written in ((mapping.keys["target"], there), (source, back)):

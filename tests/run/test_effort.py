@@ -25,6 +25,7 @@ from engine.run.meter import Progress
 from engine.run.schedule import _Sets
 from engine.storage.sinks import SinkFiles
 from engine.storage.sources import AHEAD, SourceFiles
+from tests.support.depth import deep
 from tests.support.effort import beginnings
 from tests.support.readers import read_headers, read_rank_file
 from tests.support.shards import Model, save
@@ -134,7 +135,11 @@ def test_memory_does_not_grow_with_the_model(command: str, sources: dict[int, Pa
     assert peaks[1] < peaks[0] + (2 << 20)  # headers and plan of six more layers
 
 
-@pytest.mark.parametrize("how", [[], ["--dtype", "float32"], ["--set", "rotary=pairs"]], ids=["plain", "cast", "pairs"])
+@pytest.mark.parametrize(
+    "how",
+    [pytest.param([], marks=deep), ["--dtype", "float32"], ["--set", "rotary=pairs"]],  # those copy, and more
+    ids=["plain", "cast", "pairs"],
+)
 def test_the_memory_allowed_is_kept_and_told_before(how: list[str], sources: dict[int, Path], tmp_path: Path) -> None:
     """The kernel's own account of a whole process."""
     command = ["run", "-m", model_of(8).mapping, "-s", str(sources[8]), "--set", "mlp_letters=w2_is_down", *how]

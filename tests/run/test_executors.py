@@ -107,7 +107,16 @@ def test_a_mistake_of_the_engine_itself_is_not_blamed_on_the_executor(
         engine.run_plan(plan, tmp_path / "out", executor=pool, parts=2)
 
 
-@pytest.mark.slow
+def test_dask_serves(plan: Path, tmp_path: Path) -> None:
+    """In threads: starting its processes takes seconds."""
+    distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
+    here = {"processes": False, "n_workers": 1, "threads_per_worker": 2}
+    with distributed.Client(dashboard_address=None, silence_logs=50, **here) as client:
+        engine.run_plan(plan, tmp_path / "out", executor=client.get_executor(pure=False), parts=3, workers=1)
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
+@deep
 def test_dask_does_the_parts_of_killed_workers_again(plan: Path, tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed", reason="the extra `dask` is not installed")
     with (
