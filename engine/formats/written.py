@@ -1,4 +1,4 @@
-"""The file formats to write: what each places where, besides tensors."""
+"""The file formats that are written: the content of each besides tensors, and its place."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from engine.formats.torch_files import dcp_file, torch_file
 
 
 class FileLayout(Protocol):
-    """The layout of a file: what is written where besides the payload."""
+    """The layout of a file: all content besides the payload, with offsets."""
 
     @property
     def offsets(self) -> Sequence[int]: ...
 
     @property
-    def size(self) -> int: ...  # of the whole file
+    def size(self) -> int: ...  # bytes of the whole file
 
     def start(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of what is known before any payload."""
+        """(offset, bytes) of content that is known before any payload."""
 
     def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of what follows a tensor's payload, given its CRC-32."""
+        """(offset, bytes) of content after a tensor's payload, given its CRC-32."""
 
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of what follows all payload, given the CRC-32 of each tensor."""
+        """(offset, bytes) of content after all payload, given the CRC-32 of each tensor."""
 
 
 # Format → lays out a file, given its tensors (name, element type, shape), root name and other content.

@@ -1,4 +1,4 @@
-"""What mapping and layout files say, as frozen data. No I/O, no evaluation."""
+"""The content of mapping and layout files as frozen data. No I/O, no evaluation."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `sources` are name patterns, the first is the one written in reverse.
+    """One rule. `sources` are name patterns; `reverse` writes the first.
 
     `split` are axes, or `rows` or `columns`: a storage dimension that is cut wherever that falls.
     """
@@ -46,12 +46,12 @@ class Rule:
     transform_when: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keep_dtype: bool = False
     drop: Mapping[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
-    zeros: tuple[str, ...] = ()  # axes of dropped pieces that are zeros when they are written
+    zeros: tuple[str, ...] = ()  # axes of dropped pieces that are written as zeros
     tied_to: str | None = None
-    dtype: str | None = None  # the element type of what is no weight, such as a counter
+    dtype: str | None = None  # the element type of a tensor that is not a weight, such as a counter
 
     def __hash__(self) -> int:
-        return hash(self.name)  # what it says of variants and axes are mappings, which have none
+        return hash(self.name)  # other fields are mappings, which cannot be hashed
 
     def active(self, choices: Mapping[str, str]) -> bool:
         """Whether `when` holds; a variant that is still open does not exclude the rule."""
@@ -63,7 +63,7 @@ class Rule:
         return self.transform, self.transform_when
 
     def under(self, choices: Mapping[str, str]) -> Rule:
-        """The rule without a transform that these choices do not ask for."""
+        """The rule, without its transform if that is not active under these choices."""
         if not self.transform_when:
             return self
         kept = self.transform if _holds(self.transform_when, choices) else None
@@ -133,7 +133,7 @@ class MappingFile:
     options: Mapping[str, Option]
     variants: Mapping[str, Variant]
     dims: Mapping[str, Expression]
-    even: tuple[str, ...]  # axes that training only divides evenly over ranks
+    even: tuple[str, ...]  # axes that training can only divide evenly over ranks
     rules: tuple[Rule, ...]
     ignore: tuple[Exclusion, ...]
     refuse: tuple[Exclusion, ...]
@@ -147,11 +147,11 @@ class MappingFile:
     digest: str  # sha256 over the resolved data, canonical JSON
     resolved: Mapping[str, Any]
     layout_place: Place | None = None  # where the file names its layout
-    keys: Mapping[str, Mapping[str, Key]] = field(default_factory=dict)  # side → key → what is declared
+    keys: Mapping[str, Mapping[str, Key]] = field(default_factory=dict)  # side → key → its declaration
     expect_place: Place | None = None
     as_model: bool = False  # without rules: tensors are those of the target's model class, by name and shape
-    classes: Mapping[str, str] = field(default_factory=dict)  # model class → the mapping that tells its tensors
-    remote_code: Mapping[str, Any] | None = None  # `auto_map`, where transformers lacks the target's classes
+    classes: Mapping[str, str] = field(default_factory=dict)  # model class → the mapping that lists its tensors
+    remote_code: Mapping[str, Any] | None = None  # `auto_map`, if transformers lacks the target's classes
     transformers: Any = None
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other model types that are the same model
 
@@ -200,7 +200,7 @@ class Beside:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A parallel mode, told by its first file's name; `only_read` is why it is never written, if it is not.
+    """A parallel mode, identified by its first file's name; `only_read` is the reason if it is never written.
 
     Attributes:
         format: what its files are: `torch`, `dcp` or `safetensors`.
@@ -223,7 +223,7 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A place where a configuration may lie: a file, and the dotted key in it.
+    """A place where a configuration may be: a file, and the dotted key in it.
 
     `format` is pickled_mapping, json or dcp; of the last, `key` begins with the name of a value of the checkpoint.
     """
@@ -231,8 +231,8 @@ class ConfigFile:
     file: str
     format: str
     key: str | None = None
-    kind: str | None = None  # `namespace`: an argparse.Namespace, when it is written
-    beside: tuple[str, ...] = ()  # keys that stand beside the last of `key`, and are read with it
+    kind: str | None = None  # `namespace`: written as an argparse.Namespace
+    beside: tuple[str, ...] = ()  # keys next to the last of `key` that are read too
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,27 +262,27 @@ class Layout:
     place: Place
     config_file: str
     config_format: str  # pickled_mapping | json
-    configs: tuple[ConfigFile, ...]  # where it may lie; the first is `config_file`
+    configs: tuple[ConfigFile, ...]  # its possible places; the first is `config_file`
     config_of_target: bool  # it is the target's own config.json, which may also be given
-    config_from_target: bool  # where it lies nowhere, a given config.json of the target stands for it
+    config_from_target: bool  # if it is missing, a given config.json of the target replaces it
     training_file: str | None
     training_format: str | None  # python_source
-    training_repeats: str | None  # its key under which it has the configuration again
-    training_write: Mapping[str, Any]  # what is written of it: literals with `Expression` leaves
+    training_repeats: str | None  # the key under which it repeats the configuration
+    training_write: Mapping[str, Any]  # its content when written: literals with `Expression` leaves
     prefixes: tuple[Prefix, ...]
     options: Mapping[str, Option]
     layers: LayerCut
     uneven: str
-    even: tuple[str, ...]  # stage classes whose tensors the framework only cuts evenly
+    even: tuple[str, ...]  # stage classes whose tensors the framework can only cut evenly
     lone_rank: Mapping[str, int]
-    zip_root: str | None  # what the folder inside a rank file's zip is: `file_name`; None: it tells nothing
-    says_ranks: Mapping[str, Expression]  # a file's own rank per dimension, by what is saved in it
-    says_alike: tuple[str, ...]  # what all files must say alike
-    sizes: Mapping[str, Expression]  # ranks per dimension, as the training configuration claims
+    zip_root: str | None  # the meaning of the folder inside a rank file's zip: `file_name`; None: no meaning
+    says_ranks: Mapping[str, Expression]  # a file's own rank per dimension, from values saved in it
+    says_alike: tuple[str, ...]  # keys whose values must be the same in all files
+    sizes: Mapping[str, Expression]  # ranks per dimension, by the training configuration
     modes: tuple[Mode, ...]
     skip: tuple[str, ...]
-    skip_tensors: tuple[str, ...]  # names of what is not of the model, as globs
-    wrappers: tuple[str, ...]  # words that a wrapper puts into names, which are read without
+    skip_tensors: tuple[str, ...]  # names of tensors that do not belong to the model, as globs
+    wrappers: tuple[str, ...]  # words that wrappers insert into names; they are removed
     refuse: tuple[RefusedFile, ...]
     files: tuple[str, ...]
     digest: str

@@ -14,7 +14,7 @@ from functools import lru_cache
 from engine.errors import EngineError, Place
 
 PARAMS = ("weight", "bias")
-WILD = "*?|\\^$"  # what stands for other characters elsewhere
+WILD = "*?|\\^$"  # wildcards of other pattern languages
 _PLACEHOLDER = re.compile(r"\{([^{}]*)\}")
 _INSIDE = re.compile(r"([a-z_][a-z0-9_]*)(?::0([1-9]))?\Z")
 _DIGITS = re.compile(r"[0-9]+")
@@ -44,7 +44,7 @@ def without_numbers(name: str) -> str:
 
 
 def form(name: str) -> str:
-    """A name with 0 for every number; what a pattern matches has the form of its sample.
+    """A name with 0 for every number; names that a pattern matches have the form of its sample.
 
     >>> form("model.layers.13.mlp.w1.weight")
     'model.layers.0.mlp.w0.weight'
@@ -80,7 +80,7 @@ class Pattern:
         >>> pattern("consolidated.{tp:02}.pth").format({"tp": 3})
         'consolidated.03.pth'
         """
-        return self.text.format_map(values)  # which `pattern` has read: there are only such placeholders
+        return self.text.format_map(values)  # checked by `pattern`: there are no other placeholders
 
     def sample(self) -> str:
         """The name with 0 for every placeholder."""

@@ -100,7 +100,7 @@ def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], prog
 
 
 def _numbers(training: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-    """What the configuration says otherwise than training, also where it is too little to show in a few tokens.
+    """Numbers of the configuration that differ from training, even if a few tokens do not show it.
 
     >>> _numbers({"rms_norm_eps": 1e-5, "hidden_act": "silu"}, {"rms_norm_eps": 1e-6, "hidden_act": "swish"})
     ['config.json: rms_norm_eps is 1e-06, training has 1e-05']
