@@ -22,6 +22,7 @@ from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
 from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
+from engine.proving.neighbour import neighbour_of, read_otherwise
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
 
@@ -194,8 +195,7 @@ def _check_mapping(mapping: MappingFile) -> Check:
         if (own.parent / FOLDER).is_dir():
             told = "none is committed, and its neighbours have theirs; --write-meaning writes it"
             return check_of(MEANING, told, [Failure(told, str(mapping.place))])
-        told = "none is committed beside it, so a wrong rule may go unnoticed; --write-meaning writes it"
-        return Check(MEANING, None, told)
+        return _beside_none(mapping)
     file, path = found
     try:
         then = read_meaning(path)
@@ -215,6 +215,23 @@ def _check_mapping(mapping: MappingFile) -> Check:
             return check_of(MEANING, told, wrong)
         return Check(MEANING, None, told, tuple(failures))
     return check_of(MEANING, f"{len(now)} facts are as committed for {file}", failures)
+
+
+def _beside_none(mapping: MappingFile) -> Check:
+    """The check of a mapping of which nothing is committed: what a bundled one tells of the same tensors."""
+    told = "none is committed beside it, so a wrong rule may go unnoticed; --write-meaning writes it"
+    other = neighbour_of(mapping)
+    path = None if other is None else path_of(_file(other.files[-1]))
+    if other is None or path is None or not path.is_file():
+        return Check(MEANING, None, told)
+    try:
+        failures = read_otherwise(mapping, meaning_of(mapping), other, tree_of(read_meaning(path)))
+    except EngineError as error:
+        return check_of(MEANING, told, [Failure.of(error)])
+    if not failures:
+        return Check(MEANING, None, told)
+    failures.append(Failure("if that is right, commit its own meaning with --write-meaning", str(mapping.place)))
+    return check_of(MEANING, f"none is committed beside it, and {other.name} reads the same tensors", failures)
 
 
 def _is_model(path: KeyPath) -> bool:

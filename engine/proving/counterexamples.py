@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, product
+from math import prod
 
 import numpy as np
 
@@ -49,7 +50,7 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
     for instance in active:
         for name, axes in [(instance.sources[0], instance.axes), *instance.targets]:
             for called, shape, _ in _tensors(name, axes, sizes):
-                shapes[called] = shape
+                shapes[called] = max(shapes.get(called, shape), shape, key=prod)  # of two rules
                 places.setdefault(called, str(instance.rule.place))
                 (sources if name is instance.sources[0] else targets).setdefault(called, [])
         for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):

@@ -273,6 +273,38 @@ def test_without_a_committed_meaning_mutants_are_told_from_what_the_mapping_mean
     assert found.caught_by == "its meaning before"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        (
+            "feed_forward.w1",
+            "feed_forward.w3",
+            "up_proj.weight is read from layers.{layer}.feed_forward.w1.weight; the",
+        ),
+        ("attention_norm", "ffn_norm", "the bundled meta-llama reads layers.{layer}.ffn_norm.weight"),
+        ("(groups queries half pair)", "(queries groups half pair)", "q_proj.weight is read otherwise: "),
+        ("split: ffn\n  - {source", "split: hidden\n  - {source", "split hidden"),
+    ],
+)
+def test_a_copy_under_another_name_is_held_against_the_bundled_mapping_that_reads_the_same(
+    old: str, new: str, said: str, tmp_path: Path
+) -> None:
+    text = (ROOT / META).read_text().replace("name: meta-llama\n", "name: alone\n")
+    path = tmp_path / "alone.yaml"
+    path.write_text(text.replace(old, "\0").replace(new, old).replace("\0", new))
+    check = check_meaning(load_mapping(path))
+    assert check.holds is False and any(said in failure.message for failure in check.failures)
+    assert "--write-meaning" in check.failures[-1].message
+
+
+def test_two_rules_that_read_one_tensor_in_two_shapes_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    rule = '{name: "layers.{layer}.feed_forward.w1.weight", source: "layers.{layer}.feed_forward.w3.{param}"}'
+    path.write_text(f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: families/internlm2.yaml\nrules: [{rule}]\n")
+    (proof,) = engine.prove([path])
+    assert any("mlp.gate_proj.bias" in failure.message for failure in proof.checks[0].failures)
+
+
 def test_what_an_edit_comes_to_is_told_beside_what_is_committed(edited: Callable[..., Path]) -> None:
     def meant(*edits: Any) -> str:
         return told(check_meaning(load_mapping(edited(*edits))))
