@@ -441,6 +441,23 @@ def test_sizes_of_model_config_that_contradict_each_other_are_refused(
     assert error.code == code and word in str(error), error
 
 
+@pytest.mark.parametrize(
+    ("fixture", "change", "code"),
+    [
+        ("llama_tp2_pp1_default", {"enable_qkv_fusion": True}, "E209"),
+        ("v1_isp_tp1_wp2", {"mlp_layer_fusion": True}, "E303"),
+    ],
+    ids=str,
+)
+def test_linears_that_were_fused_in_training_and_saved_as_pieces_are_refused(
+    tmp_path: Path, fixture: str, change: dict[str, Any], code: str
+) -> None:
+    """InternEvo cuts a fused linear by lengths alone when it saves it: what it calls `wq` has keys in it."""
+    source = training(tmp_path / "ckpt", change, fixture)
+    error = refused(engine.convert, family_of(fixture), source, tmp_path / "out")
+    assert error.code == code and next(iter(change)) in str(error), error
+
+
 def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_path: Path) -> None:
     engine.convert(family_of("moe"), FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
     source = changed(tmp_path / "hf", tmp_path / "changed", {"num_experts_per_tok": 5})
