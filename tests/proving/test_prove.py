@@ -266,7 +266,7 @@ def test_without_a_committed_meaning_mutants_are_told_from_what_the_mapping_mean
     path.write_text((ROOT / META).read_text().replace("name: meta-llama\n", "name: alone\n"))
     (proof,) = engine.prove([path])
     (meaning,) = [check for check in proof.checks if check.name == "meaning"]
-    assert proof.holds and meaning.holds is None and "a wrong rule may go unseen" in meaning.told
+    assert proof.holds and meaning.holds is None and "a wrong rule may go unnoticed" in meaning.told
     mapping = load_mapping(path)
     (swap,) = [one for one in mutants_of(mapping) if one.what == "`gate_proj` and `up_proj` exchanged"]
     (found,) = try_mutants(mapping, [swap])
