@@ -8,7 +8,8 @@ from typing import Any
 
 from engine.comparing.effects import Difference, Grade, both, differing, effect_of, worded
 from engine.comparing.templates import MORE, compare_templates
-from engine.comparing.tokenizers import MODELS, Files, compare_tokenizers
+from engine.comparing.texts import MODELS, Files
+from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object
 from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config

@@ -13,7 +13,8 @@ from jinja2.meta import find_undeclared_variables
 
 from engine.assets.chat import unmarked
 from engine.comparing.effects import Difference, both
-from engine.comparing.tokenizers import TOKENS, Files
+from engine.comparing.texts import Files
+from engine.comparing.tokenizers import TOKENS
 from engine.planning.config_keys import shown
 
 _REFUSED = "refused: "

@@ -13,10 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from engine.assets.ready import check_prefix, panics_caught
 from engine.comparing.effects import Difference, both, keys_of
+from engine.comparing.texts import MODELS, Files, named_texts, texts, unlike_merges
 from engine.oracle.load_model import quiet
 from engine.planning.config_keys import shown
 
@@ -60,7 +59,7 @@ def load_tokenizer(files: Mapping[str, bytes], folder: Path) -> Tokenizer | str:
             with panics_caught():
                 check_prefix(files.get(MODELS[0], b""))
                 loaded = load(folder)
-                for text in _texts([], []):
+                for text in texts([], []):
                     loaded.encode(text, loaded.whole)
                 return loaded
         except Exception as error:  # the files may make these libraries raise anything
@@ -131,11 +130,6 @@ def _by_sentencepiece(folder: Path) -> Tokenizer:
     )
 
 
-Files = Mapping[str, bytes]
-MODELS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-_MOST = 200  # merges that are tried
-
-
 def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list[Difference]:
     """The differences between two tokenizers, given by the folders' files.
 
@@ -156,7 +150,7 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         if isinstance(one, str) or isinstance(two, str):
             told = both(lambda side: f"not loadable: {side}" if isinstance(side, str) else "loadable", one, two)
             return [Difference("tokenizer", "a tokenizer", *told, "its ids could not be compared")]
-        merges = _unlike_merges(ours, theirs)
+        merges = [*unlike_merges(ours, theirs), *named_texts(ours, theirs)]
         try:
             with panics_caught():
                 found = list(_tokenizers(one, two, merges)) or list(_alone(ours, theirs, Path(made), merges))
@@ -179,26 +173,6 @@ def _alone(ours: Files, theirs: Files, made: Path, merges: Sequence[str]) -> Ite
             with suppress(Exception), panics_caught():  # whatever the files make the library raise
                 for one in _tokenizers(load(made / "0"), load(made / "1"), merges):
                     yield replace(one, what=f"{one.what}, if {name} alone is read")
-
-
-def _unlike_merges(ours: Files, theirs: Files) -> list[str]:
-    """Texts of merges that differ or are in another order, also in combination with competing merges."""
-    sides = []
-    for files in (ours, theirs):
-        try:
-            merges = json.loads(files[MODELS[0]])["model"]["merges"]
-            pairs = [(one, two) for one, two in (m if isinstance(m, list) else m.split(" ") for m in merges)]
-            sides.append([*dict.fromkeys(reversed(pairs))][::-1])  # of a repeated merge, the last one counts
-        except (KeyError, ValueError, TypeError, AttributeError):
-            return []
-    unlike = [pair for both in zip(*sides, strict=False) if both[0] != both[1] for pair in both]
-    unlike += [pair for side in sides for pair in side[min(map(len, sides)) :]]
-    pairs = [*dict.fromkeys(unlike[: 4 * _MOST])][:_MOST]
-    begins, ends = ({pair[at]: pair for pair in reversed(sides[0])} for at in (0, 1))
-    beside = [one + two + begins[two][1] for one, two in pairs if two in begins]
-    beside += [ends[one][0] + one + two for one, two in pairs if one in ends]
-    words = [text.replace("▁", " ").replace("Ġ", " ") for text in [*("".join(pair) for pair in pairs), *beside]]
-    return [text for word in words for text in (word, f"a{word}", f"{word}{word}")] + ["".join(words)]
 
 
 def _vocabularies(one: Tokenizer, two: Tokenizer) -> Iterator[Difference]:
@@ -242,13 +216,17 @@ def _tokenizers(one: Tokenizer, two: Tokenizer, others: Sequence[str]) -> Iterat
     with_special = [True, False] if one.whole and two.whole else [False]
     pieces = [*one.vocabulary, *two.vocabulary]
     unlike: dict[str, list[tuple[str, list[int], list[int]]]] = {}
-    for text in (*_texts(list(dict.fromkeys(special)), pieces), *others):
+    for text in (*texts(list(dict.fromkeys(special)), pieces), *others):
         for wrapped in with_special:
             here, there = one.encode(text, wrapped), two.encode(text, wrapped)
             if here != there:
                 unlike.setdefault("ids with special tokens" if wrapped else "ids", []).append((text, here, there))
             elif not wrapped and one.decode(here) != two.decode(there):
                 unlike.setdefault("text from ids", []).append((text, here, there))
+    for name in others:
+        ids = [one.vocabulary[name]] if name in one.vocabulary else []
+        if ids == [two.vocabulary.get(name)] and one.decode(ids) != two.decode(ids):
+            unlike.setdefault("text from ids", []).append((name, ids, ids))
     if "ids" in unlike:
         unlike.pop("ids with special tokens", None)
     for kind, found in unlike.items():
@@ -270,23 +248,6 @@ _EFFECTS = {
     "ids with special tokens": "special tokens are added to text differently",
     "text from ids": "generated text is decoded differently",
 }
-
-
-def _texts(names: Sequence[str], pieces: Sequence[str]) -> Iterator[str]:
-    """Texts of many kinds, names of special tokens inside text, and joined pieces of a vocabulary.
-
-    Args:
-        names: special tokens of both sides.
-        pieces: the tokens of a vocabulary.
-    """
-    yield from yaml.safe_load(Path(__file__).with_name("texts.yaml").read_text("utf-8"))
-    for name in names:
-        yield from (name, f"a {name} b", f"a{name}b", f"{name}{name}")
-    step = max(1, len(pieces) // 500)
-    some = [piece.replace("▁", " ").replace("Ġ", " ") for piece in pieces[::step]]
-    for start in range(0, len(some), 20):
-        yield "".join(some[start : start + 20])
-        yield " ".join(some[start : start + 20])
 
 
 def _set_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:

@@ -230,6 +230,26 @@ def test_a_merge_that_another_rank_of_its_own_replaces_gives_other_ids(out: Path
     assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
 
 
+@pytest.mark.parametrize("character", ["\u2019", "\u00ad"])
+def test_a_character_that_only_the_tokenizer_names_is_tried(character: str, out: Path, made: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        step = {"type": "Replace", "pattern": {"String": character}, "content": "e"}
+        data["normalizer"] = {"type": "Sequence", "normalizers": [step, *filter(None, [data["normalizer"]])]}
+
+    edit(out, "tokenizer.json", change)
+    assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
+
+
+def test_a_token_that_only_the_decoder_names_is_tried(out: Path, made: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        token = max(data["model"]["vocab"], key=lambda name: len(name))
+        data["decoder"] = {"type": "Sequence", "decoders": [
+            {"type": "Replace", "pattern": {"String": token}, "content": "!"}, data["decoder"]]}  # fmt: skip
+
+    edit(out, "tokenizer.json", change)
+    assert any(what.startswith("text from ids") for what in tokenizer_parts(out, made))
+
+
 def test_a_dummy_prefix_gives_other_ids(out: Path, made: Path) -> None:
     prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
                {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]}  # fmt: skip
