@@ -84,7 +84,7 @@ def check_round_trip(
     sizes = ", ".join(f"{axis} {size}" for axis, size in free.items())
     told = f"{trips} round trips of {sizes} over {len(ran)} layouts, every element back at its place"
     if lossy:
-        told += f"; totality only for {', '.join(sorted(lossy))}, which change or drop values"
+        told += f"; only totality for {', '.join(sorted(lossy))}: values are changed or dropped"
     reached = {one for choices, _ in possible for one in choices.items()}
     every = [(v.name, choice) for v in mapping.variants.values() for choice in v.choices]
     missed = [f"{name}={choice}" for name, choice in every if (name, choice) not in reached]

@@ -218,7 +218,7 @@ def _check_mapping(mapping: MappingFile) -> Check:
 
 
 def _beside_none(mapping: MappingFile) -> Check:
-    """The check of a mapping of which nothing is committed: what a bundled one tells of the same tensors."""
+    """The check of a mapping without a committed meaning: it is compared with a bundled family of the same tensors."""
     told = "none is committed beside it, so a wrong rule may go unnoticed; --write-meaning writes it"
     other = neighbour_of(mapping)
     path = None if other is None else path_of(_file(other.files[-1]))
@@ -231,7 +231,7 @@ def _beside_none(mapping: MappingFile) -> Check:
     if not failures:
         return Check(MEANING, None, told)
     failures.append(Failure("if that is right, commit its own meaning with --write-meaning", str(mapping.place)))
-    return check_of(MEANING, f"none is committed beside it, and {other.name} reads the same tensors", failures)
+    return check_of(MEANING, f"none is committed beside it, but {other.name} reads the same tensors", failures)
 
 
 def _is_model(path: KeyPath) -> bool:

@@ -1,4 +1,4 @@
-"""A mapping without a committed meaning of its own, held against a bundled one that reads the same tensors."""
+"""Compares a mapping without a committed meaning with a bundled family that reads the same tensors."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from engine.proving.holdings import parts_of
 from engine.proving.meaning import Meaning
 from engine.proving.proof import Failure
 
-_ASPECTS = ("order", "changed")  # of what is read, besides where from
-_SHARE = 0.5  # of the sources must be the other's too
+_ASPECTS = ("order", "changed")  # facts of an entry that are compared, besides its source
+_SHARE = 0.5  # the share of a mapping's sources that its neighbour must read too
 
 
 def neighbour_of(mapping: MappingFile) -> MappingFile | None:
-    """The bundled family of the same layout and model type with most of a mapping's sources, if it has half of them."""
+    """The bundled family of the same layout and model type that reads most of a mapping's sources, if at least half."""
     families = (load_mapping(name) for name in list_names() if name.startswith("families/"))
     alike = [one for one in families if (one.layout, one.model_type) == (mapping.layout, mapping.model_type)]
     own = _sources(mapping)
@@ -31,12 +31,12 @@ def _sources(mapping: MappingFile) -> set[str]:
 
 
 def read_otherwise(mapping: MappingFile, now: Meaning, other: MappingFile, then: Meaning) -> list[Failure]:
-    """Tensors whose source and target the bundled mapping has too, and which it reads from elsewhere or otherwise."""
+    """Tensors that the bundled mapping reads from another source or in another way, though it knows both names."""
     known = {key: (*parts_of(key), entry) for key, entry in then.get("tensors", {}).items()}
     routes = grouped((target, (source, entry)) for target, source, _, entry in known.values())
     sources = {name for _, source, _, entry in known.values() for name in (source, *entry.get("also read as", ()))}
     places = {target.name: str(rule.place) for rule in mapping.rules for target in rule.targets}
-    alike = now.get("sizes") == then.get("sizes")  # otherwise orders cannot be compared
+    alike = now.get("sizes") == then.get("sizes")  # else orders cannot be compared
     found: dict[str, Failure] = {}
     for key, entry in now.get("tensors", {}).items():
         target, source, _ = parts_of(key)
@@ -48,7 +48,7 @@ def read_otherwise(mapping: MappingFile, now: Meaning, other: MappingFile, then:
         if not same:
             told = f"{target} is read from {source}; the bundled {other.name} reads {held[0][0]}"
         elif alike and not (any(_alike(entry, one) for one in same) and _cut(key, now, then)):
-            told = f"{target} is read otherwise: {_said(entry)}; the bundled {other.name} has {_said(same[0])}"
+            told = f"{target} is read differently: {_said(entry)}; the bundled {other.name} has {_said(same[0])}"
         else:
             continue
         stem = next((name for name in places if name.replace("{param}", target.rpartition(".")[2]) == target), target)
@@ -61,7 +61,7 @@ def _alike(one: Mapping[str, Any], two: Mapping[str, Any]) -> bool:
 
 
 def _cut(key: str, *meanings: Meaning) -> bool:
-    """Whether ranks hold the same of a tensor, as far as both meanings say it."""
+    """Whether ranks hold the same elements of an entry, if both meanings list its ranks."""
     one, two = (ranks.get(key) if isinstance(ranks := each.get("ranks"), Mapping) else None for each in meanings)
     return one == two or not (isinstance(one, Mapping) and isinstance(two, Mapping))
 

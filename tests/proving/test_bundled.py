@@ -46,4 +46,4 @@ def test_a_bundled_family_and_its_releases_are_proved(names: list[str]) -> None:
         return
     assert "every element back at its place" in trip.told
     # What changes values is not compared, and said so.
-    assert ("totality only for head_normalised" in trip.told) == ("head_normalised" in changes(names[0]))
+    assert ("only totality for head_normalised" in trip.told) == ("head_normalised" in changes(names[0]))

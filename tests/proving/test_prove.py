@@ -282,7 +282,7 @@ def test_without_a_committed_meaning_mutants_are_told_from_what_the_mapping_mean
             "up_proj.weight is read from layers.{layer}.feed_forward.w1.weight; the",
         ),
         ("attention_norm", "ffn_norm", "the bundled meta-llama reads layers.{layer}.ffn_norm.weight"),
-        ("(groups queries half pair)", "(queries groups half pair)", "q_proj.weight is read otherwise: "),
+        ("(groups queries half pair)", "(queries groups half pair)", "q_proj.weight is read differently: "),
         ("split: ffn\n  - {source", "split: hidden\n  - {source", "split hidden"),
     ],
 )
