@@ -37,7 +37,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
 
     Args:
         tokenizer: a SentencePiece model, or a folder with it or with a tokenizer in Hugging Face's form; default: the
-            mapping's file beside the checkpoint, or, if it names none, what lies beside the configuration.
+            mapping's file beside the checkpoint, or else what lies beside the configuration.
         code: if the target's classes are remote code, the folder with their files.
 
     Raises:
@@ -137,9 +137,9 @@ def _find_tokenizer(
                 fix="Give the folder of the model's tokenizer, add a `tokenizer` block, or leave --tokenizer out.",
             )
         return given, None
-    if file is not None:
-        beside = local_copy(plan.files[0].file.beside(file))
-        return beside if beside is not None and os.path.isfile(beside) else None, None
+    beside = None if file is None else local_copy(plan.files[0].file.beside(file))
+    if beside is not None and os.path.isfile(beside):
+        return beside, None
     ready = next((names for names in ready_beside(plan.files[0].file.store, plan.layout) if is_ready(names)), None)
     return None, None if ready is None else (plan.files[0].file.store, ready)
 

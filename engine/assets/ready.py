@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
 from engine.assets.chat import check_template
 from engine.assets.generation import TOKENS, check_tokens
+from engine.checkpoint.hf_folder import BESIDE
 from engine.errors import EngineError, Place
 from engine.formats.configs import json_object
 from engine.language.model import Layout
@@ -17,10 +17,6 @@ from engine.storage.store import File, Store
 
 GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
-NAMES = re.compile(
-    r"tokenizer[^/]*\.(?:json|model)|(?:added_tokens|special_tokens_map|generation_config)\.json"
-    r"|chat_template\.(?:jinja|json)|vocab\.(?:json|txt)|merges\.txt"
-)
 PER_BYTE = 32  # bytes of memory for each byte of tokenizer.json while it is checked
 _WHOLE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LARGEST = 256 << 20  # bytes of a file
@@ -28,7 +24,7 @@ _LARGEST = 256 << 20  # bytes of a file
 
 def names_of(store: Store, inside: str) -> list[str]:
     """The files of a tokenizer, template and generation settings in a folder of a store, by their names there."""
-    return [f"{inside}/{name}".lstrip("/") for name in store.names(inside) if NAMES.fullmatch(name)]
+    return [f"{inside}/{name}".lstrip("/") for name in store.names(inside) if BESIDE.fullmatch(name)]
 
 
 def ready_beside(store: Store, layout: Layout) -> list[list[str]]:

@@ -6,6 +6,7 @@ so that what is read later is what the index promises.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -22,6 +23,11 @@ from engine.storage.store import File, Store
 # In the order transformers looks for them.
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
+# Files of a tokenizer, a chat template and generation settings.
+BESIDE = re.compile(
+    r"tokenizer[^/]*\.(?:json|model)|(?:added_tokens|special_tokens_map|generation_config)\.json"
+    r"|chat_template\.(?:jinja|json)|vocab\.(?:json|txt)|merges\.txt"
+)
 _MAX_INDEX = 64 << 20  # bytes: some 500,000 tensors
 _TORCH = (".bin", ".pt", ".pth")
 _ADAPTER = "adapter_config.json"  # if this file exists, transformers adds the adapter to the weights

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
-from engine.checkpoint.hf_folder import WEIGHTS, read_hf_config, read_hf_folder
+from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, find_fits
 from engine.discover.steps import find_steps, has_weights, is_whole, read_any
@@ -154,7 +154,7 @@ def describe_training(checkpoint: Checkpoint, layout: Layout) -> Inspection:
         "dtypes": _types(checkpoint.files),
         "uneven": _uneven(checkpoint),
         "skipped": list(checkpoint.grid.skipped),
-        "unknown": [name for name in checkpoint.grid.unknown if name not in wanted],
+        "unknown": [n for n in checkpoint.grid.unknown if n not in wanted and not (ready and BESIDE.fullmatch(n))],
         "config": {k: v for k, v in checkpoint.config.items() if isinstance(v, (str, int, float, bool))},
     }
     if plan is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from engine.checkpoint.hf_folder import BESIDE
 from engine.errors import EngineError, printable
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
@@ -161,7 +162,8 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
         if d.instead_of is not None
     ]
     tokenizer = (mapping.tokenizer or {}).get("file")
-    unknown = [name for name in checkpoint.grid.unknown if name != tokenizer]
+    own = (name for name in checkpoint.grid.unknown if name != tokenizer)
+    unknown = [name for name in own if not (crosses and BESIDE.fullmatch(name))]  # a run tells of those
     left = sorted({name for file in checkpoint.files for name in file.left})
     for what, names, most in (
         ("not part of the checkpoint, left alone", unknown, 12),

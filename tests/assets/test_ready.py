@@ -64,6 +64,17 @@ def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_
     assert engine.verify(tmp_path / "out", src=step, mapping="transformers").problems == ()
 
 
+def test_it_is_copied_where_the_mapping_describes_another_kind_that_is_not_there(saved: Path, tmp_path: Path) -> None:
+    """As of a Llama that InternEvo trained with a tokenizer of the Hub."""
+    step = shutil.copytree(FIXTURES / "internevo" / "llama_tp2_pp1_default", tmp_path / "step")
+    shutil.copytree(saved, step, dirs_exist_ok=True)
+    report = engine.convert("llama", step, tmp_path / "out")
+    assert next(one for one in report.notices if "tokenizer" in one).startswith("copied from beside the weights: ")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (saved / "tokenizer.json").read_bytes()
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 2 and "temperature" not in written  # the mapping's
+
+
 def test_a_given_tokenizer_is_no_fault_to_verify(saved: Path, tmp_path: Path) -> None:
     convert(tmp_path / "out", saved, config=CONFIG)
     assert engine.verify(tmp_path / "out").problems == ()
