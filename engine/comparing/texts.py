@@ -50,11 +50,15 @@ def unlike_merges(ours: Files, theirs: Files) -> list[str]:
             return []
     unlike = [pair for both in zip(*sides, strict=False) if both[0] != both[1] for pair in both]
     unlike += [pair for side in sides for pair in side[min(map(len, sides)) :]]
-    pairs = [*dict.fromkeys(unlike[: 4 * _MOST])][:_MOST]
+    every = [*dict.fromkeys(unlike)]
+    pairs, first = every[:_MOST], {pair[0]: pair for pair in every}
+    rivals = [one + two + first[two][1] for one, two in every if two in first][:_MOST]  # of two, the earlier is merged
     begins, ends = ({pair[at]: pair for pair in reversed(sides[0])} for at in (0, 1))
     beside = [one + two + begins[two][1] for one, two in pairs if two in begins]
     beside += [ends[one][0] + one + two for one, two in pairs if one in ends]
-    words = [text.replace("▁", " ").replace("Ġ", " ") for text in [*("".join(pair) for pair in pairs), *beside]]
+    words = [
+        text.replace("▁", " ").replace("Ġ", " ") for text in [*("".join(pair) for pair in pairs), *beside, *rivals]
+    ]
     return [text for word in words for text in (word, f"a{word}", f"{word}{word}")] + ["".join(words)]
 
 

@@ -18,6 +18,7 @@ from engine.assets.tokenizer import convert_tokenizer
 from engine.commands.main import cli
 from engine.comparing.effects import Difference, effect_of
 from engine.comparing.settings import compare_settings
+from engine.comparing.texts import unlike_merges
 from tests.support.planted import SETTINGS
 from tests.support.sentencepiece_models import train
 
@@ -228,6 +229,13 @@ def test_a_merge_that_is_lost_gives_other_ids(out: Path, made: Path) -> None:
 def test_a_merge_that_another_rank_of_its_own_replaces_gives_other_ids(out: Path, made: Path) -> None:
     edit(out, "tokenizer.json", lambda data: data["model"]["merges"].append(data["model"]["merges"][0]))
     assert any(what.startswith("ids of") for what in tokenizer_parts(out, made))
+
+
+def test_merges_that_compete_among_many_in_another_order_are_tried() -> None:
+    few = [[f"x{i}", f"y{i}"] for i in range(150)]
+    merges = [*few, ["a", "b"], ["b", "c"], *([one.upper(), two] for one, two in few)]
+    files = [{"tokenizer.json": json.dumps({"model": {"merges": some}}).encode()} for some in (merges, merges[::-1])]
+    assert "abc" in unlike_merges(*files)
 
 
 @pytest.mark.parametrize("character", ["\u2019", "\u00ad"])
