@@ -23,9 +23,9 @@ from tests.clients.environments import CONVERTER, FOLDER, ROOT, converter, envir
 PAGE = ROOT / "docs" / "clients.md"
 ABOUT = """# Clients
 
-Other programs that load the output of `engine run`, each in its own environment, on folders converted from genuine
-InternEvo checkpoints (`tests/fixtures/`) in float32. `make clients` runs them, fails when a figure is wrong, and writes
-this table. Figures are largest absolute differences.
+These programs load the output of `engine run`, each in its own environment. The folders are converted from genuine
+InternEvo checkpoints (`tests/fixtures/`) in float32. `make clients` runs the programs, fails when a figure is wrong,
+and writes this table. Figures are largest absolute differences.
 
 | client | version | what was run | figure |
 |---|---|---|---|
