@@ -96,7 +96,7 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
     if not fitting:
         return min(attempts, key=lambda a: len(a.sizes.contradictions))
     distinct: dict[frozenset[tuple[object, ...]], Attempt] = {}
-    for attempt in fitting:
+    for attempt in fitting if len(fitting) > 1 else ():
         distinct.setdefault(_reach(attempt), attempt)
     if len(distinct) > 1:
         raise _ambiguous(open_variants, list(distinct.values()), mapping)

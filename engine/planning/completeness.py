@@ -75,13 +75,19 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
     said = {**counts_of(layout, grid.sizes), "training": checkpoint.training}
     patterns = {file.pattern.name: file.pattern for file in grid.files}
     sizes = {name: sizes_in(file, grid, said) for name, file in patterns.items()}
+    whole: set[tuple[object, ...]] = set()  # what was found complete: most layers are cut alike, over the same files
     for group in attempt.groups.values():
+        files = tuple([tuple([one.file for one in each]) for each in group.shards.values()])
+        alike = group.cut, tuple(group.fixed), files
+        if alike in whole:
+            continue
+        whole.add(alike)
         if group.cut.lone:
             _check_lone(group, checkpoint, layout.lone_rank)
         dims = group.cut.rank_dims()
         if group.cut.recorded:
             dims = dims[:-1]  # recorded rows are known to be complete
-        held = {tuple([grid.files[one.file].ranks[d] for d in dims]) for each in group.shards.values() for one in each}
+        held = {tuple([grid.files[number].ranks[d] for d in dims]) for each in files for number in each}
         file = grid.files[group.first.file]
         wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
         missing = next((ranks for ranks in wanted if ranks not in held), None)

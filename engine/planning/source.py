@@ -100,9 +100,10 @@ class Source:
                 axis in axes.names()[:1] and self.side.sizes[axis] == len(group.shards) for _, axis in group.cut.dims
             )
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
+            at = [position for position, (_, axis) in enumerate(group.cut.dims) if axis in own]
             found: dict[tuple[object, ...], list[int]] = {}
             for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
-                where = tuple(rank for rank, (_, axis) in zip(ranks, group.cut.dims, strict=False) if axis in own)
+                where = tuple([ranks[position] for position in at])
                 found.setdefault((stored[0].header.shape, where), []).append(numbers[0])
             result += [Slices(tuple(alike), group.name, in_rows) for alike in found.values() if len(alike) > 1]
         return tuple(result)
