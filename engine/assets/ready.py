@@ -104,7 +104,7 @@ def fewer(count: int, what: str, rows: int) -> list[str]:
 def _check_ids(
     data: bytes, place: str, rows: int | None, settings: Mapping[str, Any], configs: list[Mapping[str, Any]]
 ) -> int:
-    """The number of ids; E501 unless the library loads it, they are rows of the embedding, and its ends the model's."""
+    """The number of ids; E501 unless the library loads it, ids are embedding rows, and bos and eos the model's."""
     from tokenizers import Tokenizer
 
     fix = "Give the model's own tokenizer with --tokenizer."
@@ -138,7 +138,7 @@ def _check_ids(
 def check_prefix(data: bytes) -> None:
     """ValueError for merges without the prefix that tokenizer.json names.
 
-    `tokenizers` cuts as many bytes off them; inside a character this ends the process, which nothing can catch.
+    `tokenizers` cuts that many bytes off each; a cut inside a character ends the process, which nothing can catch.
     """
     if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data) is None:
         return
@@ -146,7 +146,7 @@ def check_prefix(data: bytes) -> None:
     for merge in model.get("merges", ()):
         second = merge[1] if isinstance(merge, list) else merge.partition(" ")[2]
         if not second.startswith(model["continuing_subword_prefix"]):
-            raise ValueError(f"merge {merge} has not the prefix {model['continuing_subword_prefix']}")
+            raise ValueError(f"merge {merge} does not have the prefix {model['continuing_subword_prefix']}")
 
 
 @contextmanager

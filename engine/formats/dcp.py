@@ -280,13 +280,13 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None
             told = ", ".join(map(str, transforms)) if type(transforms) is list else "?"
             raise EngineError(
                 "E303",
-                "the checkpoint was saved through extensions that transform its bytes, so where a value lies shows "
-                "only when all of them are undone",
+                "the checkpoint was saved through extensions that transform its bytes, so values can only be "
+                "found by decoding everything",
                 place=Place(file, tensor=name),
                 got=told[:100],
                 expected="bytes as torch saves them",
-                fix="torch undoes `stream.zstd` where the package zstandard is installed, in as much memory as all of "
-                "it takes: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER whole.pt`, then "
+                fix="With the package zstandard installed, torch decodes `stream.zstd`, in memory for the whole "
+                "checkpoint: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER whole.pt`, then "
                 "the same with `torch_to_dcp whole.pt NEW`. An extension of your own needs your own program.",
             )
         where = (name, None if at is None else ints(at))

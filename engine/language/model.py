@@ -88,8 +88,8 @@ class Exclusion:
 class Variant:
     """A named fact with finitely many choices; an expression of None means `otherwise`.
 
-    `answers` are what to set, with values that may be meant, where the checkpoint does not decide it; `config` is a
-    file to give.
+    `answers` are settings to suggest if the checkpoint does not decide it, each with its likely values; among them,
+    `config` stands for a file to give with --config.
     """
 
     name: str
@@ -205,8 +205,8 @@ class Mode:
     Attributes:
         format: what its files are: `torch`, `dcp` or `safetensors`.
         state: which keys of a file hold the tensors, as name patterns; none: the file itself does.
-        when: told by the configuration, of modes whose files have the same names.
-        choices: of variants that a mapping may have, what alone is written in this mode.
+        when: whether a configuration is of this mode, for modes whose files have the same names.
+        choices: for variants that a mapping may have, the only choice that is written in this mode.
     """
 
     name: str

@@ -101,11 +101,11 @@ def spelled_out(names: Iterable[str]) -> set[str]:
 def check_file_name(text: str, place: Place, *, folders: bool = False) -> None:
     """E104 unless a file of this name, or names of this pattern, can only lie in the folder itself.
 
-    A name with a leading dot is not part of a checkpoint: so are the engine's own files. But for those that torch's
-    directory is called by.
+    A leading dot is refused, since the engine's own files begin with one.
 
     Args:
-        folders: whether it may lie in a folder inside, `mp_rank_{tp:02}/model_optim_rng.pt`.
+        folders: whether it may lie in a folder inside, as in `mp_rank_{tp:02}/model_optim_rng.pt`; then torch's
+            `.metadata` is allowed too.
     """
     if folders and text.count("/") == 1:
         for part in text.split("/"):

@@ -1,4 +1,4 @@
-"""One rule, from YAML data to a frozen `Rule`; and the value changes that one may name: all else moves elements."""
+"""Rules, from YAML data to a frozen `Rule`; and the transforms, the only changes of values that a rule can name."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from engine.language.names import Pattern, pattern
 
 @dataclass(frozen=True, slots=True)
 class Transform:
-    """What one is.
+    """A kind of change of values.
 
     Attributes:
-        loses: what cannot be restored; None for one that is undone by the same with the number's sign changed.
-        written: the element type that holds its results, where that of its sources does not.
+        loses: what cannot be restored; None if the same transform with the negative number undoes it.
+        written: the element type that holds its results, if that of its sources does not.
     """
 
     loses: str | None = None
@@ -43,20 +43,20 @@ def said(change: tuple[str, str]) -> str:
 
 
 def loses(change: tuple[str, str] | None) -> str | None:
-    """What a change loses that cannot be restored; None for one that can be undone, and for none."""
+    """What a change loses for good; None if it can be undone, or if there is no change."""
     return None if change is None else TRANSFORMS[change[0]].loses
 
 
 def undone(change: tuple[str, str]) -> tuple[str, str] | None:
-    """The change that takes one back; None where that cannot be."""
+    """The change that undoes a change; None if there is none."""
     return (change[0], f"{-float(change[1]):g}") if TRANSFORMS[change[0]].loses is None else None
 
 
-STORED = ("rows", "columns")  # storage dimensions that `split` may name in an axis' stead
+STORED = ("rows", "columns")  # storage dimensions that `split` may name instead of an axis
 
 
 def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rule:
-    """A rule; E103, E104 and E108 for what it says wrongly."""
+    """A rule; E102, E103, E104 or E108 for a mistake in it."""
     body: dict[str, Any] = rule.data
     errors = Errors()
     axes = Axes(())
@@ -169,7 +169,7 @@ def _targets(rule: Document, body: dict[str, Any], axes: Axes) -> tuple[Target, 
 
 
 def _when(rule: Document, at: tuple[str, ...], variants: Mapping[str, Variant]) -> dict[str, tuple[str, ...]]:
-    """Choices as tuples; each variant and choice is declared."""
+    """Choices as tuples; E108 for a variant or a choice that is not declared."""
     said: Any = rule.data
     for key in at:
         said = said.get(key) or {}
@@ -187,7 +187,7 @@ def _when(rule: Document, at: tuple[str, ...], variants: Mapping[str, Variant]) 
 
 
 def _transform(rule: Document, said: Mapping[str, Any] | None, targets: tuple[Target, ...]) -> tuple[str, str] | None:
-    """What changes values: an operation, and the axis or the number that it takes."""
+    """The change of values: an operation, and the axis or the number that it takes."""
     operation = next((one for one in TRANSFORMS if one in (said or {})), None)
     if said is None or operation is None:
         return None

@@ -26,7 +26,8 @@ def search_folders() -> list[Path]:
     """The folders of `ENGINE_MAPPINGS`, then the bundled one.
 
     Raises:
-        EngineError: E002 for one that is not there: a bundled mapping would be taken for one of its name in it.
+        EngineError: E002 for one that does not exist: a bundled mapping would be used in place of one of the same name
+            in it.
     """
     extra = [Path(p) for p in os.environ.get("ENGINE_MAPPINGS", "").split(os.pathsep) if p]
     for folder in extra:
@@ -53,7 +54,7 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
     if os.path.isfile(given):
         return given
     stems = (name, f"families/{name}") if kind == "mapping" else (f"layouts/{name}",)
-    placed = {".", ".."} & set(name.split(os.sep))  # it says where the file lies, so no other of its name is meant
+    placed = {".", ".."} & set(name.split(os.sep))  # it says where the file is, so no other place is searched
     searched = [] if placed else [*([first] if first is not None else []), *search_folders()]
     for folder, stem, end in product(searched, stems, ("", ".yaml", ".yml")):
         candidate = os.path.join(folder, f"{stem}{end}")
@@ -79,7 +80,7 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
         expected=", ".join(same) or None,
         fix=f"Did you mean `{same[0]}`?"
         if same
-        else (f"Names that are near are of other models: {', '.join(others)}. " if others else "")
+        else (f"Similar names are of other models: {', '.join(others)}. " if others else "")
         + "`engine mappings` lists them all; a file is given by its path.",
     )
 
@@ -150,10 +151,10 @@ def list_names() -> list[str]:
 
 
 def rule_files(folder: Path) -> list[Path]:
-    """Every mapping and layout below a folder, hidden ones aside.
+    """Every mapping and layout below a folder, except hidden ones.
 
     Raises:
-        EngineError: E002 where there is none, E001 for a folder with far more in it than mappings.
+        EngineError: E002 when there is none, E001 for a folder with far more files than a folder of mappings has.
     """
     found: list[Path] = []
     seen = 0
@@ -162,7 +163,7 @@ def rule_files(folder: Path) -> list[Path]:
         seen += len(folders) + len(names)
         if seen > _MOST_ENTRIES:
             raise EngineError("E001", f"`{folder}` holds more than {_MOST_ENTRIES:,} files and folders",
-                              expected="a folder of mappings", fix="Give the folder that holds them.")  # fmt: skip
+                              expected="a folder of mappings", fix="Give the folder of the mappings.")  # fmt: skip
         paths = [Path(above, name) for name in sorted(names) if name.endswith((".yaml", ".yml")) and name[0] != "."]
         found += [path for path in paths if kind_of(path) in ("mapping", "layout")]
     if not found:
@@ -171,8 +172,8 @@ def rule_files(folder: Path) -> list[Path]:
 
 
 def kind_of(path: Path) -> str:
-    """What a YAML file is, by its keys: `mapping` (however broken), `layout`, `meaning`, or nothing of these."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    """What a YAML file is, by its keys: `mapping` (however broken), `layout`, `meaning`; else empty."""
+    if not os.path.isfile(path):  # opening a pipe would wait
         return ""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:

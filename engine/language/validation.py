@@ -17,7 +17,7 @@ _TYPES = {
     "object": "keys and values", "array": "a list", "string": "a text", "integer": "a whole number",
     "number": "a number", "boolean": "true or false", "null": "null",
 }  # fmt: skip
-_LIKE = 20  # unknown keys for which a known one of like spelling is sought: seeking takes long
+_LIKE = 20  # unknown keys for which a similar known one is searched: that takes long
 # Parts of a mapping whose entries have names, and what one is called.
 _NAMED = {"rules": "rule", "options": "option", "variants": "variant"}
 # What people write for types of `keys`.
@@ -45,7 +45,7 @@ def _validator(kind: str) -> Any:
 
 
 def _as_json(data: Any) -> Any:
-    """Data with the ids of tokens that are keys as JSON has them.
+    """Data in which keys that are numbers, such as token ids, are texts, as in JSON.
 
     >>> _as_json({"renamed": {92538: "<|plugin|>"}})
     {'renamed': {'92538': '<|plugin|>'}}
@@ -56,12 +56,12 @@ def _as_json(data: Any) -> Any:
 
 
 def violations(data: Any, kind: str) -> Iterator[Any]:
-    """Where data breaks the schema of its kind, as errors of `jsonschema`, each found when it is asked for.
+    """Where data breaks the schema of its kind, as errors of `jsonschema`, each found on demand.
 
-    The check itself is `jsonschema_rs`, which is imported three times as fast and checks a hundred
-    times as fast; only errors are found again and worded by `jsonschema`.
+    `jsonschema_rs` checks first: it is imported three times as fast, and checks a hundred times as fast. Only if it
+    finds an error does `jsonschema` look for all of them and put them into words.
     """
-    if _is_valid(data, kind) or _is_valid(_as_json(data), kind):  # most data is as JSON has it
+    if _is_valid(data, kind) or _is_valid(_as_json(data), kind):  # most data has no numbers as keys
         return
     yield from _validator(kind).iter_errors(data)
 
@@ -109,7 +109,7 @@ def check_schema(document: Document, kind: str, *, merged: bool = False) -> None
     told_already = [error.absolute_path for error in broken if error.validator in ("required", "type")]
     for error in broken:
         if error.validator == "oneOf" and error.absolute_path in told_already:
-            continue  # what it lacks, or that it is no mapping
+            continue  # another error says which key is missing, or that it is not a mapping
         path: list[str | int] = list(error.absolute_path)
         if names is not None and path[:1] == ["rules"] and len(path) > 1:
             path[1] = names[int(path[1])]
@@ -119,7 +119,7 @@ def check_schema(document: Document, kind: str, *, merged: bool = False) -> None
             else:
                 found.found.append(told)
                 near.add(str(told.fix))
-    # A misspelt key is also a missing key: the former tells more.
+    # A misspelt key is also a missing key; the former message tells more.
     found.found += [told for key, told in missing if not any(f"`{key}`" in fix for fix in near)]
     found.check()
 
@@ -182,7 +182,7 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         if not any(key in error.instance for key in keys):
             keys_missing = f"the key {' or '.join(f'`{key}`' for key in keys)} is missing in {where}"
             return [EngineError("E102", keys_missing, place=place, got=", ".join(map(str, error.instance)) or "nothing",
-                                expected=f"one of {', '.join(keys)}", fix="Say what it writes.")]  # fmt: skip
+                                expected=f"one of {', '.join(keys)}", fix="Add one of them.")]  # fmt: skip
         message, expected = f"{where} says more than one of {', '.join(keys)}", f"one of {', '.join(keys)}"
         got, fix = ", ".join(k for k in keys if k in error.instance), "Keep one of them."
     else:

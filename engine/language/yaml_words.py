@@ -1,4 +1,4 @@
-"""What is wrong with text that is no YAML, in words for whoever wrote it: the parser's own are about parsing."""
+"""What is wrong with text that is not YAML, in words for its author: the parser's own words are about parsing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _KEY = re.compile(r"(\s*(?:- +)?\{?\s*)([\w.\"'*-]+)\s*:(?:\s+(.*))?")
 _RULE = re.compile(r"\s*- +(?:\{\s*)?(?:name|source): *[\"']?([^\"',}\s#]+)")
 _OPENS = "{[*&!%@`|>"  # a text that begins with one of these is read as something else
 _CLOSES = {"[": "]", "{": "}"}
-_MOST_READ, _LONGEST_TEXT = 400, 100_000  # entries that are read one by one, and characters of their file
+_MOST_READ, _LONGEST_TEXT = 400, 100_000  # entries that are read one by one, and characters of a file whose entries are
 _LONGEST = 200  # characters of a line
 
 
 def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
-    """E101 for what the parser could not read, at the line that is to be mended."""
+    """E101 for what the parser could not read, at the line to correct."""
     if not isinstance(error, yaml.MarkedYAMLError):
         return _not_allowed(error, text, name)
     lines = text.split("\n")
@@ -144,7 +144,7 @@ def _of_flow(value: str) -> tuple[str, str | None, str] | None:
 
 
 def _is_indented_otherwise(lines: list[str], row: int, before: int) -> bool:
-    """Whether a key begins in a column where none of those above does, though none of them holds it."""
+    """Whether a key begins in another column than the key above it, which does not contain it."""
     if not _KEY.fullmatch(lines[row]):
         return False
     depth = _depth(lines[row])
@@ -165,10 +165,10 @@ def _before(lines: list[str], row: int) -> int | None:
 
 
 def wrong_entries(text: str, wrong: Callable[[str], EngineError | None]) -> list[EngineError]:
-    """What is wrong in each entry of a file when it is read by itself, and in each entry of those below it.
+    """What is wrong in each entry of a file, read by itself, and in the entries inside such an entry.
 
     Args:
-        wrong: says what is wrong with some lines of it; the lines above are given as empty ones.
+        wrong: says what is wrong with some lines of the text; the lines above them are passed as empty lines.
     """
     lines = text.split("\n") if len(text) <= _LONGEST_TEXT else []
     left = iter(range(_MOST_READ))
@@ -185,7 +185,7 @@ def wrong_entries(text: str, wrong: Callable[[str], EngineError | None]) -> list
                 continue
             longer = listed[min(number + 2, len(listed) - 1)]
             if wrong_in(first, longer) is None:
-                read = longer  # brackets or a text that go on in the next line
+                read = longer  # brackets or a text that continue on the next line
             else:
                 yield from ([*of(first + 1, end, below=False)] if below else []) or [error]
 

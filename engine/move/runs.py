@@ -13,7 +13,7 @@ MOST_ROWS = 1024  # rows and gaps that one system call takes (IOV_MAX)
 
 
 def straight(copy: Copy) -> bool:
-    """One contiguous run on both sides."""
+    """Whether a copy is one contiguous run on both sides."""
     return not copy.shape or (len(copy.shape) == 1 and copy.source_strides[0] == 1 and copy.target_strides[0] == 1)
 
 

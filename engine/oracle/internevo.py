@@ -58,8 +58,8 @@ class Forward(Shards):
     def _in_pairs(self, told: str | None) -> bool:
         """Whether rotary pairs are neighbours: `qk_interleaved`, or before it the opposite of `adapt_hf`.
 
-        Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama. Training hands
-        each key on as it is, so null is false, and not the default.
+        Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama. Training passes
+        each key on as it is, so null means false, not the default.
         """
         if self._v1 or "qk_interleaved" in self.config:
             return bool(self.config.get("qk_interleaved"))

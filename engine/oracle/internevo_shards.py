@@ -99,7 +99,7 @@ class Shards(FloatTensors):
         self.spots = self._order()
 
     def _order(self) -> list[Spot]:
-        """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk turned round."""
+        """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk in reverse."""
         parallel = self.training.get("parallel")
         pipeline = parallel.get("pipeline") if isinstance(parallel, Mapping) else None
         mode = pipeline.get("mode") if isinstance(pipeline, Mapping) else None

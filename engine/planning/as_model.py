@@ -179,7 +179,7 @@ def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
 
 
 def _named(wanted: Wanted, held: Mapping[str, Shape]) -> tuple[Wanted, str, str]:
-    """The class's tensors under those names that the checkpoint holds all of, with their prefixes."""
+    """The class's tensors under the names, current or older, that the checkpoint has, with their prefixes."""
     lacking: list[EngineError] = []
     found: list[tuple[Wanted, str, str]] = []
     for one in (wanted, *wanted.others):

@@ -96,7 +96,7 @@ class CopyTable:
         if dtype not in allowed:
             raise EngineError(
                 "E209",
-                f"`{name}` {'holds no floating-point weights' if own is None else 'is no weight, but whole numbers'}",
+                f"`{name}` {'holds no floating-point weights' if own is None else 'holds whole numbers, not weights'}",
                 place=place,
                 got=f"{dtype} in {files[first.file]}",
                 expected=", ".join(allowed),

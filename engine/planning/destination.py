@@ -183,7 +183,7 @@ def check_cuts(
                 f"there are more {dim} ranks than {'columns' if at else 'rows'} of any tensor",
                 got=f"{flag(dim)}{destination.sizes[dim]}",
                 expected=f"at most {most}",
-                fix="The others would hold nothing: give fewer.",
+                fix="The other ranks would hold nothing: give fewer.",
             )
     for instance, file in used:
         for division in _divisions(instance, file, destination):

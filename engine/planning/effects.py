@@ -60,7 +60,7 @@ def check_effects(plan: Plan, settings: Iterable[str]) -> None:
             place=options[name].place,
             got=f"{name}={plan.options[name]}",
             expected="options that change what is written",
-            fix=f"Leave it out, or also set what it goes with. It says: {options[name].help}.",
+            fix=f"Leave it out, or also set what it goes with. Its help says: {options[name].help}.",
         )
 
 

@@ -110,7 +110,7 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
             "E001",
             f"mode `{mode.name}` of layout `{layout.name}` has no chunks",
             got=f"{chunks} chunks",
-            expected="1: names there do not say the chunk",
+            expected="1, as names in this mode do not contain the chunk",
             fix="Leave --chunks out.",
         )
     if chunks > 1 and prod(sizes.get(dim, 1) for dim in staged) == 1:

@@ -145,11 +145,11 @@ def _check_stays(source: Source, cut: Mapping[str, Any]) -> None:
         if now.choice != then.choice:
             raise EngineError(
                 "E214",
-                f"files that are cut so hold other tensors: {name}={then.choice}",
+                f"files that are cut in this way hold other tensors: {name}={then.choice}",
                 place=source.mapping.variants[name].place,
                 got=f"{name}={now.choice}, as {source.checkpoint.folder} is cut",
                 expected=f"{name}={then.choice}: {then.evidence}",
-                fix=f"Give --to {source.mapping.name}: then the set of tensors is decided anew.",
+                fix=f"Give --to {source.mapping.name}: it decides anew which tensors are written.",
             )
 
 
@@ -163,7 +163,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     ]
     tokenizer = (mapping.tokenizer or {}).get("file")
     own = (name for name in checkpoint.grid.unknown if name != tokenizer)
-    unknown = [name for name in own if not (crosses and BESIDE.fullmatch(name))]  # a run tells of those
+    unknown = [name for name in own if not (crosses and BESIDE.fullmatch(name))]  # a run reports those
     left = sorted({name for file in checkpoint.files for name in file.left})
     for what, names, most in (
         ("not part of the checkpoint, left alone", unknown, 12),

@@ -47,7 +47,7 @@ def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: boo
         place=mapping.expect_place or mapping.place,
         got=", ".join(f"{one.key} = {one.got}" for one in found),
         expected=", ".join(f"{one.key} = {one.expected}" for one in found),
-        fix=f"Give --mapping {others[0]}, or the one of these that it is."
+        fix=f"Give the mapping of the right one, such as --mapping {others[0]}."
         if others
         else "Leave --strict out to convert it all the same.",
     )
@@ -79,7 +79,7 @@ def check_asked(
         except EngineError as error:
             raise EngineError(
                 "E202",
-                f"variant `{variant.name}` cannot be decided: this is not release `{mapping.name}`, which would say it",
+                f"variant `{variant.name}` cannot be decided: this is not release `{mapping.name}`, which decides it",
                 place=variant.place,
                 got=not_the_release(mapping, found)[0],
                 expected=", ".join(f"--set {name}=VALUE" for name in taken),

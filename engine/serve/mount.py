@@ -172,7 +172,7 @@ def mount(
     """Mount virtual files as a read-only folder until SIGINT, SIGTERM or an unmount; only from the main thread.
 
     Args:
-        at: an empty folder, or none: it is made, and removed afterwards.
+        at: an empty folder, or a path where there is nothing: then a folder is made, and removed afterwards.
         log: called with errors of reads; the reading program sees only an I/O error.
         ready: called once it is mounted.
 
@@ -190,7 +190,7 @@ def mount(
         except RuntimeError as error:
             raise EngineError(
                 "E001", "the system did not mount it", place=Place(str(at)), got=f"libfuse ended with {error}",
-                fix="Its reason is above. `fusermount -u` ends an old mount; in a container FUSE must be allowed.",
+                fix="The reason is above. `fusermount -u` ends an old mount; in a container FUSE must be allowed.",
             ) from error  # fmt: skip
 
 
@@ -234,7 +234,7 @@ def _mount_point(at: Path) -> Iterator[None]:
     except OSError as error:
         raise EngineError(
             "E001", "nothing can be mounted there", place=Place(str(at)), got=error.strerror,
-            expected="an empty folder, or none", fix="Choose another one.",
+            expected="an empty folder, or a path where there is nothing", fix="Choose another one.",
         ) from error  # fmt: skip
     try:
         yield

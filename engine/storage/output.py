@@ -73,7 +73,7 @@ class OutputFolder:
             return
         if is_folder(self.final) and os.path.samefile(self.final, os.curdir):  # processes in it would stay there
             raise EngineError(
-                "E001", "the current folder cannot be replaced", got=str(self._out), fix="Go to the one above first."
+                "E001", "the current folder cannot be replaced", got=str(self._out), fix="First go to the folder above."
             )
         if is_mount(self.final):
             raise exists(self._out, "Name a folder in it.", "a mount point, which cannot be replaced")

@@ -101,7 +101,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "another beginning": ("E501", "another id", changed("tokenizer_config.json", bos_token={"content": "w9"})),
     "no JSON": ("E501", "cannot be loaded", lambda folder: (folder / "tokenizer.json").write_text('{"model"') and None),
     "no such kind": ("E501", "cannot be loaded", changed("tokenizer.json", model={"type": "Other"})),
-    "merges at which `tokenizers` ends the process": ("E501", "has not the prefix ##", changed("tokenizer.json", model={
+    "merges at which `tokenizers` ends the process": ("E501", "have the prefix ##", changed("tokenizer.json", model={
         "type": "BPE", "vocab": {"▁": 0, "▁▁": 1}, "merges": [["▁", "▁"]], "continuing_subword_prefix": "##"})),
     "settings that are no object": (
         "E303", "not an object", lambda folder: (folder / "tokenizer_config.json").write_text("[1]") and None),
