@@ -25,7 +25,8 @@ def test_the_internevo_layout_holds_what_its_file_says() -> None:
     assert layout.lone_rank == {"tp": 0} and layout.uneven == "first" and layout.layers.uneven == "last"
     assert [m.name for m in layout.modes if m.only_read] == ["fsdp", "dcp"]
     assert dict(layout.modes[3].files[0].cuts["first"]) == {"tp": "split", "dp": "recorded"}
-    assert "optimizer_*.pt" in layout.skip and not layout.refuse
+    assert "optimizer_*.pt" in layout.skip
+    assert [one.patterns for one in layout.refuse] == [("model_tp{tp}_wp1_pp{pp}.pt", "model_wp1_pp{pp}.pt")]
 
 
 def test_files_that_a_layout_refuses_are_told_with_reason_and_fix() -> None:
