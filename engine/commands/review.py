@@ -87,7 +87,9 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
 @click.argument("mappings", nargs=-1, metavar="[MAPPINGS]...", shell_complete=mapping_names)
 @click.option("--all", "every", is_flag=True, help="Prove every bundled mapping.")
 @click.option(
-    "--mutants", is_flag=True, help="Also change the mapping in one place at a time, and say which check detects it."
+    "--mutants",
+    is_flag=True,
+    help="Also change the mapping in one place at a time, and say which check detects each change.",
 )
 @click.option("--write-meaning", "--write-facts", "write_meaning", is_flag=True,
               help="First write the current meaning of each mapping, to commit beside it.")  # fmt: skip

@@ -110,7 +110,9 @@ class Request:
     )
     lossy: Sequence[str] = field(
         default=(),
-        metadata=option("Write a rule although it cannot be inverted; may be repeated.", "texts", metavar="RULE"),
+        metadata=option(
+            "Write a rule's tensors as they are if it cannot be inverted; may be repeated.", "texts", metavar="RULE"
+        ),
     )
 
     to: str | Path | None = field(

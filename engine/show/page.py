@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.assets.model_card import environment
-from engine.errors import span, visible
+from engine.errors import counted, span, visible
 from engine.explaining.describe import describe_plan
 from engine.planning.given import amount
 from engine.planning.model import Plan
@@ -50,7 +50,7 @@ def view_page(plan: Plan) -> str:
 def template(path: Path) -> Template:
     """A page's template, which escapes all that is put into it."""
     pages = environment(path.parent, escape=True)
-    pages.filters.update(times=times, size=amount, colour=colour, flat=flat_shape, span=span)
+    pages.filters.update(times=times, size=amount, counted=counted, colour=colour, flat=flat_shape, span=span)
     return pages.get_template(path.name)
 
 

@@ -60,7 +60,7 @@
       kept = new Set(found ? [found.number] : []);
       answer.textContent = found
         ? `${found.file}:${found.name}[${found.index.join(", ")}], bytes ${found.byte}…${found.byte + found.item - 1}`
-        : `an index has ${shape.length} numbers, below ${shape.join(", ")}`;
+        : `write an index within ${shape.map((size) => `0…${size - 1}`).join(", ")}`;
       mark(drawing, kept);
     }
 
