@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import marshal
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,8 @@ def read_python_source(file: File) -> dict[str, Any]:
         source = _unpickle(file)
     if not isinstance(source, str) or len(source) > MAX_SOURCE:
         return {}
-    return deepcopy(_literals(source))
+    found: dict[str, Any] = marshal.loads(_literals(source))
+    return found
 
 
 def read_yaml(file: File) -> dict[str, Any]:
@@ -115,7 +116,9 @@ def read_yaml(file: File) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-_literals = lru_cache(maxsize=4)(literals)  # a run reads a configuration again, to check that it is unchanged
+@lru_cache(maxsize=4)  # a run reads a configuration again, to check that it is unchanged
+def _literals(source: str) -> bytes:
+    return marshal.dumps(literals(source))
 
 
 def _unpickle(file: File) -> Any:

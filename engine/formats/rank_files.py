@@ -10,6 +10,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from re import Pattern
 from sys import intern
 from typing import Any, BinaryIO
@@ -211,6 +212,7 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
     return TensorHeader(intern(name), dtype, shape, strides, place[0] + tensor.offset * item)
 
 
+@lru_cache(maxsize=4096)  # layers are alike
 def _repeats(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether several indices may share an element, which no trained tensor has.
 

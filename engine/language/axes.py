@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
@@ -53,6 +53,10 @@ class Axes:
 
     dims: tuple[Node, ...]
     bar: int | None = None
+    _names: tuple[str, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_names", tuple(dict.fromkeys(name for dim in self.dims for name in leaves(dim))))
 
     def bias(self) -> Axes:
         """The axes of the bias: everything before the bar."""
@@ -63,7 +67,7 @@ class Axes:
 
     def names(self) -> tuple[str, ...]:
         """Every axis once, in order of first appearance."""
-        return tuple(dict.fromkeys(name for dim in self.dims for name in leaves(dim)))
+        return self._names
 
     def pieces(self) -> tuple[tuple[str, ...], ...]:
         """Multiply out the sums: the axes of each piece, in storage order.

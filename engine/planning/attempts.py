@@ -13,6 +13,7 @@ from engine.errors import EngineError, shape_text
 from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate, names_in
 from engine.language.model import Layout, MappingFile, Variant
+from engine.language.names import form
 from engine.planning.groups import Group, GroupKey, group_shards, share_units
 from engine.planning.matching import Matches, assign
 from engine.planning.sizes import Contradiction, Fact, Sizes, solve
@@ -88,11 +89,14 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
         )
     told = "the only choice for which all sizes agree across all shards"
     attempts: list[Attempt] = []
+    fitting: list[Attempt] = []
     for combination in combinations:
         chosen = zip((variant.name for variant in open_variants), combination, strict=True)
-        by_shapes = {name: Decision(name, choice, "shapes", told) for name, choice in chosen}
-        attempts.append(_attempt(question, {**decisions, **by_shapes}))
-    fitting = [a for a in attempts if not a.sizes.contradictions]
+        tried = {**decisions, **{name: Decision(name, choice, "shapes", told) for name, choice in chosen}}
+        if fitting and _attempt(_one_layer(question), tried).sizes.contradictions:
+            continue  # so do all layers
+        attempts.append(_attempt(question, tried))
+        fitting += [attempts[-1]] if not attempts[-1].sizes.contradictions else []
     if not fitting:
         return min(attempts, key=lambda a: len(a.sizes.contradictions))
     distinct: dict[frozenset[tuple[object, ...]], Attempt] = {}
@@ -101,6 +105,12 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
     if len(distinct) > 1:
         raise _ambiguous(open_variants, list(distinct.values()), mapping)
     return fitting[0]
+
+
+def _one_layer(question: Question) -> Question:
+    """A question about only one of the tensors whose names differ by numbers, on all ranks that hold it."""
+    names = {form(one.name): one.name for one in reversed(question.stored)}
+    return replace(question, stored=tuple(one for one in question.stored if names[form(one.name)] == one.name))
 
 
 def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:

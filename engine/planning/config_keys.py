@@ -50,7 +50,8 @@ class Read:
 def source_side(mapping: MappingFile, layout: Layout) -> Side:
     """The training configuration, with the keys that dims, variants and config.json read."""
     variants = [dict(v.choices) for v in mapping.variants.values()]
-    dims = {name for name, size in mapping.dims.items() if name not in _paths(size)}  # else a key of the same name
+    # a dimension that reads its own name means the key of that name
+    dims = {name for name, size in mapping.dims.items() if name not in compile_expression(size).paths}
     own = {*dims, *mapping.variants, *_OTHERS}
     read = {path for path in _paths([dict(mapping.dims), variants, mapping.config]) if path.split(".")[0] not in own}
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)

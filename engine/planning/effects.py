@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from engine.errors import EngineError
@@ -22,13 +22,14 @@ _OTHERS: Mapping[str, tuple[Any, ...]] = {
 }
 
 
-def check_effects(plan: Plan, settings: Iterable[str]) -> None:
+def check_effects(plan: Plan, settings: Collection[str]) -> None:
     """E001 for the first setting of an option that changes nothing in the output, whatever its value.
 
     A setting may repeat what a configuration says; if it contradicts it, the error names both. A reshard leaves the
     configuration as it is, so there a choice that contradicts it is an error too.
     """
-    options, read = plan.mapping.options, list(_read(plan))
+    options = plan.mapping.options
+    read = list(_read(plan)) if settings else []
     for name in settings:
         choice = plan.decisions.get(name)
         if plan.reads == "training" and plan.written is not None and choice is not None and choice.instead_of:
