@@ -132,9 +132,8 @@ class Key:
 
     def ignores(self, config: Mapping[str, Any]) -> bool:
         """Whether its value does not matter in a configuration."""
-        return self.ignored is not None and not any(
-            value in self.unless.get(path, ()) for path, value in leaves(config)
-        )
+        counting = self.unless and any(value in self.unless.get(path, ()) for path, value in leaves(config))
+        return self.ignored is not None and not counting
 
     @property
     def decided(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -107,13 +108,16 @@ def check_keywords(options: Mapping[str, Any], takes: type) -> None:
 
     Keywords with their own parser are left to it.
     """
-    hints = get_type_hints(takes)
+    hints = _hints(takes)
     for name, value in options.items():
         if name not in hints:
             near = get_close_matches(name, hints, 1)
             raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
         if value is not None and name not in _PARSED:
             check_type(name, value, hints[name], _WANTED.get(name))
+
+
+_hints = cache(get_type_hints)
 
 
 def listed(names: T | Sequence[T]) -> list[T]:
