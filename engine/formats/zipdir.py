@@ -194,10 +194,14 @@ class TorchZip:
                 at = after - record - one.size
                 if at % _ALIGNMENT == 0 and least <= at < least + 2 * _ALIGNMENT:
                     return at
-        local = _LOCAL.unpack(self._read(one.header, _LOCAL.size))
+        begins = self._read(one.header, max(close, fixed) - one.header)
+        local = _LOCAL.unpack_from(begins)
         if local[0] != b"PK\x03\x04":
             raise self._damaged(f"member {one.name} has no local header")
-        rest = self._read(fixed, local[9] + local[10])
+        length = local[9] + local[10]
+        rest = begins[_LOCAL.size : _LOCAL.size + length]
+        if len(rest) < length:
+            rest = self._read(fixed, length)
         if local[3] or rest[: local[9]] != one.raw:
             raise self._damaged(f"member {one.name} differs between its local header and the directory")
         if not _records_fill(rest[local[9] :]):

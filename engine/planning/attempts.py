@@ -109,8 +109,8 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
 
 def _one_layer(question: Question) -> Question:
     """A question about only one of the tensors whose names differ by numbers, on all ranks that hold it."""
-    names = {form(one.name): one.name for one in reversed(question.stored)}
-    return replace(question, stored=tuple(one for one in question.stored if names[form(one.name)] == one.name))
+    names = {*{form(name): name for name in question.matches.candidates}.values()}
+    return replace(question, stored=tuple([one for one in question.stored if one.name in names]))
 
 
 def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:

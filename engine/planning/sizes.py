@@ -100,10 +100,12 @@ def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[Ra
 def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
     """Local extents of each cut axis by rank, from the shards of a group whose sizes are solved."""
     position = {axis: at for at, (_, axis) in reversed(list(enumerate(group.cut.dims)))}
+    if not position:
+        return {}
     others = {name: size for name, size in sizes.items() if name not in position}
     forms = [linear(node, others) for node in group.instance.axes.dims]
     result: dict[str, dict[int, int]] = {axis: {} for axis in position}
-    for ranks, stored in group.shards.items() if position else ():
+    for ranks, stored in group.shards.items():
         for form, size in zip(forms, stored[0].header.whole, strict=True):
             constant, factor, axis = form or (0, 0, None)
             if axis is not None and axis in position and factor:

@@ -71,6 +71,7 @@ def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, 
         EngineError: E204 for an axis whose size stays unknown, E206 for a name written twice.
     """
     listed: list[tuple[tuple[object, ...], Group]] = []
+    uncut = Cut()
     once: dict[object, dict[str, int]] = {}  # placeholder values that all tensors of a layer share
     for order, own in enumerate(spec.own for spec in pieces.targets.values()):
         check_known([own], sizes, unread)
@@ -82,7 +83,7 @@ def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, 
             fixed = once.setdefault(tuple(fixed.items()), fixed)
             name = own.sources[0].format(fixed)
             held = Stored(0, TensorHeader(name, "", shape, strides, 0), name, 0)
-            listed.append(((stage, fixed.get("layer", -1), order, values), Group(own, fixed, Cut(), {(): (held,)})))
+            listed.append(((stage, fixed.get("layer", -1), order, values), Group(own, fixed, uncut, {(): (held,)})))
     listed.sort(key=lambda entry: entry[0])
     seen: dict[str, Group] = {}
     for _, group in listed:
