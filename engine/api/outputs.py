@@ -18,6 +18,7 @@ from engine.storage.objects import ObjectStore
 from engine.storage.output import clean as remove
 from engine.storage.output import leftovers
 from engine.storage.places import is_url, on_this_machine, store_at
+from engine.storage.replacing import given_path
 from engine.storage.uploads import clean as remove_objects
 
 
@@ -31,7 +32,8 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
 
         return Small({name: encode_config(name, kind, content) for name, (kind, content) in compiled.beside.items()})
 
-    return make_assets(compiled, Path(tokenizer) if tokenizer else None, None if code is None else Path(code))
+    beside = given_path(tokenizer, "the tokenizer") if tokenizer else None
+    return make_assets(compiled, beside, None if code is None else Path(code))
 
 
 def default_out(src: str | Path) -> Path | str:

@@ -6,6 +6,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -16,6 +17,7 @@ from engine.errors import EngineError, Place
 from engine.storage.local import open_regular
 from engine.storage.store import write_error
 
+_URL = re.compile(r"(s3|gs|az|https?):/")  # also as `Path` shortens it
 _LOOKED_AT = 1 << 20  # bytes at the start of a file, which show what it is
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): swaps two names atomically
 _AT_CWD = -100
@@ -35,6 +37,9 @@ def given_path(path: str | Path, what: str) -> Path:
         got = "a NUL in it"
     elif not _encodes(str(path)):
         got = "half characters in it, which no file system takes"
+    elif _URL.match(str(path)) and not os.path.lexists(path):
+        raise EngineError("E001", f"{what} is a URL, and must be a path", got=str(path), expected="a path",
+                          fix="Give a path on this machine. Only checkpoints and outputs can be URLs.")  # fmt: skip
     else:
         return Path(path)
     raise EngineError("E001", f"{what} has no path", got=got, fix="Write it out; the current folder is `./`.")

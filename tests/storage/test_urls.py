@@ -56,6 +56,22 @@ def test_every_command_takes_urls(bucket: Bucket, written: Path, tmp_path: Path)
     assert "complete" in CliRunner().invoke(cli, ["inspect", f"{bucket.url}/run", "--json"]).output
 
 
+def test_a_url_where_only_a_path_can_be_is_told_and_makes_no_folder_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    chosen = ("-m", MAPPING, "-s", str(STEP))
+    for given in (
+        ("new", "-s", str(STEP), "-o", "s3://b/x.yaml"), ("plan", *chosen, "-o", "gs://b/plan.json"),
+        ("view", *chosen, "-o", "az://b/x.html"), ("mount", *chosen, "https://b/x"),
+        ("run", "--plan", "s3://b/plan.json", "-o", "hf"), ("run", *chosen, "-o", "hf", "--config", "s3://b/config.json"),
+        ("run", *chosen, "-o", "hf", "--tokenizer", "s3://b"),
+    ):  # fmt: skip
+        told = CliRunner().invoke(cli, given).stderr
+        assert "is a URL, and must be a path" in told and "E001" in told, (given, told)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_step_in_a_store_is_opened_and_mounted(bucket: Bucket, written: Path, tmp_path: Path) -> None:
     step = bucket.upload(STEP, "step")
     with engine.open(step, MAPPING) as tensors, engine.open(STEP, MAPPING) as local:
