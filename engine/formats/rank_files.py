@@ -196,7 +196,7 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
     nbytes = storage.count * (1 if storage.dtype is None else ITEM_SIZES[storage.dtype])
     if nbytes > place[1]:
         raise damaged(file, f"storage {storage.key} of {place[1]} bytes, its tensors need {nbytes}", name)
-    needed = (tensor.offset + span(tensor.shape, tensor.strides)) * item
+    needed = (tensor.offset + _span(tensor.shape, tensor.strides)) * item
     if 0 not in tensor.shape and needed > nbytes:
         raise damaged(file, f"it needs {needed} bytes of a storage of {nbytes}", name)
     if _repeats(tensor.shape, tensor.strides):
@@ -212,7 +212,10 @@ def tensor_header(name: str, tensor: Tensor, payload: Mapping[str, tuple[int, in
     return TensorHeader(intern(name), dtype, shape, strides, place[0] + tensor.offset * item)
 
 
-@lru_cache(maxsize=4096)  # layers are alike
+_span = lru_cache(maxsize=4096)(span)  # layers are alike
+
+
+@lru_cache(maxsize=4096)
 def _repeats(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     """Whether several indices may share an element, which no trained tensor has.
 

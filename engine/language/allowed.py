@@ -75,7 +75,9 @@ class Compiled:
 
     def run(self, names: Mapping[str, Any]) -> Any:
         if isinstance(self.tree, nodes.Name) and self.tree.name in names and self.tree.name not in BUILTIN:
-            return names[self.tree.name]  # most are just a name, for which Jinja is slow
+            return names[self.tree.name]  # most are just a name, or a value as below, for which Jinja is slow
+        if isinstance(self.tree, nodes.Const):
+            return self.tree.value
         read, root = self._compiled
         context = _Names({**FUNCTIONS, **{name: names[name] for name in read if name in names}})
         for _ in root(context):  # it yields no text; run it to its end

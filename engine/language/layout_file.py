@@ -40,7 +40,8 @@ def load_layout(name: str, named_at: Place | None = None) -> Layout:
     except EngineError as error:
         error.place = error.place or named_at
         raise
-    return _read(shown(path), content_of(path, shown(path)))
+    shown_as = shown(path)
+    return _read(shown_as, content_of(path, shown_as))
 
 
 @lru_cache(maxsize=16)

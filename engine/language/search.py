@@ -188,10 +188,9 @@ def kind_of(path: Path) -> str:
 
 def shown(path: Path) -> str:
     """A path as errors show it: bundled files by their place in the project, others as given."""
-    folder = bundled("mappings")
-    root = folder.parent
-    resolved = path if path.is_relative_to(folder) and ".." not in path.parts else path.resolve()
-    return str(resolved.relative_to(root)) if resolved.is_relative_to(root / "mappings") else str(path)
+    folder, own = str(bundled("mappings")), str(path)
+    resolved = own if own.startswith(f"{folder}{os.sep}") and ".." not in path.parts else str(path.resolve())
+    return resolved[len(folder) - len("mappings") :] if resolved.startswith(f"{folder}{os.sep}") else own
 
 
 def layout_names() -> list[str]:
