@@ -105,7 +105,9 @@ def cut_sentence(side: Side, group: Group) -> str:
         copies = len(shards[0].replicas)
         return f"{copies} files hold it whole and must agree" if copies > 1 else "one file holds it whole"
     if group.cut.rows is not None:
-        held = {s.ranks[0]: s.window[0][1] - s.window[0][0] for s in shards}
+        held: dict[int, int] = {}  # in one tensor, or in pieces
+        for one in shards:
+            held[one.ranks[0]] = held.get(one.ranks[0], 0) + one.window[0][1] - one.window[0][0]
         return f"storage rows are cut over {dims[0]}, wherever that falls: {_shares(held)}"
     told = []
     for position, (dim, axis) in enumerate(group.cut.dims):
@@ -131,7 +133,7 @@ def shard_words(group: Group, shard: Shard) -> str:
     """
     if group.cut.boxes:
         return box_text(shard.window) if len(group.shards) > 1 else ""
-    return ", ".join(f"{dim}{rank}" for dim, rank in zip(group.cut.rank_dims(), shard.ranks, strict=True))
+    return ", ".join(f"{dim}{rank}" for dim, rank in zip(group.cut.rank_dims(), shard.ranks, strict=False))
 
 
 def order_sentences(link: Link) -> list[str]:

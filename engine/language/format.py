@@ -25,7 +25,7 @@ _LAYOUT_ORDER = (
     "refuse",
 )  # fmt: skip
 _RULE_ORDER = (
-    "name", "source", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",
+    "name", "source", "pieces", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",
     "tied_to", "targets",
 )  # fmt: skip
 _FLOW_KEYS = 3

@@ -30,6 +30,7 @@ class Target:
 class Rule:
     """One rule. `sources` are name patterns; `reverse` writes the first.
 
+    `pieces` are patterns of tensors that a rank may have saved in its place: its rows, one piece after the other.
     `split` are axes, or `rows` or `columns`: a storage dimension that is cut wherever that falls.
     """
 
@@ -48,6 +49,7 @@ class Rule:
     drop: Mapping[str, str] = field(default_factory=dict)  # axis of the dropped piece → why
     zeros: tuple[str, ...] = ()  # axes of dropped pieces that are written as zeros
     tied_to: str | None = None
+    pieces: tuple[str, ...] = ()
     dtype: str | None = None  # the element type of a tensor that is not a weight, such as a counter
 
     def __hash__(self) -> int:

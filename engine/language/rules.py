@@ -64,7 +64,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
     targets: tuple[Target, ...] = ()
     split = _texts(body.get("split", []))
     stage = body.get("stage")
-    sources = _texts(body["source"])
+    sources, pieces = _texts(body["source"]), _texts(body.get("pieces", []))
     when: dict[str, tuple[str, ...]] = {}
     transform: tuple[str, str] | None = None
     changed: dict[str, tuple[str, ...]] = {}
@@ -72,7 +72,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         axes = parse_axes(body["axes"], rule.value_place("axes"))
         _check_split(rule, name, split, axes)
     with errors.caught():
-        patterns = _sources(rule, sources)
+        patterns = _sources(rule, sources, pieces)
         _check_stage(rule, name, (*patterns[0].placeholders, *axes.names()), stage)
     with errors.caught():
         targets = _targets(rule, body, axes)
@@ -99,6 +99,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         drop=dict(body.get("drop") or {}),
         zeros=_texts(body.get("zeros", [])),
         tied_to=body.get("tied_to"),
+        pieces=pieces,
     )
 
 
@@ -141,19 +142,26 @@ def _texts(value: Any) -> tuple[str, ...]:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _sources(rule: Document, sources: tuple[str, ...]) -> list[Pattern]:
-    """Historical names stand for one tensor, so they have the same placeholders."""
-    found = [pattern(text, rule.value_place("source", i)) for i, text in enumerate(sources)]
-    for index, other in enumerate(found):
+def _sources(rule: Document, sources: tuple[str, ...], pieces: tuple[str, ...]) -> list[Pattern]:
+    """Historical names stand for one tensor, as its pieces do, so they have the same placeholders."""
+    places = [("source", i) for i, _ in enumerate(sources)] + [("pieces", i) for i, _ in enumerate(pieces)]
+    texts = (*sources, *pieces)
+    found = [pattern(text, rule.value_place(*at)) for text, at in zip(texts, places, strict=True)]
+    for other, at in zip(found, places, strict=True):
         if {*other.placeholders, other.has_param} != {*found[0].placeholders, found[0].has_param}:
             raise EngineError(
                 "E104",
-                "historical names of one tensor have different placeholders",
-                place=rule.value_place("source", index),
+                "historical names, or pieces, of one tensor have different placeholders",
+                place=rule.value_place(*at),
                 got=other.text,
                 expected=f"the placeholders of {found[0].text}",
                 fix="Write a rule of its own for it.",
             )
+    if pieces and not _texts(rule.data.get("split", [])):
+        raise EngineError(
+            "E102", "`pieces` are rows of a tensor that ranks cut, and the rule has no `split`",
+            place=rule.place("pieces"), expected="split: the axis that is cut", fix="Add `split`.",
+        )  # fmt: skip
     return found
 
 

@@ -11,7 +11,7 @@ letter is which, what rotary pairs are. No mapping and no plan is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -65,9 +65,18 @@ class Forward(Shards):
             return bool(self.config.get("qk_interleaved"))
         if "adapt_hf" in self.config:
             return not self.config["adapt_hf"]
-        later = str(self.training.get("model_type", "")).upper().startswith("INTERNLM3")
+        later = self._is("INTERNLM2", "INTERNLM3")
         fused = bool(self.spots) and self.has(self.spots[0], "attention.wqkv.weight") is not None
         return told == "pairs" if told is not None else not (fused or later)
+
+    @cached_property
+    def _fused(self) -> bool:
+        """Whether wq, wk and wv are pieces of one linear: since 2024-09 by default for InternLM2, but not for Llama."""
+        return bool(setting(self.config, "enable_qkv_fusion", self._is("INTERNLM2")))
+
+    def _is(self, *kinds: str) -> bool:
+        """Whether the training configuration says that the model is of one of these types."""
+        return str(self.training.get("model_type", "")).upper().startswith(kinds)
 
     def _normalises(self, told: str | None) -> bool:
         """Whether `norm_head` works: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
@@ -182,9 +191,9 @@ class Forward(Shards):
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
 
-    def _column_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> list[torch.Tensor]:
-        """Each rank's own part of the output."""
-        weights, biases = (self.linear(spot, f"{name}.{param}") for param in ("weight", "bias"))
+    def _column_parallel(self, spot: Spot, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
+        """Each rank's own part of the output, of a linear that it may hold in pieces."""
+        weights, biases = (self.linear(spot, *(f"{name}.{param}" for name in names)) for param in ("weight", "bias"))
         return [linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True) if weight is not None]
 
     def _row_parallel(self, spot: Spot, name: str, x: torch.Tensor) -> torch.Tensor:
@@ -199,14 +208,17 @@ class Forward(Shards):
 
     def _attention(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """q, k and v of all ranks, and the attention of each rank's heads, joined."""
-        if self.has(spot, f"{name}.wq.weight"):
-            each = [self._column_parallel(spot, f"{name}.{word}", x) for word in ("wq", "wk", "wv")]
+        apart = [f"{name}.{word}" for word in ("wq", "wk", "wv")]
+        if self.has(spot, f"{apart[0]}.weight") and self._fused:
+            ranks = [list(self._unpack(part)) for part in self._column_parallel(spot, x, *apart)]
+        elif self.has(spot, f"{apart[0]}.weight"):
+            each = [self._column_parallel(spot, x, one) for one in apart]
             ranks = [
                 [part.view(*part.shape[:2], -1, self.head_dim) for part in rank] for rank in zip(*each, strict=True)
             ]
         else:
             key = self.has(spot, f"{name}.Wqkv.weight", f"{name}.wqkv.weight") or f"{name}.wqkv.weight"
-            ranks = [list(self._unpack(part)) for part in self._column_parallel(spot, key.removesuffix(".weight"), x)]
+            ranks = [list(self._unpack(part)) for part in self._column_parallel(spot, x, key.removesuffix(".weight"))]
         turned = [[*(self._halves(one) for one in rank[:2]), rank[2]] for rank in ranks]
         mixed = [self._attend(*rank) for rank in turned]
         q, k, v = (torch.cat([part.flatten(2) for part in parts], dim=-1) for parts in zip(*turned, strict=True))
@@ -249,7 +261,7 @@ class Forward(Shards):
 
     def _mlp(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
         down, up = ("w2", "w3") if self._letters_of(spot, name) == "w2_is_down" else ("w3", "w2")
-        gate, raised = (torch.cat(self._column_parallel(spot, f"{name}.{w}", x), dim=-1) for w in ("w1", up))
+        gate, raised = (torch.cat(self._column_parallel(spot, x, f"{name}.{w}"), dim=-1) for w in ("w1", up))
         gated = silu(gate) * raised
         return {"gate": gate, "up": raised, "gated": gated, "down": self._row_parallel(spot, f"{name}.{down}", gated)}
 

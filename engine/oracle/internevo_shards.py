@@ -127,18 +127,17 @@ class Shards(FloatTensors):
         """A tensor that every rank holds whole, from the first rank."""
         return self._read(self._part(spot, key, self._ranks[0]))
 
-    def linear(self, spot: Spot, key: str) -> list[torch.Tensor | None]:
-        """A layer's weight or bias per tensor rank, None on ranks without it.
+    def linear(self, spot: Spot, *keys: str) -> list[torch.Tensor | None]:
+        """A layer's weight or bias per tensor rank, None on ranks without it; of several keys, their rows in turn.
 
         With weight parallelism the rows of all ranks are joined, and there is one rank.
         """
         by_rows = self._ranks[0][1] >= 0  # isp: linears are cut on storage rows over wp
-        held = self._held.get((spot, key), {})
-        found = [self._read(held[rank]) if rank in held else None for rank in self._one_each(by_rows)]
-        if not by_rows:
-            return found
-        rows = [part for part in found if part is not None]
-        return [torch.cat(rows) if rows else None]
+        held = [self._held.get((spot, key), {}) for key in keys]
+        parts = [[self._read(one[rank]) for one in held if rank in one] for rank in self._one_each(by_rows)]
+        if by_rows:
+            parts = [[row for rows in parts for row in rows]]
+        return [torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None for rows in parts]
 
     def edges(self, spot: Spot, key: str) -> list[Stored]:
         """The parts of the embedding or the head, cut over tp where there is tp, else over wp."""

@@ -91,6 +91,13 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
         file = grid.files[group.first.file]
         wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
         missing = next((ranks for ranks in wanted if ranks not in held), None)
+        if missing is None and group.cut.pieces > 1:
+            held = {
+                rank[:-1]
+                for rank in group.shards
+                if all((*rank[:-1], i) in group.shards for i in range(group.cut.pieces))
+            }
+            missing = next((ranks for ranks in wanted if ranks not in held), None)
         if missing is not None:
             lacks = dict(zip(dims, missing, strict=True))
             name = pattern(file.pattern.name).format({**file.ranks, **lacks})

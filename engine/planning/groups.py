@@ -21,6 +21,7 @@ class Cut:
         rows: the rank dimension that cuts storage rows, if any; `at` is the storage dimension that it cuts.
         recorded: whether each shard records which box it holds, of the tensor that remains after `dims`.
         lone: whether the tensor is stored undivided on a single rank (a row-parallel bias).
+        pieces: how many tensors of each rank hold its rows; if several, coordinates end with the piece's number.
     """
 
     dims: tuple[tuple[str, str], ...] = ()
@@ -28,6 +29,7 @@ class Cut:
     lone: bool = False
     recorded: bool = False
     at: int = 0
+    pieces: int = 1
 
     def rank_dims(self) -> tuple[str, ...]:
         """The rank dimensions of a shard's coordinates in its group; the one that cuts rows is last."""
@@ -106,6 +108,14 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
     return Cut(tuple(dims), rows, lone, rows is not None)
 
 
+def _in_pieces(cut: Cut, stored: Stored, file: RankFile, count: int) -> Cut:
+    """The cut of a tensor whose rows each rank saved in pieces, which follow each other as the ranks do."""
+    dims = (*(dim for dim, _ in cut.dims), *((cut.rows,) if cut.rows is not None else ()))
+    if len(dims) != 1 or cut.recorded or cut.at:
+        raise unexpected_part(stored, file)
+    return Cut(rows=dims[0], pieces=count)
+
+
 def group_shards(
     matched: Iterable[tuple[Stored, Instance, Mapping[str, int]]],
     files: Sequence[RankFile],
@@ -113,13 +123,15 @@ def group_shards(
 ) -> dict[GroupKey, Group]:
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
     cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...]]] = {}
-    places: dict[tuple[str, int, bool], tuple[Cut, tuple[int, ...]]] = {}  # cached places of a file's tensors of a rule
+    # cached places of a file's tensors of a rule
+    places: dict[tuple[str, int, bool, int | None], tuple[Cut, tuple[int, ...]]] = {}
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
     layers: dict[object, Mapping[str, int]] = {}  # placeholder values that all tensors of a layer share
     found: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut, dict[tuple[int, ...], list[Stored]]]] = {}
     for stored, instance, fixed in matched:
         part = stored.header.part is not None
-        place = instance.key, stored.file, part
+        piece = instance.part(stored.name) if instance.parts else None
+        place = instance.key, stored.file, part, piece
         at = places.get(place)
         if at is None:
             file = files[stored.file]
@@ -128,7 +140,10 @@ def group_shards(
                 cut = cut_of(instance, file.pattern, layout, part=part)
                 cuts[cut_key] = cut, cut.rank_dims()
             cut, dims = cuts[cut_key]
-            ranks = tuple([file.ranks[dim] for dim in dims])
+            if piece is not None:
+                cut = _in_pieces(cut, stored, file, len(instance.parts))
+                dims = cut.rank_dims()
+            ranks = tuple([file.ranks[dim] for dim in dims]) + (() if piece is None else (piece,))
             at = places[place] = cut, once.setdefault(ranks, ranks)
         cut, ranks = at
         key: GroupKey = (instance.key, *fixed.values())

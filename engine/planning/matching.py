@@ -35,7 +35,9 @@ _CANNOT = {"training": "the target cannot express this model", "whole": "trainin
 def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], mapping: MappingFile, end: End) -> Matches:
     """Match each distinct name once against every rule's tensors on one side, for any variants."""
     distinct = dict.fromkeys(names)
-    compiled = grouped((form(source.sample()), (one, source)) for one in all_instances for source in one.sources)
+    compiled = grouped(
+        (form(source.sample()), (one, source)) for one in all_instances for source in (*one.sources, *one.parts)
+    )
     candidates: dict[str, tuple[tuple[Instance, Mapping[str, int]], ...]] = {}
     for name in distinct:
         alike = compiled.get(form(name), ())
@@ -126,12 +128,14 @@ def _like(name: str, matches: Matches) -> str:
 
 
 def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> None:
-    """Check that a checkpoint uses exactly one of a rule's historical names."""
+    """Check that a checkpoint uses exactly one of a rule's historical names, or its pieces."""
     names = {one.name for one in stored}
     for instance in active:
-        if len(instance.sources) < 2:
+        if len(instance.sources) < 2 and not instance.parts:
             continue
-        used = [s.text for s in instance.sources if any(s.match(n) is not None for n in names)]
+        spelled = (*((one,) for one in instance.sources), instance.parts)
+        used = [" and ".join(s.text for s in each) for each in spelled
+                if any(s.match(n) is not None for s in each for n in names)]  # fmt: skip
         if len(used) > 1:
             raise EngineError(
                 "E206",

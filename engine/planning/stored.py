@@ -37,6 +37,11 @@ class Instance:
     axes: Axes = field(compare=False)
     sources: tuple[Pattern, ...] = field(compare=False)
     targets: tuple[tuple[Pattern, Axes], ...] = field(compare=False)
+    parts: tuple[Pattern, ...] = field(default=(), compare=False)  # names of its `pieces`
+
+    def part(self, name: str) -> int | None:
+        """Which of its `pieces` a tensor is; None for one that is whole."""
+        return next((at for at, one in enumerate(self.parts) if one.match(name) is not None), None)
 
     def axis_names(self) -> tuple[str, ...]:
         """The placeholders of the source name: axes of every piece."""
@@ -69,7 +74,7 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
 def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
     result: list[Instance] = []
     for number, rule in enumerate(rules):
-        compiled = [pattern(s, rule.place) for s in rule.sources]
+        compiled, parts = ([pattern(s, rule.place) for s in names] for names in (rule.sources, rule.pieces))
         for param in PARAMS if compiled[0].has_param else (None,):
             side = Axes.bias if param == "bias" else Axes.weight
             result.append(
@@ -86,6 +91,7 @@ def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
                         )
                         for t in rule.targets
                     ),
+                    tuple(c.with_param(param) if param else c for c in parts),
                 )
             )
     return tuple(result)

@@ -105,6 +105,8 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
         told["order"] = f"not known: axis {error} has no size"
     if len(one.sources) > 1:
         told["also read as"] = [source.text for source in one.sources[1:]]
+    if one.parts:
+        told["also read in pieces"] = [part.text for part in one.parts]
     if rule.transform is not None:
         told["changed"] = change_text(rule)
     if rule.drop:

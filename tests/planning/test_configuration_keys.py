@@ -444,12 +444,12 @@ def test_sizes_of_model_config_that_contradict_each_other_are_refused(
 @pytest.mark.parametrize(
     ("fixture", "change", "code"),
     [
-        ("llama_tp2_pp1_default", {"enable_qkv_fusion": True}, "E209"),
+        ("v2_tp2_pp2", {"enable_qkv_fusion": False}, "E209"),
         ("v1_isp_tp1_wp2", {"mlp_layer_fusion": True}, "E303"),
     ],
     ids=str,
 )
-def test_linears_that_were_fused_in_training_and_saved_as_pieces_are_refused(
+def test_linears_that_were_not_cut_as_the_mapping_has_them_are_refused(
     tmp_path: Path, fixture: str, change: dict[str, Any], code: str
 ) -> None:
     """InternEvo cuts a fused linear by lengths alone when it saves it: what it calls `wq` has keys in it."""

@@ -1,0 +1,140 @@
+"""InternEvo since September 2024 saves a fused linear in pieces: the first rows of `wqkv` as `wq`, and so on."""
+
+from __future__ import annotations
+
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine
+from engine.errors import EngineError
+from engine.formats.configs import read_pickled_mapping
+from engine.storage.local import LocalStore
+from engine.storage.store import File
+from tests.support.frameworks import FIXTURES, logits_off
+from tests.support.shards import Model, same, save
+
+GENUINE = FIXTURES / "internevo_2025" / "v2_isp_wp2"  # what its code of January 2025 saved of InternLM2
+LLAMA = FIXTURES / "internevo" / "llama_tp2_pp1_default"
+LETTERS = {"mlp_letters": "w2_is_down"}
+V2 = Model("v2", heads=8, groups=4, hidden=32, bias=False)
+
+
+def in_pieces(folder: Path, heads: int = 8, groups: int = 4) -> None:
+    """Save the rows of each `wqkv` as InternEvo does: as many for `wq` as there would be queries, and so on."""
+
+    def change(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if name.endswith("wqkv.weight")]:
+            rows = state.pop(name)
+            sizes = [rows.shape[0] // (heads + 2 * groups) * count for count in (heads, groups, groups)]
+            for word, piece in zip(("wq", "wk", "wv"), rows.split(sizes), strict=True):
+                state[name.replace("wqkv", word)] = piece
+
+    edit(folder, change)
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], files: str = "model_*.pt") -> None:
+    for path in sorted(folder.glob(files)):
+        if path.name != "model_config.pt":
+            state = torch.load(path, weights_only=True)
+            change(state)
+            torch.save(OrderedDict((name, one.clone()) for name, one in state.items()), path)
+
+
+def configure(folder: Path, **values: Any) -> None:
+    file = File(LocalStore(folder), "model_config.pt")
+    torch.save({**read_pickled_mapping(file), "dtype": torch.bfloat16, **values}, folder / "model_config.pt")
+
+
+def test_a_genuine_checkpoint_in_pieces_gives_trainings_logits(tmp_path: Path) -> None:
+    engine.convert("internlm2", GENUINE, tmp_path / "hf")
+    assert logits_off(tmp_path / "hf", GENUINE / "oracle.pt") < 1e-5
+    found = engine.verify(tmp_path / "hf", src=GENUINE, mapping="internlm2", logits=True)
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize("rotary", ["halves", "pairs"])
+@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"mode": "isp_wp", "wp": 2}, {}], ids=str)
+def test_pieces_are_the_rows_of_one_tensor_in_any_layout(layout: dict[str, Any], rotary: str, tmp_path: Path) -> None:
+    expected = save(Model("v2", heads=8, groups=4, hidden=32, bias=False, rotary=rotary), tmp_path / "step", **layout)
+    in_pieces(tmp_path / "step")
+    engine.convert("internlm2", tmp_path / "step", tmp_path / "hf", settings=LETTERS)
+    same(load_file(tmp_path / "hf" / "model.safetensors"), expected)
+
+
+def test_reshard_writes_the_tensor_whole(tmp_path: Path) -> None:
+    save(V2, tmp_path / "whole", tp=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "pieces")
+    in_pieces(tmp_path / "pieces")
+    for name in ("whole", "pieces"):
+        engine.reshard("internlm2", tmp_path / name, tmp_path / f"{name} 4", tp=4, settings=LETTERS)
+    for path in (tmp_path / "whole 4").glob("model_tp*.pt"):
+        one, two = (
+            torch.load(folder / path.name, weights_only=True) for folder in (path.parent, tmp_path / "pieces 4")
+        )
+        same(two, one)
+
+
+def test_llamas_fused_linears_are_read_as_its_own_where_the_configuration_says_so(tmp_path: Path) -> None:
+    source, fused = tmp_path / "apart", tmp_path / "fused"
+    shutil.copytree(LLAMA, source)
+    shutil.copytree(LLAMA, fused)
+
+    def fuse(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if name.endswith("attention.wq.weight")]:
+            names = [name.replace("wq", word) for word in ("wq", "wk", "wv")]
+            q, k, v = (state.pop(one).unflatten(0, (-1, 8)) for one in names)  # heads of 8, two queries for each key
+            rows = torch.cat([q.unflatten(0, (-1, 2)), k[:, None], v[:, None]], 1).flatten(0, 2)
+            pieces = rows.split([q.shape[0] * 8, k.shape[0] * 8, v.shape[0] * 8])
+            state.update(zip(names, pieces, strict=True))
+
+    edit(fused, fuse)
+    configure(fused, enable_qkv_fusion=True)
+    configure(source, enable_qkv_fusion=False)
+    for folder in (source, fused):
+        engine.convert("llama", folder, tmp_path / f"{folder.name} hf")
+    same(load_file(tmp_path / "fused hf/model.safetensors"), load_file(tmp_path / "apart hf/model.safetensors"))
+    assert engine.verify(tmp_path / "fused hf", src=fused, mapping="llama", logits=True).problems == ()
+
+
+def test_llama_is_written_with_its_own_linears_or_with_one_if_asked(tmp_path: Path) -> None:
+    engine.convert("llama", LLAMA, tmp_path / "hf")
+    for fusion, words in (("apart", {"wq", "wk", "wv"}), ("fused", {"wqkv"})):
+        folder = tmp_path / fusion
+        engine.reverse("llama", tmp_path / "hf", folder, tp=2, settings={"fusion": fusion} | LETTERS)
+        state = torch.load(folder / "model_tp0_pp0.pt", weights_only=True)
+        assert {name.split(".")[3] for name in state if ".attention.w" in name} == {*words, "wo"}
+        config = read_pickled_mapping(File(LocalStore(folder), "model_config.pt"))
+        assert config["enable_qkv_fusion"] is (fusion == "fused")
+        engine.convert("llama", folder, tmp_path / f"{fusion} hf")
+        one, two = (load_file(tmp_path / name / "model.safetensors") for name in (f"{fusion} hf", "hf"))
+        same(one, two)
+
+
+WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
+    "a piece is missing on one rank": ("E207", "rank tp1", lambda folder: edit(
+        folder, lambda state: state.__delitem__("layers.2.attention.wk.weight"), "model_tp1*.pt")),
+    "a piece is missing on every rank": ("E207", "rank tp0", lambda folder: edit(
+        folder, lambda state: state.__delitem__("layers.2.attention.wk.weight"))),
+    "a rank has the whole as well": ("E206", "wqkv", lambda folder: edit(folder, lambda state: state.update(
+        {"layers.0.attention.wqkv.weight": state["layers.0.attention.wq.weight"].repeat(2, 1)}), "model_tp1*.pt")),
+    "they are no pieces": ("E209", "enable_qkv_fusion", lambda folder: configure(folder, enable_qkv_fusion=False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_pieces_that_do_not_make_up_the_tensor_are_refused(name: str, tmp_path: Path) -> None:
+    code, told, change = WRONG[name]
+    save(V2, tmp_path / "step", tp=2)
+    in_pieces(tmp_path / "step")
+    change(tmp_path / "step")
+    with pytest.raises(EngineError) as caught:
+        engine.convert("internlm2", tmp_path / "step", tmp_path / "hf", settings=LETTERS)
+    assert caught.value.code == code and told in str(caught.value), caught.value
+    assert not (tmp_path / "hf").exists()
