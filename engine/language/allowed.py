@@ -118,7 +118,7 @@ def _in_words(text: str, told: str) -> str:
     for opening, closing in ("()", "[]", "{}"):
         if text.count(opening) != text.count(closing):
             extra = text.count(closing) > text.count(opening)
-            return f"a `{closing}` is too many" if extra else f"a `{opening}` is not closed"
+            return f"there is a `{closing}` too many" if extra else f"a `{opening}` is not closed"
     for quote in "'\"":
         if text.count(quote) % 2:
             return f"a quote {quote} is not closed"

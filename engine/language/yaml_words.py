@@ -43,7 +43,7 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
             words, expected, fix = "a line has no `:` between key and value", "key: value", "Write the `:` and a space."
         elif (bracket := _bracket(lines, error.context_mark)) in _CLOSES and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
-            words = f"the YAML cannot be read: a bracket `{bracket}` is not closed, or a comma is missing behind it"
+            words = f"the YAML cannot be read: a bracket `{bracket}` is not closed, or a comma is missing after it"
             fix = f"Close it with {_CLOSES[bracket]}; put a text with brackets in quotes."
         elif before is not None and _is_indented_otherwise(lines, row, before):
             depth, wanted = _depth(lines[row]), _depth(lines[before])
@@ -132,7 +132,7 @@ def _of_flow(value: str) -> tuple[str, str | None, str] | None:
         if value.count(opening) > value.count(closing):
             return f"a `{opening}` is not closed", None, f"Close it with `{closing}`."
         if value.count(opening) < value.count(closing):
-            return f"a `{closing}` is too many", None, "Remove it, or put the text that it belongs to in quotes."
+            return f"there is a `{closing}` too many", None, "Remove it, or put the text that it belongs to in quotes."
     for key, text in re.findall(r"""([\w.-]+): +([^\s,"'{}\[\]][^,"'{}\[\]]*)""", value):
         if ": " in text or " #" in text:
             return (
