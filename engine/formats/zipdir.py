@@ -129,7 +129,7 @@ class TorchZip:
         begin = self._length - _END
         end = self._read(begin, _END)
         if not end.startswith(b"PK\x05\x06") or not end.endswith(b"\0\0"):
-            raise self._damaged(f"{self._length} bytes, cut short or with something behind")
+            raise self._damaged(f"{self._length} bytes, cut short or with something after it")
         disks, here, count, length, at = struct.unpack("<I2H2I", end[4:20])
         locator = self._read(begin - _LOCATOR, _LOCATOR) if begin >= _LOCATOR + _RECORD else b""
         if locator.startswith(b"PK\x06\x07"):

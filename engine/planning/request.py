@@ -126,7 +126,10 @@ class Request:
                 object.__setattr__(self, name, read(getattr(self, name)))
             except ValueError as error:
                 raise EngineError(
-                    "E001", f"{name} cannot be used as given", got=repr(getattr(self, name))[:100], fix=f"{error}."
+                    "E001",
+                    f"{name} cannot be used as given",
+                    got=repr(getattr(self, name))[:100],
+                    fix=f"{error}.".replace("?.", "?"),
                 ) from None
 
 

@@ -123,6 +123,12 @@ def test_what_is_not_one_step_is_said_where_no_mapping_names_a_layout(tmp_path: 
         assert folder == "hf" or "run/1000" in str(caught.value.fix)
 
 
+def test_a_misspelt_dtype_is_answered_with_the_likely_one() -> None:
+    with pytest.raises(engine.EngineError) as caught:
+        engine.plan("internlm", STEP, dtype="bf17")
+    assert str(caught.value.fix).endswith("did you mean `bf16`?")
+
+
 def test_the_layout_that_knows_a_folders_files_says_what_is_wrong_with_them(tmp_path: Path) -> None:
     for name in ("model_world_size_1_rank_0.pt", "__0_0.distcp"):
         (tmp_path / name).write_bytes(b"")
