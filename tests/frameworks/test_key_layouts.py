@@ -111,6 +111,14 @@ def test_a_model_that_torchtitan_cannot_have_is_refused_in_both_directions(
         assert caught.value.code in ("E202", "E209", "E212", "E218") and not (tmp_path / "out").exists()
 
 
+def test_angles_that_old_transformers_saved_are_left_out(tmp_path: Path) -> None:
+    state = model(LLAMA)
+    angles = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
+    report = engine.convert("transformers", save({**state, **angles}, tmp_path / "step", LLAMA), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+    assert any("not part of the model" in one and "inv_freq" in one for one in report.notices)
+
+
 ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until August 2025, and plain
 
 
