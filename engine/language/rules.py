@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.errors import EngineError, Errors
-from engine.language.axes import Axes, parse_axes
+from engine.language.axes import Axes, Product, parse_axes
 from engine.language.declared import undeclared
 from engine.language.documents import Document
 from engine.language.model import Rule, Target, Variant
@@ -73,6 +73,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         _check_split(rule, name, split, axes)
     with errors.caught():
         patterns = _sources(rule, sources, pieces)
+        _check_pieces(rule, pieces, split, axes)
         _check_stage(rule, name, (*patterns[0].placeholders, *axes.names()), stage)
     with errors.caught():
         targets = _targets(rule, body, axes)
@@ -123,6 +124,22 @@ def _check_split(rule: Document, name: str, split: Sequence[str], axes: Axes) ->
             raise undeclared(f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(), at)
 
 
+def _check_pieces(rule: Document, pieces: Sequence[str], split: Sequence[str], axes: Axes) -> None:
+    """E102 unless each piece has the rows of one term of a sum, and the ranks' rows follow each other."""
+    rows = axes.dims[0] if axes.dims else None
+    outer = str(rows.terms[0] if isinstance(rows, Product) else rows)  # no axis if it is a sum
+    count = len(Axes(axes.dims[:1]).pieces())
+    if pieces and rows and (len(pieces) != count or next(iter(split), None) not in (outer, "rows")):
+        raise EngineError(
+            "E102",
+            "`pieces` do not fit the rule's rows, which ranks cut one after the other, each in pieces of its own",
+            place=rule.place("pieces"),
+            got=f"{len(pieces)} pieces, split: {', '.join(split) or 'nothing'}",
+            expected=f"{count} for the terms of `{rows}`, split: {outer if outer in axes.names() else 'rows'}",
+            fix="Correct `pieces`, `split` or `axes`.",
+        )
+
+
 def _check_stage(rule: Document, name: str, axes: Sequence[str], stage: Any) -> None:
     if ("layer" in axes) == (stage is not None):
         layered = stage is not None
@@ -157,11 +174,6 @@ def _sources(rule: Document, sources: tuple[str, ...], pieces: tuple[str, ...]) 
                 expected=f"the placeholders of {found[0].text}",
                 fix="Write a rule of its own for it.",
             )
-    if pieces and not _texts(rule.data.get("split", [])):
-        raise EngineError(
-            "E102", "`pieces` are rows of a tensor that ranks cut, and the rule has no `split`",
-            place=rule.place("pieces"), expected="split: the axis that is cut", fix="Add `split`.",
-        )  # fmt: skip
     return found
 
 

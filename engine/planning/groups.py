@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from engine.checkpoint.ranks import RankFile
+from engine.errors import EngineError, Place
 from engine.language.model import FilePattern, Layout
 from engine.language.rules import STORED
 from engine.planning.parts import by_boxes, fold_replicas, unexpected_part
@@ -108,12 +109,20 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
     return Cut(tuple(dims), rows, lone, rows is not None)
 
 
-def _in_pieces(cut: Cut, stored: Stored, file: RankFile, count: int) -> Cut:
+def _in_pieces(cut: Cut, stored: Stored, file: RankFile, instance: Instance) -> Cut:
     """The cut of a tensor whose rows each rank saved in pieces, which follow each other as the ranks do."""
-    dims = (*(dim for dim, _ in cut.dims), *((cut.rows,) if cut.rows is not None else ()))
-    if len(dims) != 1 or cut.recorded or cut.at:
-        raise unexpected_part(stored, file)
-    return Cut(rows=dims[0], pieces=count)
+    dims = cut.rank_dims()
+    if len(dims) != 1 or cut.recorded or cut.at or any(axis != instance.axes.names()[0] for _, axis in cut.dims):
+        raise EngineError(
+            "E208",
+            f"`{stored.name}` is one of {len(instance.parts)} pieces of a rank's rows, and here ranks do not cut rows",
+            place=Place(file.name, tensor=stored.header.name),
+            got=f"a tensor of `{file.pattern.name}`",
+            expected="a mode whose ranks cut this tensor's rows, or the tensor whole: "
+            + " or ".join(one.text for one in instance.sources),
+            fix="Join the pieces, or save the checkpoint in another mode.",
+        )
+    return Cut(rows=dims[0], pieces=len(instance.parts))
 
 
 def group_shards(
@@ -141,7 +150,7 @@ def group_shards(
                 cuts[cut_key] = cut, cut.rank_dims()
             cut, dims = cuts[cut_key]
             if piece is not None:
-                cut = _in_pieces(cut, stored, file, len(instance.parts))
+                cut = _in_pieces(cut, stored, file, instance)
                 dims = cut.rank_dims()
             ranks = tuple([file.ranks[dim] for dim in dims]) + (() if piece is None else (piece,))
             at = places[place] = cut, once.setdefault(ranks, ranks)

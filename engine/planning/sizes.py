@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place, shape_text
-from engine.language.axes import Axis, Node, Product, leaves
+from engine.language.axes import Axes, Axis, Node, Product, leaves
 from engine.planning.groups import Group
 from engine.planning.stored import Instance, Stored
 
@@ -178,15 +178,17 @@ class _Look:
         return shards[:1] if self.group.cut.boxes else shards  # with boxes all record the same whole
 
     def _check_shapes(self) -> None:
-        axes = self.group.instance.axes
+        axes, pieces = self.group.instance.axes, self.group.cut.pieces > 1
+        leads: dict[Ranks, Stored] = {}  # a piece is alike on all ranks
         for ranks, stored in self._shards():
-            first = stored[0].header.whole
+            lead = leads.setdefault(ranks[-1:] if pieces else ranks, stored[0])
+            first = lead.header.whole
             for one in stored:
                 whole, name = one.header.whole, self.files[one.file].name
                 if len(whole) != len(axes.dims):
                     expected = f"{len(axes.dims)} dimensions, `{axes}`"
                 elif whole != first:
-                    expected = f"{shape_text(first)}, as in {self.files[stored[0].file].name}"
+                    expected = f"{shape_text(first)}, as in {self.files[lead.file].name}"
                 else:
                     continue
                 raise self._contradicts([ranks], "shape", f"{shape_text(whole)} in {name}", expected)
@@ -199,7 +201,11 @@ class _Look:
     def _equations(self) -> Iterator[tuple[Node, int, Ranks | None]]:
         """Each storage dimension, its length, and its ranks; None for all together."""
         dims, at = self.group.instance.axes.dims, self.group.cut.at
-        if self._by_rows:
+        if self.group.cut.pieces > 1:  # each of them has the rows of one term of the sum
+            for number, names in enumerate(Axes(dims[:1]).pieces()):
+                held = (stored[0].header.shape[0] for ranks, stored in self._shards() if ranks[-1] == number)
+                yield Product(tuple(map(Axis, names))), sum(held), None
+        elif self._by_rows:
             yield dims[at], sum(stored[0].header.shape[at] for stored in self.group.shards.values()), None
         for ranks, stored in self._shards():
             for dim, (node, size) in enumerate(zip(dims, stored[0].header.whole, strict=True)):
@@ -243,7 +249,8 @@ class _Look:
             return f"{stored.header.name} in {self.files[stored.file].name} ({shape_text(stored.header.whole)})"
         shapes = [stored[0].header.whole for stored in shards.values()]
         told = shape_text(shapes[0]) + " each" if len(set(shapes)) == 1 else ", ".join(shape_text(s) for s in shapes)
-        return f"{self.group.name} in all {len(shards)} ranks ({told})"
+        held = f"and its like, {len(shards)} pieces" if self.group.cut.pieces > 1 else f"in all {len(shards)} ranks"
+        return f"{self.group.name} {held} ({told})"
 
 
 def _because(node: Node, state: Sizes) -> str:
@@ -253,7 +260,7 @@ def _because(node: Node, state: Sizes) -> str:
 
 def size_error(found: Contradiction) -> EngineError:
     """E203 with the text for users."""
-    axis = "the number of dimensions" if found.axis == "shape" else f"axis `{found.axis}`"
+    axis = "the shape" if found.axis == "shape" else f"axis `{found.axis}`"
     return EngineError(
         "E203",
         f"sizes disagree: {axis}",

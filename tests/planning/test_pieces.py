@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
 from engine.formats.configs import read_pickled_mapping
+from engine.language.mapping_file import load_mapping
 from engine.storage.local import LocalStore
 from engine.storage.store import File
 from tests.support.frameworks import FIXTURES, logits_off
@@ -117,6 +119,11 @@ def test_llama_is_written_with_its_own_linears_or_with_one_if_asked(tmp_path: Pa
         same(one, two)
 
 
+def exchange(state: dict[str, torch.Tensor]) -> None:
+    one, two = (f"layers.1.attention.{word}.weight" for word in ("wq", "wk"))
+    state[one], state[two] = state[two], state[one]
+
+
 WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "a piece is missing on one rank": ("E207", "rank tp1", lambda folder: edit(
         folder, lambda state: state.__delitem__("layers.2.attention.wk.weight"), "model_tp1*.pt")),
@@ -124,6 +131,9 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
         folder, lambda state: state.__delitem__("layers.2.attention.wk.weight"))),
     "a rank has the whole as well": ("E206", "wqkv", lambda folder: edit(folder, lambda state: state.update(
         {"layers.0.attention.wqkv.weight": state["layers.0.attention.wq.weight"].repeat(2, 1)}), "model_tp1*.pt")),
+    "two pieces changed names on one rank": ("E203", "model_tp1", lambda folder: edit(
+        folder, exchange, "model_tp1*.pt")),
+    "two pieces changed names on every rank": ("E203", "queries", lambda folder: edit(folder, exchange)),
     "they are no pieces": ("E209", "enable_qkv_fusion", lambda folder: configure(folder, enable_qkv_fusion=False)),
 }  # fmt: skip
 
@@ -138,3 +148,35 @@ def test_pieces_that_do_not_make_up_the_tensor_are_refused(name: str, tmp_path: 
         engine.convert("internlm2", tmp_path / "step", tmp_path / "hf", settings=LETTERS)
     assert caught.value.code == code and told in str(caught.value), caught.value
     assert not (tmp_path / "hf").exists()
+
+
+ODD = {
+    "columns are cut": "split: hidden",
+    "another axis is outermost": "axes: ((queries + k + v) groups head_dim) | hidden",
+    "a term of the sum is cut": "axes: ((queries + k + v) groups head_dim) | hidden, split: queries",
+    "two pieces for three terms": 'pieces: ["layers.{layer}.wq.{param}", "layers.{layer}.wkv.{param}"]',
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_rule_whose_pieces_are_not_the_rows_of_ranks_is_refused(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(
+        "mapping: 1\nname: own\nversion: 1.0.0\ndescription: d\nextends: internlm2\n"
+        f"rules:\n  - {{name: qkv, {ODD[name]}}}\n"
+    )
+    with pytest.raises(EngineError) as caught:
+        load_mapping(path)
+    assert caught.value.code == "E102" and "`pieces` do not fit" in str(caught.value), caught.value
+
+
+def test_pieces_are_refused_where_no_rank_cuts_rows(tmp_path: Path) -> None:
+    save(V2, tmp_path / "step")
+    in_pieces(tmp_path / "step")
+    one = tmp_path / "step" / "model_tp0_pp0.pt"
+    torch.distributed.checkpoint.save(torch.load(one, weights_only=True), checkpoint_id=tmp_path / "step", no_dist=True)
+    for path in (one, *(tmp_path / "step").glob("topo*")):
+        path.unlink()
+    with pytest.raises(EngineError) as caught:
+        engine.convert("internlm2", tmp_path / "step", tmp_path / "hf", settings=LETTERS)
+    assert caught.value.code == "E208" and "one of 3 pieces" in str(caught.value), caught.value
