@@ -76,7 +76,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
             later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
         notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
     elif ready is not None:
-        copied, more, memory = _ready(plan, ready, required=tokenizer is not None)
+        copied, more, memory = _ready(plan, ready, files, required=tokenizer is not None)
         files, notices = {**copied, **files}, [*notices, *more]
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
@@ -144,20 +144,25 @@ def _find_tokenizer(
     return None, None if ready is None else (plan.files[0].file.store, ready)
 
 
-def _ready(plan: Plan, found: _Ready, required: bool) -> tuple[dict[str, bytes], list[str], int]:
+def _ready(
+    plan: Plan, found: _Ready, own: Mapping[str, bytes], required: bool
+) -> tuple[dict[str, bytes], list[str], int]:
     """Files in Hugging Face's form, notices, and the memory that checking them takes.
 
-    Files that merely lie beside the weights are left out, with the reason, where given ones would be refused.
+    The mapping's `own` files are written instead of files of their names. Files that merely lie beside the weights are
+    left out, with the reason, where given ones would be refused.
     """
     store, names = found
-    told = f"{', '.join(names[:4])}{', …' if len(names) > 4 else ''}"
+    taken = [name for name in names if name.rpartition("/")[2] not in own]
+    told = f"{', '.join(taken[:4])}{', …' if len(taken) > 4 else ''}"
     rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
     try:
         files, notices = read_ready(store, names, rows, plan.config)
     except EngineError as error:
         if required:
             raise
-        return {}, [f"not written: {told}: {error.message}, got {error.got}; give the model's own with --tokenizer"], 0
+        got = "" if error.got is None else f", got {error.got}"
+        return {}, [f"not written: {told}: {error.message}{got}; give the model's own with --tokenizer"], 0
     memory = PER_BYTE * max(map(len, files.values()))
     return files, notices if required else [f"copied from beside the weights: {told}", *notices], memory
 

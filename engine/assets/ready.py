@@ -75,19 +75,21 @@ def read_ready(
             f"a tokenizer in Hugging Face's form, with {_WHOLE}",
             "Load it once with AutoTokenizer of transformers, and give the folder that its save_pretrained writes.",
         )  # fmt: skip
-    settings, generation = objects.get(_SETTINGS, {}), objects.get(GENERATION, {})
-    if settings.get("auto_map"):
+    if objects.get(_SETTINGS, {}).get("auto_map"):
         raise _wrong(
             "the tokenizer needs code of its own", places[_SETTINGS], "auto_map", "a class of transformers",
             "Give the model's tokenizer as a transformers class saves it, or leave it out and add it yourself.",
         )  # fmt: skip
     if GENERATION in files:
-        check_tokens(generation, rows, Place(places[GENERATION]))
+        check_tokens(objects[GENERATION], rows, Place(places[GENERATION]))
     if TEMPLATES[0] in files:
         check_template(files[TEMPLATES[0]], Place(places[TEMPLATES[0]]))
-    if isinstance(inside := settings.get("chat_template"), str):
-        check_template(inside.encode(), Place(places[_SETTINGS]))
-    count = _check_ids(files[_WHOLE], places[_WHOLE], rows, settings, [config, generation])
+    for name in (_SETTINGS, TEMPLATES[1]):
+        inside = objects.get(name, {}).get("chat_template")
+        for one in inside if isinstance(inside, list) else [inside]:  # several have names
+            if isinstance(text := one.get("template") if isinstance(one, Mapping) else one, str):
+                check_template(text.encode(), Place(places[name]))
+    count = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
     return files, [] if rows is None else fewer(count, "tokens", rows)
 
 
@@ -102,7 +104,7 @@ def fewer(count: int, what: str, rows: int) -> list[str]:
 
 
 def _check_ids(
-    data: bytes, place: str, rows: int | None, settings: Mapping[str, Any], configs: list[Mapping[str, Any]]
+    data: bytes, place: str, rows: int | None, objects: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
 ) -> int:
     """The number of ids; E501 unless the library loads it, ids are embedding rows, and bos and eos the model's."""
     from tokenizers import Tokenizer
@@ -116,18 +118,24 @@ def _check_ids(
         told = " ".join(str(error).split())[:160]
         raise _wrong("the tokenizer cannot be loaded", place, told, "a tokenizer.json that `tokenizers` reads",
                      fix) from error  # fmt: skip
-    added = settings.get("added_tokens_decoder")
-    for number, token in added.items() if isinstance(added, Mapping) else ():
-        if isinstance(token, Mapping) and str(number).isdecimal() and len(number) < 10:
-            ids.setdefault(str(token.get("content")), int(number))
-    most = max(ids.values(), default=-1) + 1
-    if not ids or (rows is not None and most > rows):
+    said = {name: value for name, value in objects.get(_SETTINGS, {}).items() if value is not None}
+    settings = {**objects.get("special_tokens_map.json", {}), **said}
+    added: list[tuple[Any, Any]] = [*objects.get("added_tokens.json", {}).items()]
+    if isinstance(table := settings.get("added_tokens_decoder"), Mapping):
+        added += [(token.get("content"), number) for number, token in table.items() if isinstance(token, Mapping)]
+    for content, number in added:
+        if str(number).isdecimal() and len(str(number)) < 10:
+            ids.setdefault(str(content), int(number))
+    if not ids:
+        raise _wrong("the tokenizer has no token", place, "an empty vocabulary", "the model's tokens", fix)
+    most = max(ids.values()) + 1
+    if rows is not None and most > rows:
         raise _wrong("the tokenizer is not this model's: it has ids beyond the embedding's rows", place,
                      f"ids up to {most - 1}", f"at most {rows} ids, the vocabulary size", fix)  # fmt: skip
     for key in TOKENS[:2]:
         token = settings.get(key.removesuffix("_id"))
         text = token.get("content") if isinstance(token, Mapping) else token
-        found = [one for config in configs if (one := config.get(key)) is not None]
+        found = [one for one in (config.get(key), objects.get(GENERATION, {}).get(key)) if one is not None]
         known = {i for one in found for i in (one if isinstance(one, list) else [one])}
         if known and isinstance(text, str) and text in ids and ids[text] not in known:
             raise _wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
@@ -140,13 +148,14 @@ def check_prefix(data: bytes) -> None:
 
     `tokenizers` cuts that many bytes off each; a cut inside a character ends the process, which nothing can catch.
     """
-    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', data) is None:
-        return
+    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]', data) is None:
+        return  # a letter of the key may be escaped
     model = json.loads(data)["model"]
-    for merge in model.get("merges", ()):
+    prefix = model.get("continuing_subword_prefix") or ""
+    for merge in (model.get("merges") or ()) if prefix else ():
         second = merge[1] if isinstance(merge, list) else merge.partition(" ")[2]
-        if not second.startswith(model["continuing_subword_prefix"]):
-            raise ValueError(f"merge {merge} does not have the prefix {model['continuing_subword_prefix']}")
+        if not second.startswith(prefix):
+            raise ValueError(f"merge {merge} does not have the prefix {prefix}")
 
 
 @contextmanager

@@ -69,7 +69,8 @@ def test_it_is_copied_where_the_mapping_describes_another_kind_that_is_not_there
     step = shutil.copytree(FIXTURES / "internevo" / "llama_tp2_pp1_default", tmp_path / "step")
     shutil.copytree(saved, step, dirs_exist_ok=True)
     report = engine.convert("llama", step, tmp_path / "out")
-    assert next(one for one in report.notices if "tokenizer" in one).startswith("copied from beside the weights: ")
+    told = next(one for one in report.notices if "tokenizer" in one)
+    assert told == "copied from beside the weights: chat_template.jinja, tokenizer.json, tokenizer_config.json"
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (saved / "tokenizer.json").read_bytes()
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["eos_token_id"] == 2 and "temperature" not in written  # the mapping's
@@ -92,6 +93,11 @@ def changed(name: str, **values: Any) -> Callable[[Path], None]:
     return change
 
 
+def end_in_map(folder: Path) -> None:
+    changed("tokenizer_config.json", eos_token=None)(folder)
+    changed("special_tokens_map.json", eos_token="w3")(folder)
+
+
 WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "not whole": ("E501", "no tokenizer.json", lambda folder: (folder / "tokenizer.json").unlink()),
     "code of its own": ("E501", "auto_map", changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["o.T"]})),
@@ -103,11 +109,23 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "no such kind": ("E501", "cannot be loaded", changed("tokenizer.json", model={"type": "Other"})),
     "merges at which `tokenizers` ends the process": ("E501", "have the prefix ##", changed("tokenizer.json", model={
         "type": "BPE", "vocab": {"▁": 0, "▁▁": 1}, "merges": [["▁", "▁"]], "continuing_subword_prefix": "##"})),
+    "the same, with an escape in the key": ("E501", "have the prefix x", lambda folder: (
+        folder / "tokenizer.json").write_text(json.dumps({"model": {
+            "type": "BPE", "vocab": {"a": 0, "é": 1, "aé": 2}, "merges": [["a", "é"]],
+            "continuing_subword_prefix": "x"}}, ensure_ascii=False).replace("g_s", "g\\u005fs")) and None),
+    "no token at all": ("E501", "has no token", changed(
+        "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[], post_processor=None)),
+    "an added token beyond the rows": ("E501", "ids up to 131", changed("added_tokens.json", more=131)),
+    "another end, in the map alone": ("E501", "another id", end_in_map),
     "settings that are no object": (
         "E303", "not an object", lambda folder: (folder / "tokenizer_config.json").write_text("[1]") and None),
     "an id that no token has": ("E502", "eos_token_id", changed("generation_config.json", eos_token_id=[2, 131])),
     "a template in the settings that is no Jinja": (
         "E502", "Jinja", changed("tokenizer_config.json", chat_template="{{ ")),
+    "one of several templates that is no Jinja": ("E502", "Jinja", changed(
+        "tokenizer_config.json", chat_template=[{"name": "default", "template": "{{ "}])),
+    "an older file's template that is no Jinja": ("E502", "Jinja", changed("chat_template.json", chat_template="{{ ")),
+    "a folder of its name": ("E305", "not a regular file", lambda folder: (folder / "merges.txt").mkdir()),
     "a template that is no Jinja": (
         "E502", "Jinja", lambda folder: (folder / "chat_template.jinja").write_text("{% if %}") and None),
 }  # fmt: skip
@@ -128,7 +146,8 @@ def test_a_tokenizer_that_is_not_this_models_is_refused_if_given_and_left_out_if
     shutil.copytree(folder, step / "huggingface")
     shutil.copy(CONFIG, step / "huggingface" / "config.json")
     report = convert(tmp_path / "out", source=step)
-    assert any(one.startswith("not written: huggingface/") for one in report.notices)
+    told = next(one for one in report.notices if one.startswith("not written: huggingface/"))
+    assert "got None" not in told
     assert not (tmp_path / "out" / "tokenizer_config.json").exists()
 
 
