@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, TemplateError
-from jinja2.meta import find_undeclared_variables
+from jinja2 import Environment, TemplateError, nodes
 
 from engine.assets.chat import unmarked
 from engine.comparing.effects import Difference, both
@@ -76,9 +75,13 @@ def _read_by(template: str) -> frozenset[str]:
     ['messages', 'tools']
     """
     try:
-        return frozenset(find_undeclared_variables(Environment().parse(unmarked(template))))
+        tree = Environment().parse(unmarked(template))
     except TemplateError:
         return frozenset()
+    names = [*tree.find_all(nodes.Name)]
+    asked = {one.node.name for one in tree.find_all(nodes.Test) if isinstance(one.node, nodes.Name)}  # is it defined?
+    own = {one.name for one in names if one.ctx != "load"} - asked
+    return frozenset(one.name for one in names if one.name not in own)
 
 
 def _templates(files: Files) -> dict[str, str]:
