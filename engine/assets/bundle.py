@@ -82,13 +82,16 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
     taken = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
-    beside = [name for names in ready_beside(plan.files[0].file.store, plan.layout) for name in names if name != taken]
+    near, folders = "the weights", ready_beside(plan.files[0].file.store, plan.layout)
+    if model is not None and tokenizer is not None and os.path.isdir(tokenizer):
+        near, folders = taken, [names_of(LocalStore(tokenizer), "")]
+    beside = [name for names in folders for name in names if name != taken]
     if beside and ready is None:
         told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
         notices.append(
             f"not written: {told}; give the folder of the model's tokenizer with --tokenizer"
             if not taken
-            else f"beside the weights and not read: {told}; the tokenizer is of {taken} alone"
+            else f"beside {near} and not read: {told}; the tokenizer is of {taken} alone"
         )
     versions = render_tree(plan.mapping.transformers, plan.names)
     has_tokenizer = model is not None or "tokenizer.json" in files

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import engine
 from engine.errors import EngineError
 from tests.support.frameworks import FIXTURES, source_of
+from tests.support.shards import Model, save
 
 MODEL = FIXTURES / "dcp" / "hf_verl_fsdp4"  # bos 1, eos 2, 131 tokens
 CONFIG = MODEL / "hf_config.json"
@@ -74,6 +75,16 @@ def test_it_is_copied_where_the_mapping_describes_another_kind_that_is_not_there
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (saved / "tokenizer.json").read_bytes()
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert written["eos_token_id"] == 2 and "temperature" not in written  # the mapping's
+
+
+def test_what_lies_beside_a_given_sentencepiece_model_is_told(saved: Path, model_file: Path, tmp_path: Path) -> None:
+    save(Model("v2", layers=1, vocab=420), tmp_path / "step")
+    folder = shutil.copytree(saved, tmp_path / "tokenizer")
+    shutil.copy(model_file, folder)
+    how: Any = {"tokenizer": folder, "settings": {"mlp_letters": "w2_is_down"}}
+    report = engine.convert("internlm2", tmp_path / "step", tmp_path / "out", **how)
+    told = next(one for one in report.notices if "not read" in one)
+    assert told.startswith("beside tokenizer.model and not read: chat_template.jinja, generation_config.json, tok")
 
 
 def test_a_given_tokenizer_is_no_fault_to_verify(saved: Path, tmp_path: Path) -> None:
