@@ -129,13 +129,15 @@ def _check_pieces(rule: Document, pieces: Sequence[str], split: Sequence[str], a
     rows = axes.dims[0] if axes.dims else None
     outer = str(rows.terms[0] if isinstance(rows, Product) else rows)  # no axis if it is a sum
     count = len(Axes(axes.dims[:1]).pieces())
-    if pieces and rows and (len(pieces) != count or next(iter(split), None) not in (outer, "rows")):
+    names = {*pieces} - {*_texts(rule.data["source"])}
+    if pieces and rows and not (len(pieces) == len(names) == count and next(iter(split), None) in (outer, "rows")):
         raise EngineError(
             "E102",
             "`pieces` do not fit the rule's rows, which ranks cut one after the other, each in pieces of its own",
             place=rule.place("pieces"),
-            got=f"{len(pieces)} pieces, split: {', '.join(split) or 'nothing'}",
-            expected=f"{count} for the terms of `{rows}`, split: {outer if outer in axes.names() else 'rows'}",
+            got=f"{len(names)} names, split: {', '.join(split) or 'nothing'}",
+            expected=f"{count} other than `source`, one for each term of `{rows}`, "
+            f"split: {outer if outer in axes.names() else 'rows'}",
             fix="Correct `pieces`, `split` or `axes`.",
         )
 

@@ -154,6 +154,7 @@ ODD = {
     "columns are cut": "split: hidden",
     "another axis is outermost": "axes: ((queries + k + v) groups head_dim) | hidden",
     "a term of the sum is cut": "axes: ((queries + k + v) groups head_dim) | hidden, split: queries",
+    "a name twice": 'pieces: ["layers.{layer}.q.{param}", "layers.{layer}.q.{param}", "layers.{layer}.v.{param}"]',
     "two pieces for three terms": 'pieces: ["layers.{layer}.wq.{param}", "layers.{layer}.wkv.{param}"]',
 }
 
