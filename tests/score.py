@@ -110,7 +110,7 @@ EQUAL = (
     (
         r"internlm-moe|moe-.*",
         r"rotary",
-        r"^halves: not \(qk_interleaved \| default\(not \(rotary \| default\(true\)\)\)\) and \(adapt_hf",
+        r"^halves: not \(qk_interleaved \| default\(not \(\w+ \| default\(true\)\)\)\) and \(adapt_hf",
         "where `qk_interleaved` is absent, `adapt_hf` alone decides, in the second half",
     ),
     (
