@@ -150,6 +150,24 @@ EQUAL = (
         r"^told: not \((use_rope_scaling \| default\(true\)|options\.rope_factor \| default\(false\))\)",
         "no Megatron writes the factor without the switch",
     ),
+    (
+        r"llama|internlm3",
+        r"fusion",
+        r"^fused: enable_qkv_fusion( \| default\(true\))?$",
+        "where the key is absent, `apart` holds and comes first",
+    ),
+    (
+        r"megatron-llama",
+        r"padding_token",
+        r"given\.pad_token_id < \(\w+ \| default\(options\.vocab_size\)\)",
+        "a padding id beyond a given vocabulary is not among what is tried; a test of the family tries it",
+    ),
+    (
+        r"meta-llama",
+        r"theta",
+        r"given\.rope_theta \| default\(given\.\w+",
+        "a base that only `rope_parameters` has is not among what is tried; a test of the family tries it",
+    ),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
 )
 # Of which families, which edits, and why the workflow or its comment is silent.

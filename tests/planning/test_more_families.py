@@ -367,6 +367,10 @@ def test_a_rotary_base_that_params_json_does_not_have_is_of_the_code_that_wrote_
             engine.plan("meta-llama", tmp_path / "3")
         assert caught.value.code == "E202"
     assert engine.plan("meta-llama", tmp_path / "3", settings={"rope_theta": 1e6}).config["rope_theta"] == 1e6
+    for said in ({"rope_theta": 1e6}, {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}}):
+        (tmp_path / "config.json").write_text(json.dumps(said))
+        found = engine.plan("meta-llama", tmp_path / "3", config=tmp_path / "config.json")
+        assert found.config["rope_theta"] == 1e6
     with pytest.raises(EngineError, match="not release `meta-llama-3-8b`, which decides it"):  # it has other sizes
         engine.plan("meta-llama-3-8b", tmp_path / "3")
     engine.reshard("meta-llama", tmp_path / "3", tmp_path / "again", tp=1)  # which needs to know no base
