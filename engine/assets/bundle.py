@@ -54,7 +54,8 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
             "add it with --code DIR"
         )
     spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
-    model, ready = _find_tokenizer(plan, spec, tokenizer)
+    near = ready_beside(plan.files[0].file.store, plan.layout)
+    model, ready = _find_tokenizer(plan, spec, tokenizer, near)
     later, memory = None, 0
     if plan.mapping.chat_template is not None:
         template = chat_template(plan.mapping.chat_template)
@@ -82,17 +83,8 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
     taken = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
-    near, folders = "the weights", ready_beside(plan.files[0].file.store, plan.layout)
-    if model is not None and tokenizer is not None and os.path.isdir(tokenizer):
-        near, folders = taken, [names_of(LocalStore(tokenizer), "")]
-    beside = [name for names in folders for name in names if name != taken]
-    if beside and ready is None:
-        told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
-        notices.append(
-            f"not written: {told}; give the folder of the model's tokenizer with --tokenizer"
-            if not taken
-            else f"beside {near} and not read: {told}; the tokenizer is of {taken} alone"
-        )
+    if ready is None:
+        notices += _unread(tokenizer if taken else None, taken, near)
     versions = render_tree(plan.mapping.transformers, plan.names)
     has_tokenizer = model is not None or "tokenizer.json" in files
     facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
@@ -115,11 +107,26 @@ def _convert_later(
     return files
 
 
+def _unread(given: Path | None, taken: str, near: list[list[str]]) -> list[str]:
+    """A notice for files of a tokenizer that are not read: beside the one that is `taken`, in a given folder or `near`
+    the weights."""
+    of_folder = given is not None and os.path.isdir(given)
+    folders = [names_of(LocalStore(given), "")] if given is not None and of_folder else near
+    beside = [name for names in folders for name in names if name != taken]
+    told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
+    if not beside:
+        return []
+    if not taken:
+        return [f"not written: {told}; give the folder of the model's tokenizer with --tokenizer"]
+    where = taken if of_folder else "the weights"
+    return [f"beside {where} and not read: {told}; the tokenizer is of {taken} alone"]
+
+
 _Ready = tuple[Store, list[str]]  # files in Hugging Face's form
 
 
 def _find_tokenizer(
-    plan: Plan, spec: Mapping[str, Any] | None, given: Path | None
+    plan: Plan, spec: Mapping[str, Any] | None, given: Path | None, near: list[list[str]]
 ) -> tuple[Path | None, _Ready | None]:
     """A SentencePiece model, as the mapping describes it, or files in Hugging Face's form; E501 for a wrong path."""
     file = None if spec is None else str(spec.get("file", "tokenizer.model"))
@@ -143,7 +150,7 @@ def _find_tokenizer(
     beside = None if file is None else local_copy(plan.files[0].file.beside(file))
     if beside is not None and os.path.isfile(beside):
         return beside, None
-    ready = next((names for names in ready_beside(plan.files[0].file.store, plan.layout) if is_ready(names)), None)
+    ready = next((names for names in near if is_ready(names)), None)
     return None, None if ready is None else (plan.files[0].file.store, ready)
 
 

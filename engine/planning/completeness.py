@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import product
 
@@ -87,17 +88,14 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
         dims = group.cut.rank_dims()
         if group.cut.recorded:
             dims = dims[:-1]  # recorded rows are known to be complete
-        held = {tuple([grid.files[number].ranks[d] for d in dims]) for each in files for number in each}
+        # Each rank is in as many shards as it saved the tensor in pieces.
+        held = Counter(
+            ranks for each in files for ranks in {tuple([grid.files[number].ranks[d] for d in dims]) for number in each}
+        )
         file = grid.files[group.first.file]
         wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
-        missing = next((ranks for ranks in wanted if ranks not in held), None)
-        if missing is None and group.cut.pieces > 1:
-            held = {
-                rank[:-1]
-                for rank in group.shards
-                if all((*rank[:-1], i) in group.shards for i in range(group.cut.pieces))
-            }
-            missing = next((ranks for ranks in wanted if ranks not in held), None)
+        full = {ranks for ranks, count in held.items() if count >= group.cut.pieces}
+        missing = next((ranks for ranks in wanted if ranks not in full), None)
         if missing is not None:
             lacks = dict(zip(dims, missing, strict=True))
             name = pattern(file.pattern.name).format({**file.ranks, **lacks})
@@ -106,7 +104,7 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
                 "E207",
                 f"tensor `{group.name}` is missing on rank {', '.join(f'{d}{r}' for d, r in lacks.items())}",
                 place=group.instance.rule.place,
-                got=f"{len(held)} of {len(wanted)} slices; one is {group.first.header.name} in {file.name}",
+                got=f"{len(full)} of {len(wanted)} slices; one is {group.first.header.name} in {file.name}",
                 expected=f"a slice on every rank of {' and '.join(dims)}",
                 fix=f"`{name}` is from another run or damaged."
                 if there
