@@ -35,6 +35,7 @@ _NO_TENSOR = {
     "gated": "the activation differs: see hidden_act in config.json",
     "out": "the layer adds its parts differently",
 }
+_NORMS = {"attention_norm": "mlp_norm", "mlp_norm": "attention_norm"}
 _ALIKE = 0.05  # of the usual size: recognises a tensor despite rounding, far from chance
 
 
@@ -109,6 +110,9 @@ def _name(step: str) -> str:
 def _held(step: str, steps: Steps, head_dim: int) -> str | None:
     """What a wrong step holds instead: another step, or its own in another order of rotary pairs."""
     got = steps[step][1]
+    norm = _NORMS.get(step, "")
+    if norm in steps and _undo(steps[step], steps[norm]) and _undo(steps[norm], steps[step]):
+        return norm
     for group in (("q", "k", "v"), ("gate", "up")):
         for other in group if step in group else ():
             if other != step and _same(got, steps[other][2]):
@@ -120,6 +124,16 @@ def _held(step: str, steps: Steps, head_dim: int) -> str | None:
             if _same(order.flatten(-3), steps[step][2]):
                 return "pairs"
     return None
+
+
+def _undo(norm: tuple[float, torch.Tensor, torch.Tensor], other: tuple[float, torch.Tensor, torch.Tensor]) -> bool:
+    """Whether what scales the columns of one norm by mistake undoes the mistake of the other: they are exchanged."""
+    (_, got, wanted), (_, theirs, right) = norm, other
+    if got.shape != wanted.shape or theirs.shape != right.shape:
+        return False
+    columns = tuple(range(right.dim() - 1))
+    scale = (theirs * right).sum(columns) / right.pow(2).sum(columns).clamp_min(1e-30)
+    return bool((got * scale - wanted).abs().max() <= _ALIKE * (got - wanted).abs().max())
 
 
 def _same(one: torch.Tensor, two: torch.Tensor) -> bool:

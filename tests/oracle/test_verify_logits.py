@@ -156,6 +156,20 @@ def test_keys_and_values_exchanged_in_a_mapping_are_named(tmp_path: Path) -> Non
     assert wrong[0]["why"] == "k_proj and v_proj are exchanged"
 
 
+def test_norms_are_said_to_be_exchanged_only_if_they_are(out: Path) -> None:
+    norms = [f"model.layers.1.{name}_layernorm.weight" for name in ("input", "post_attention")]
+
+    def exchange(state: Any) -> None:
+        state.update(zip(norms, [state[name] for name in reversed(norms)], strict=True))
+
+    change(out, exchange)
+    (wrong,) = logits_of(out)["wrong"]
+    assert wrong["why"] == "input_layernorm and post_attention_layernorm are exchanged"
+    change(out, lambda state: state.update({norms[0]: state[norms[0]] * 1.2}))
+    (wrong,) = logits_of(out)["wrong"]
+    assert wrong["why"] == "input_layernorm is wrong; post_attention_layernorm is wrong"
+
+
 @pytest.mark.parametrize("name", ["v2_tp4_pp1_nohf", V2])
 def test_rotary_pairs_in_the_wrong_order_are_named(name: str, tmp_path: Path) -> None:
     """The setting that made the output wrong is given again, and must not mislead training's own forward."""
