@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from engine.comparing.tokenizers import TOKENS
 from engine.planning.config_keys import shown
 
 _REFUSED = "refused: "
+_SECONDS = 5  # that a conversation may take; any genuine template takes milliseconds
+_ENDLESS = f"{_REFUSED}no end within {_SECONDS} s"
 MORE = "additional_chat_templates"  # a folder of named templates, for example one for tools
 _TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
@@ -49,6 +53,8 @@ def _rendered(
             conversation.get("optional") and _REFUSED in (here[: len(_REFUSED)], there[: len(_REFUSED)])
         ):
             unlike.append((name, here, there))
+        if _ENDLESS in (here, there):
+            break
     reads = [_read_by(template) for template, _ in (one, two)]
     if not unlike and reads[0] != reads[1]:
         told = both(lambda names: ", ".join(sorted(names)) or "no more", reads[0] - reads[1], reads[1] - reads[0])
@@ -115,6 +121,18 @@ def _named(files: Files) -> dict[str, Any]:
 
 
 def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
+    """What a template renders, or why it does not; Jinja bounds neither its time nor its memory, so a thread does."""
+    found = [_ENDLESS]
+    thread = threading.Thread(target=lambda: found.append(_text(template, named, conversation)), daemon=True)
+    thread.start()
+    thread.join(_SECONDS)
+    if thread.is_alive():  # end it at its next instruction
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
+        return _ENDLESS
+    return found[-1]
+
+
+def _text(template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:

@@ -19,6 +19,7 @@ from engine.commands.main import cli
 from engine.comparing.effects import Difference, effect_of
 from engine.comparing.settings import compare_settings
 from engine.comparing.texts import unlike_merges
+from tests.support.depth import deep
 from tests.support.planted import SETTINGS
 from tests.support.sentencepiece_models import train
 
@@ -466,6 +467,14 @@ def test_another_text_that_renders_the_same_is_no_other_function(out: Path, made
     path.write_text("{# a comment #}" + path.read_text().replace("m.role", "m['role']"))
     (found,) = [one for (part, _), one in differences(out, made).items() if part == "chat template"]
     assert found.grade == "told" and compare(out, made).exit_code == 0
+
+
+@deep
+def test_a_template_without_end_is_told_and_not_waited_for(out: Path, made: Path) -> None:
+    loop = "{% for i in range(99999) %}"
+    (out / "chat_template.jinja").write_text(loop * 4 + "{% set x = 1 %}" + "{% endfor %}" * 4)
+    (found,) = [one for (part, _), one in differences(out, made).items() if part == "chat template"]
+    assert found.out == '"refused: no end within 5 s"'
 
 
 def test_a_template_that_only_other_programs_find_is_told(out: Path, made: Path) -> None:
