@@ -6,6 +6,7 @@ import ctypes
 import json
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,12 @@ def _named(files: Files) -> dict[str, Any]:
 def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
     """What a template renders, or why it does not; Jinja bounds neither its time nor its memory, so a thread does."""
     found = [_ENDLESS]
-    thread = threading.Thread(target=lambda: found.append(_text(template, named, conversation)), daemon=True)
+
+    def render() -> None:
+        with suppress(SystemExit):
+            found.append(_text(template, named, conversation))
+
+    thread = threading.Thread(target=render, daemon=True)
     thread.start()
     thread.join(_SECONDS)
     if thread.is_alive():  # end it at its next instruction
