@@ -72,6 +72,12 @@ class Directory:
         """Every file that it names, sorted."""
         return tuple(sorted({e.file for e in self.entries} | {file for file, _, _ in self.values.values()}))
 
+    def below(self, folder: str) -> Directory:
+        """The same of a subfolder."""
+        entries = tuple(replace(one, file=f"{folder}/{one.file}") for one in self.entries)
+        values = {name: (f"{folder}/{file}", at, size) for name, (file, at, size) in self.values.items()}
+        return Directory(entries, values, self.identity)
+
 
 def read_dcp(
     folder: Store, names: Sequence[str], wanted: Callable[[str], bool] = lambda _: True, *, some: bool = False
@@ -79,7 +85,7 @@ def read_dcp(
     """Index the `.distcp` files of a folder.
 
     Args:
-        names: the existing files; the result is in their order.
+        names: the existing files, all beside their directory; the result is in their order.
         wanted: whether to read a tensor, by name. Optimizer states are three times the model.
         some: whether more files than these exist.
 
@@ -87,7 +93,7 @@ def read_dcp(
         EngineError: E201 for a missing file or directory, E301 for a file that is damaged or contradicts its directory,
             E302 when it asks to run code, E303 for an unsupported form, E305 when unreadable.
     """
-    directory = read_dcp_directory(folder)
+    directory = read_dcp_directory(folder, names[0].rpartition("/")[0] if names else "")
     there = set(names)
     missing = [name for name in directory.files() if name not in there and not some]
     if missing:
@@ -170,16 +176,19 @@ def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str]
     return replace(header, tensors=tuple(tensors))
 
 
-def read_dcp_directory(folder: Store, *, again: bool = False) -> Directory:
+def read_dcp_directory(folder: Store, below: str = "", *, again: bool = False) -> Directory:
     """Read `.metadata` without torch, or, for a save without collectives, the directories that each rank wrote.
 
     Args:
+        below: the subfolder that it is in, with its files, whose names begin with this subfolder's then.
         again: it will be read again soon, and is kept until then.
 
     Raises:
         EngineError: E201 when there is none, E301 when damaged or not in torch's form, E302 when it asks to run code,
             E303 for transformed entries, E305 when unreadable.
     """
+    if below and folder.has(f"{below}/{DIRECTORY}"):
+        return _read(File(folder, f"{below}/{DIRECTORY}")).below(below)
     if folder.has(DIRECTORY):
         return _read(File(folder, DIRECTORY), again=again)
     every = [_read(File(folder, name)) for name in folder.names() if _OF_RANK.fullmatch(name)]

@@ -249,6 +249,7 @@ _OPAQUE_PACKAGES = ("megatron.", "torch.distributed.checkpoint.planner")
 _PLAIN_PACKAGES = (
     "torch.distributed.checkpoint.", "torch.distributed.tensor", "torch.distributed._tensor",
     "torch.distributed.device_mesh", "torch.distributed._mesh_layout", "torch.distributed._pycute",
+    "internlm.checkpoint.",
 )  # fmt: skip
 _KNOWN: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): RECORD,

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
+import sys
+from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 import engine
@@ -15,7 +21,7 @@ from engine.formats.headers import Part
 from tests.support.depth import crossed
 from tests.support.fsdp import FIXTURE, save_fsdp
 from tests.support.readers import read_rank_file
-from tests.support.shards import Model, State, build, same, with_root
+from tests.support.shards import Model, State, build, same, save, with_root
 
 GENUINE = Path(__file__).parents[1] / "fixtures" / "fsdp"
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -140,3 +146,28 @@ def test_files_of_this_mode_are_not_written(source: Path) -> None:
     assert "only read" in str(caught.value)
     engine.reshard(V1.mapping, source, source.parent / "plain", mode="tensor", tp=2, settings=LETTERS)
     same(convert(source.parent / "plain"), build(V1)[3])
+
+
+def test_a_universal_checkpoint_of_2025_gives_the_unsharded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """InternEvo's `internlm/checkpoint/universal_checkpoint/filesystem.py`: torch's, with one class of its own."""
+    step, module = tmp_path / "step", ModuleType("internlm.checkpoint.universal_checkpoint.filesystem")
+    save(V2, step)
+    dcp.save(torch.load(step / "model_tp0_pp0.pt"), checkpoint_id=step / "model", no_dist=True)
+    directory = step / "model" / ".metadata"
+    metadata = pickle.loads(directory.read_bytes())
+    place = type("_StorageInfo", (), {"__module__": module.__name__})
+    for name in accumulate(module.__name__.split("."), "{}.{}".format):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(module, "_StorageInfo", place, raising=False)
+    for index, there in metadata.storage_data.items():
+        metadata.storage_data[index] = place()
+        vars(metadata.storage_data[index]).update(vars(there))
+    directory.write_bytes(pickle.dumps(metadata))
+    for other in ("model_tp0_pp0.pt", "topo_tp0_pp0.json"):
+        (step / other).unlink(missing_ok=True)
+    torch.save({"parallel_setting": {"tp_size": 1}, "metaData": []}, step / "metadata.pt")
+    same(convert(step, V2.mapping), build(V2)[3])
+    directory.rename(directory.with_name(".metadata.tmp"))
+    refusal(step, "E201", "not saved to its end")

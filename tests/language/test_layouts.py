@@ -17,13 +17,13 @@ def test_the_internevo_layout_holds_what_its_file_says() -> None:
     layout = load_layout("internevo")
     assert (layout.config_file, layout.config_format) == ("model_config.pt", "pickled_mapping")
     assert [p.prefix for p in layout.prefixes] == ["{chunk}.model.", "model.", ""]
-    assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp", "fsdp", "dcp"]
+    assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp", "fsdp", "dcp", "universal"]
     isp = layout.modes[1].files[0]
     assert isp.ranks is not None and set(isp.ranks.dims) == {"tp", "wp"}
     assert dict(isp.cuts["layers"]) == {"wp": "rows", "tp": "runtime"} and layout.zip_root == "file_name"
     assert layout.modes[0].files[1].number is not None
     assert layout.lone_rank == {"tp": 0} and layout.uneven == "first" and layout.layers.uneven == "last"
-    assert [m.name for m in layout.modes if m.only_read] == ["fsdp", "dcp"]
+    assert [m.name for m in layout.modes if m.only_read] == ["fsdp", "dcp", "universal"]
     assert dict(layout.modes[3].files[0].cuts["first"]) == {"tp": "split", "dp": "recorded"}
     assert "optimizer_*.pt" in layout.skip
     assert [one.patterns for one in layout.refuse] == [("model_tp{tp}_wp1_pp{pp}.pt", "model_wp1_pp{pp}.pt")]
