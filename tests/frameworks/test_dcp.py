@@ -378,10 +378,13 @@ def test_angles_that_transformers_4_and_5_read_otherwise_are_refused(change: dic
     assert caught.value.code == "E218"
 
 
-@pytest.mark.parametrize("name", ["tt02_fsdp4", "tt03_fsdp4", "tt03_tied_fsdp4"])  # of torchtitan 0.2.2 and 0.3
-def test_torchtitans_names_and_rotary_order_give_its_logits(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("tt02_fsdp4", "llama"), ("tt03_fsdp4", "llama"), ("tt03_tied_fsdp4", "llama"), ("tt03_qwen3_fsdp2", "qwen3")],
+)  # of torchtitan 0.2.2 and 0.3
+def test_torchtitans_names_and_rotary_order_give_its_logits(name: str, family: str, tmp_path: Path) -> None:
     fixture = DCP / name
-    engine.convert("torchtitan-llama", fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
+    engine.convert(f"torchtitan-{family}", fixture / "step-10", tmp_path / "out", config=fixture / "hf_config.json")
     assert logits_off(tmp_path / "out", fixture / "oracle.pt") < 1e-4
 
 

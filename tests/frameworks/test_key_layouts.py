@@ -73,6 +73,32 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
     assert equal(tmp_path / "out", state)
 
 
+@pytest.mark.parametrize("old", [True, False], ids=["torchtitan 0.2", "torchtitan 0.3"])
+def test_torchtitans_qwen3_is_read_and_written_with_its_norms_and_halves(old: bool, tmp_path: Path) -> None:
+    config = {key: value for key, value in LLAMA.items() if key != "mlp_bias"}
+    config |= {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "rms_norm_eps": 1e-6}
+    state = model(config)
+    saved = titan(state, old=old) | {
+        name.replace("self_attn.", f"attention.{inside}").replace("q_proj", "wq").replace("k_proj", "wk")[6:]: one
+        for name, one in state.items()
+        for inside in ("" if old or "norm" in name else "qkv_linear.",)
+        if any(part in name for part in ("self_attn.q", "self_attn.k"))
+    }
+    engine.convert("torchtitan-qwen3", save(saved, tmp_path / "step-3", config), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+    engine.reverse("torchtitan-qwen3", tmp_path / "out", tmp_path / "back")
+    engine.convert("torchtitan-qwen3", tmp_path / "back", tmp_path / "again")
+    assert equal(tmp_path / "again", state)
+    scaled = config | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(EngineError, match="plain angles") as caught:
+        engine.convert("torchtitan-qwen3", save(saved, tmp_path / "scaled", scaled), tmp_path / "no")
+    assert caught.value.code == "E209"
+    with pytest.raises(EngineError, match="q_norm") as caught:
+        (tmp_path / "step-3" / "config.json").write_text(json.dumps(LLAMA))
+        engine.convert("torchtitan-llama", tmp_path / "step-3", tmp_path / "no", settings={"rotary": "as_configured"})
+    assert caught.value.code == "E205" and not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize(
     "change",
     [
