@@ -17,7 +17,7 @@ from engine.language.allowed import BUILTIN, MAX_DEPTH, Compiled, Refused, read_
 from engine.language.model import Expression
 from engine.language.sandbox import OMIT, Omit, defined, kind_of
 
-__all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "names_in", "render_tree"]
+__all__ = ["OMIT", "Compiled", "compile_expression", "evaluate", "names_in", "render_tree", "whole_number"]
 
 _PLAIN = (str, int, float, type(None), Omit)
 # Errors of evaluation. NameError: Jinja folds constants and writes infinity into its Python code as a name.
@@ -73,6 +73,25 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
             got="\n".join([_shown(expression.text), *read[:8]]),
             fix="Check the types of the values it reads.",
         ) from None
+
+
+def whole_number(expression: Expression, names: Mapping[str, Any], what: str) -> int:
+    """The value of an expression of a layout that counts or numbers something; E105 if it is no whole number.
+
+    Args:
+        what: its place in the layout, such as `layers.stage`.
+    """
+    value = evaluate(expression, names)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise EngineError(
+        "E105",
+        f"`{what}` is not a whole number",
+        place=expression.place,
+        got="nothing" if value is OMIT else _shown(repr(value), 80),
+        expected="a whole number",
+        fix=f"Correct `{_shown(expression.text)}`.",
+    )
 
 
 def render_tree(

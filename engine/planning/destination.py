@@ -10,7 +10,7 @@ from typing import Any
 from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dims, written_dims
 from engine.errors import EngineError
 from engine.language.axes import extent, leaves
-from engine.language.expressions import evaluate
+from engine.language.expressions import evaluate, whole_number
 from engine.language.model import FilePattern, Layout, Mode
 from engine.language.names import pattern
 from engine.language.rules import STORED
@@ -131,7 +131,8 @@ def cut_layers(
     as_many = like is not None and like.layers == layers and len(like.starts) == chunks * ranks
     if like is not None and as_many and list(like.starts) == in_order(layout, sizes, dims, chunks, names):
         return like
-    step = evaluate(layout.layers.divides, facts) if layout.layers.divides is not None else chunks
+    divides = layout.layers.divides
+    step = chunks if divides is None else max(1, whole_number(divides, facts, "layers.divides"))
     if layers % step and layers >= ranks:
         fits = [str(n) for n in range(1, layers + 1) if layers % n == 0 and layers // n >= ranks]
         raise _uncut(

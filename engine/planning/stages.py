@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, index_dims
 from engine.errors import EngineError, Place
-from engine.language.expressions import evaluate
+from engine.language.expressions import whole_number
 from engine.language.model import FilePattern, Layout
 
 
@@ -60,14 +60,32 @@ class Stages:
 def in_order(
     layout: Layout, sizes: Mapping[str, int], dims: Sequence[str], chunks: int, names: Mapping[str, Any]
 ) -> list[Stage]:
-    """Every stage, in the order of the model."""
+    """Every stage, in the order of the model.
+
+    Raises:
+        EngineError: E105 if the layout gives two stages the same place: their order would be arbitrary.
+    """
     facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
     every = list(product(range(chunks), *(range(sizes.get(dim, 1)) for dim in dims)))
 
-    def place(stage: Stage) -> Any:
-        return evaluate(layout.layers.stage, {**facts, "chunk": stage[0], **dict(zip(dims, stage[1:], strict=True))})
-
-    return sorted(every, key=place) if len(every) > 1 else every
+    if len(every) < 2:
+        return every
+    expression, places = layout.layers.stage, dict[int, Stage]()
+    for stage in every:
+        here = {"chunk": stage[0], **dict(zip(dims, stage[1:], strict=True))}
+        place = whole_number(expression, {**facts, **here}, "layers.stage")
+        other = places.setdefault(place, stage)
+        if other is not stage:
+            told = Stages({}, {}, chunks, tuple(dims))
+            raise EngineError(
+                "E105",
+                "`layers.stage` gives two stages the same place",
+                place=expression.place,
+                got=f"{place} for {told.name(other)} and for {told.name(stage)}",
+                expected="another number for each stage",
+                fix="Write the number of the stage in the whole model, such as `chunk * pps + pp`.",
+            )
+    return [places[place] for place in sorted(places)]
 
 
 def laid_out(counts: Iterable[tuple[Stage, int]], chunks: int, dims: tuple[str, ...]) -> Stages:
@@ -130,7 +148,8 @@ def file_numbers(file: FilePattern, stages: Stages, counts: Mapping[str, Any]) -
         for chunk in range(stages.chunks):
             stage = (chunk, *ranks)
             for local in range(stages.counts[stage]):
-                yield stage, local, evaluate(file.number, {**facts, **stages.ranks(stage), "nth": nth})
+                number = whole_number(file.number, {**facts, **stages.ranks(stage), "nth": nth}, "number")
+                yield stage, local, number
                 nth += 1
 
 
@@ -171,7 +190,7 @@ class Indices:
                 key = (axis, values[axis], *here.values())
                 if key not in self._known:
                     facts = {**self._counts, **here, "count": self._local[axis], axis: values[axis]}
-                    self._known[key] = evaluate(expression, facts)
+                    self._known[key] = whole_number(expression, facts, f"indices.{axis}")
                 result[axis] = self._known[key]
         return result
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import engine
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
+from engine.language.layout_file import load_layout
+from engine.language.model import Expression
+from engine.planning.stages import in_order
 from tests.support.shards import State
 
 ROOT = Path(__file__).parents[2]
@@ -159,3 +163,21 @@ def test_an_index_that_gives_a_number_twice_is_refused(mapping: str, whole: Path
         engine.reverse(mapping, whole, tmp_path / "ranks", ranks={"ep": 2})
     assert caught.value.code == "E105"
     assert "mine.yaml" in str(caught.value.place)
+
+
+@pytest.mark.parametrize(
+    ("stage", "told"),
+    [
+        ("pp", "0 for chunk0 pp0 and for chunk1 pp0"),
+        ("chunk + pp", "1 for chunk0 pp1 and for chunk1 pp0"),
+        ("chunk if pp else 'x'", "got       'x'"),
+        ("pp > chunk", "is not a whole number"),
+        ("omit", "got       nothing"),
+    ],
+)
+def test_a_layout_must_number_each_stage_once(stage: str, told: str) -> None:
+    layout = load_layout("internevo")
+    layout = replace(layout, layers=replace(layout.layers, stage=Expression(stage, Place("own.yaml", 3))))
+    with pytest.raises(EngineError, match=r"own\.yaml:3") as caught:
+        in_order(layout, {"tp": 1, "pp": 2}, ("pp",), 2, {})
+    assert caught.value.code == "E105" and told in str(caught.value)
