@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from itertools import product
 
 from engine.assets.chat import chat_template
@@ -156,6 +157,21 @@ def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
             )
 
 
+def _skipped(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
+    """L004: rules whose names `skip_tensors` of the layout takes, with any prefix of it."""
+    starts = [pattern(one.prefix).sample() if one.prefix else "" for one in layout.prefixes]
+    for rule, glob in product(mapping.rules, layout.skip_tensors):
+        names = sorted(spelled_out(rule.sources))
+        taken = [name for name in names if any(fnmatchcase(f"{s}{pattern(name).sample()}", glob) for s in starts)]
+        if taken:
+            told = " and ".join(f"`{name}`" for name in taken)
+            yield Finding(
+                rule.place,
+                f"rule `{rule.name}` never sees {told}: `{glob}` in `skip_tensors` of {layout.files[0]} takes it",
+                "Narrow the pattern, or remove the rule.",
+            )
+
+
 def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:
     """L007: probably a misspelt axis."""
     for name, rules in grouped((name, rule) for rule in mapping.rules for name in rule.axes.names()).items():
@@ -234,6 +250,7 @@ _ALONE: dict[str, Callable[[MappingFile], Iterator[Finding]]] = {
     "L017": check_spellings,
 }
 _IN_LAYOUT: dict[str, Callable[[MappingFile, Layout], Iterator[Finding]]] = {
+    "L004": _skipped,
     "L009": _undeclared,
     "L010": check_keys,
     "L014": check_declared,

@@ -5,26 +5,28 @@ from __future__ import annotations
 from dataclasses import replace
 
 from engine.errors import EngineError, EngineErrors, shape_text
+from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.language.search import bundled
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.planning.wanted import wanted_by_mapping
 
 # Lint findings that change decisions or output. Planning itself refuses the others, or they are harmless.
-_OF_THE_TARGET = ("L010", "L012", "L013", "L014", "L015", "L017")
+_REFUSED = ("L004", "L010", "L012", "L013", "L014", "L015", "L017")
 
 
 def checked(plan: Plan) -> Plan:
-    """A plan whose mapping is bundled, or passes `engine lint` and fits the target's class; adds lint's warnings.
+    """A plan of a bundled mapping and layout, or of others that pass lint and fit the target's class; adds warnings.
 
     Raises:
         EngineError: E109 for errors of lint, and for tensors that the model class does not load.
     """
     mapping = plan.mapping
     named = _of_its_name(mapping)
-    if any(one.digest == mapping.digest for one in named):
+    copied = all(one.digest != mapping.digest for one in named)
+    if named and not copied and _is_bundled(plan.layout):
         return plan
     from engine.proving.lint import lint  # late, since most runs use bundled mappings
     from engine.proving.values import contradiction, not_allowed
@@ -35,7 +37,7 @@ def checked(plan: Plan) -> Plan:
             "E109", f"{one.code}: {one.message}", place=one.place, got=one.got, expected=one.expected, fix=one.fix
         )
         for one in found
-        if one.severity == "error" and one.code in _OF_THE_TARGET
+        if one.severity == "error" and one.code in _REFUSED
     ]
     if not wrong and plan.written is None:  # as lint checks literals, check the results of expressions
         wrong = [
@@ -51,7 +53,7 @@ def checked(plan: Plan) -> Plan:
         raise EngineErrors(wrong)
     _check_class(plan)
     told = [f"`engine lint` on the mapping: {one.message} ({one.place})" for one in found]
-    if named:
+    if named and copied:
         other = f"`engine diff {mapping.name} {mapping.files[-1]}` shows the differences"
         told.insert(0, f"the mapping has the name of the bundled {mapping.name}, but is a different one: {other}")
     return replace(plan, notices=(*plan.notices, *told))
@@ -61,6 +63,11 @@ def _of_its_name(mapping: MappingFile) -> list[MappingFile]:
     """The bundled mappings with a mapping's name: it may be one of them, or an edited copy."""
     paths = (bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families"))
     return [load_mapping(path) for path in paths if path.is_file()]
+
+
+def _is_bundled(layout: Layout) -> bool:
+    path = bundled("mappings") / "layouts" / f"{layout.name}.yaml"
+    return path.is_file() and load_layout(str(path)).digest == layout.digest
 
 
 def _check_class(plan: Plan) -> None:

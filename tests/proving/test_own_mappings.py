@@ -63,3 +63,28 @@ def test_padding_of_which_nothing_tells_the_size_is_refused(tmp_path: Path) -> N
     with pytest.raises(EngineError) as caught:
         engine.reverse(mine, tmp_path / "hf", tmp_path / "ranks")
     assert caught.value.code in ("E105", "E204")
+
+
+@pytest.mark.parametrize("mapping", ["internlm", "own"])
+def test_a_layout_that_skips_tensors_of_a_rule_is_refused(
+    mapping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = (bundled("mappings") / "layouts" / "internevo.yaml").read_text("utf-8")
+    (tmp_path / "layouts").mkdir()
+    (tmp_path / "layouts" / "internevo.yaml").write_text(f'{layout}\nskip_tensors: ["*.bias"]\n', "utf-8")
+    (tmp_path / "own.yaml").write_text("mapping: 1\nname: own\nversion: 1.0.0\nextends: internlm.yaml\n", "utf-8")
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    checkpoint = CHECKPOINT.parent / "v1_tp2_pp2"
+    with pytest.raises(EngineError, match=r"`\*\.bias` in `skip_tensors`") as caught:
+        engine.convert(mapping, checkpoint, tmp_path / "out")
+    assert caught.value.errors[0].code == "E109" and not (tmp_path / "out").exists()
+
+
+def test_a_copy_that_ignores_tensors_of_a_rule_is_refused(tmp_path: Path) -> None:
+    family = (bundled("mappings") / "families" / "internlm.yaml").read_text("utf-8").replace(": internlm\n", ": own\n")
+    entry = 'ignore:\n  - {source: "blocks.{layer}.mixer.Wqkv.bias", why: small}\n'
+    assert "ignore:\n" in family
+    (tmp_path / "own.yaml").write_text(family.replace("ignore:\n", entry, 1), "utf-8")
+    with pytest.raises(EngineError, match="never sees") as caught:
+        engine.convert(tmp_path / "own.yaml", CHECKPOINT.parent / "v1_tp2_pp2", tmp_path / "out")
+    assert caught.value.errors[0].code == "E109"
