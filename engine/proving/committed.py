@@ -22,15 +22,13 @@ from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
 from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
-from engine.proving.neighbour import neighbour_of, read_otherwise
+from engine.proving.neighbour import file_facts, laid_out_otherwise, neighbour_of, read_otherwise
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
 
 MEANING = "meaning"
 FOLDER = "meanings"
 GONE = "(not there)"
-_REASONS = ("help", "why", "fix", "ignored", "noted")
-_TITLE = ("layout", "mapping", "name", "version", "description")
 _MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
 _HEAD = """\
@@ -92,20 +90,16 @@ def _beside(mapping: MappingFile) -> dict[str, Path]:
     return {f"layout {mapping.layout}": find_file(mapping.layout, "layout"), **classes}
 
 
-def file_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
-    """The content of a layout's or class's file, without text for people."""
-    found = {p: v for p, v in flat(data) if p[0] not in _TITLE and p[-1] not in _REASONS}
-    found |= {p: True for p, _ in flat(data) if p[-1] in ("ignored", "noted")}
-    return found | ({("order of modes",): list(data["modes"])} if "modes" in data else {})
-
-
 def failures_beside(mapping: MappingFile) -> list[Failure]:
     """How files that a mapping reads differ from their committed facts, such as names of files or tensors."""
     found: list[Failure] = []
     for kind, file in _beside(mapping).items():
         if not path_of(file).is_file():
             told = f"no meaning of the {kind} is committed; --write-meaning writes it"
-            found += [Failure(told, file.name)] if path_of(file).parent.is_dir() else []
+            if path_of(file).parent.is_dir():
+                found.append(Failure(told, file.name))
+            elif kind == f"layout {mapping.layout}":
+                found += laid_out_otherwise(mapping.layout)
             continue
         said = flat(load_yaml(path_of(file)).data)
         then = {p: v for p, v in said if p[0] not in ("meaning", kind.split()[0])}

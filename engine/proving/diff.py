@@ -12,8 +12,8 @@ from engine.language.documents import changed, grouped, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
-from engine.proving.committed import file_facts
 from engine.proving.meaning import spoken
+from engine.proving.neighbour import file_facts
 
 # Section → its name for readers. `rules` are compared by rule and key, the others by dotted path.
 SECTIONS = {

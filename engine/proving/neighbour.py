@@ -1,26 +1,80 @@
-"""Compares a mapping without a committed meaning with a bundled family that reads the same tensors."""
+"""Compares a mapping or layout without a committed meaning with the bundled one that is most like it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from engine.language.documents import grouped
+from engine.language.documents import changed, flat, grouped, plain, same
+from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
-from engine.language.search import list_names
+from engine.language.search import bundled, find_file, list_names
 from engine.proving.holdings import parts_of
 from engine.proving.meaning import Meaning
 from engine.proving.proof import Failure
 
 _ASPECTS = ("order", "changed")  # facts of an entry that are compared, besides its source
-_SHARE = 0.5  # the share of a mapping's sources that its neighbour must read too
+_SHARE = 0.5  # the share of a mapping's sources, or of a layout's facts, that its neighbour must have too
+_REASONS = ("help", "why", "fix", "ignored", "noted")
+_TITLE = ("layout", "mapping", "name", "version", "description")
+_MODES = ("order of modes",)
+
+KeyPath = tuple[str, ...]
+
+
+def file_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
+    """The content of a layout's or class's file, without text for people."""
+    found = {p: v for p, v in flat(data) if p[0] not in _TITLE and p[-1] not in _REASONS}
+    found |= {p: True for p, _ in flat(data) if p[-1] in ("ignored", "noted")}
+    return found | ({_MODES: list(data["modes"])} if "modes" in data else {})
+
+
+def near_layout(name: str) -> tuple[str, dict[KeyPath, Any], dict[KeyPath, Any]] | None:
+    """The bundled layout that says most of what a layout says, if at least half: its name, its facts and the layout's.
+
+    None for a bundled layout.
+    """
+    now = _facts(find_file(name, "layout"))
+    files = sorted((bundled("mappings") / "layouts").glob("*.yaml"))
+    known = {file.stem: _facts(file) for file in files}
+    shares = {stem: sum(same(now.get(path), value) for path, value in then.items()) for stem, then in known.items()}
+    best = max(shares, key=lambda stem: shares[stem])
+    return (best, known[best], now) if shares[best] >= _SHARE * len(now) and known[best] != now else None
+
+
+def _facts(file: Path) -> dict[KeyPath, Any]:
+    return file_facts(plain(load_yaml(file).data))
+
+
+def laid_out_otherwise(name: str) -> list[Failure]:
+    """What a layout says otherwise than the bundled one that is most like it; what it adds to it is its own."""
+    found = near_layout(name)
+    if found is None:
+        return []
+    other, then, now = found
+    added = ("keys", "options", "modes")
+    told = [
+        f"layout {name}: {', '.join(path)} is {_short(new)}; the bundled {other} has {_short(old)}"
+        for path, old, new in changed(then, now)
+        if not (path not in then and path[0] in added) and not (path == _MODES and {*old} < {*new})
+    ]
+    told += ["if that is right, commit it with --write-meaning"] if told else []
+    return [Failure(one, str(find_file(name, "layout"))) for one in told]
+
+
+def _short(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def neighbour_of(mapping: MappingFile) -> MappingFile | None:
-    """The bundled family of the same layout and model type that reads most of a mapping's sources, if at least half."""
+    """The bundled family of the layout, or of the nearest, that reads most of a mapping's sources, if at least half."""
     families = (load_mapping(name) for name in list_names() if name.startswith("families/"))
-    alike = [one for one in families if (one.layout, one.model_type) == (mapping.layout, mapping.model_type)]
+    near = near_layout(mapping.layout)
+    layouts = (mapping.layout, *near[:1]) if near is not None else (mapping.layout,)
+    alike = [one for one in families if one.layout in layouts and one.model_type == mapping.model_type]
     own = _sources(mapping)
     best = max(alike, key=lambda one: len(own & _sources(one)), default=None)
     return best if best is not None and len(own & _sources(best)) >= max(1, _SHARE * len(own)) else None

@@ -31,6 +31,7 @@ from engine.proving.committed import (
 )
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.mutants import mutants_of, reordered
+from engine.proving.neighbour import laid_out_otherwise
 from engine.proving.proof import Check, Proof
 from engine.proving.symbolic import _overlaps
 from engine.proving.tiny import Worlds, guess_sizes
@@ -487,3 +488,27 @@ def test_proofs_stay_out_of_a_small_folder_in_memory(monkeypatch: pytest.MonkeyP
     assert proving._quick() == (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
     monkeypatch.setenv("TMPDIR", "/elsewhere")
     assert proving._quick() is None
+
+
+@pytest.mark.parametrize(
+    ("layout", "old", "new", "said"),
+    [
+        ("megatron", "stage: chunk * pps + pp", "stage: pp * chunks + chunk", "layers, stage is pp * chunks + chunk"),
+        ("megatron", "expert: ep * count + expert", "expert: expert * eps + ep", "has ep * count + expert"),
+        ("torch-dcp", "layers: {stage: 0", "indices: {layer: 3 - layer}\nlayers: {stage: 0", "layer is 3 - layer"),
+        ("internevo", "(layers // pps) + nth ", "(layers // pps) - nth ", "modes, tensor, files"),
+        ("internevo", "lone_rank: {tp: 0}", "lone_rank: {tp: 1}", "lone_rank, tp is 1; the bundled internevo has 0"),
+        ("internevo", "zip_root: file_name", "", "zip_root is absent"),
+        ("internevo", "    causal: {only", "    of_my_own: {only: [1]}\n    causal: {only", ""),
+        ("internevo", "name: internevo", "name: internevo", ""),
+    ],
+)
+def test_a_copied_layout_is_held_against_the_bundled_one(
+    layout: str, old: str, new: str, said: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "mappings" / "layouts" / f"{layout}.yaml").read_text(encoding="utf-8")
+    assert old in text
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace(old, new, 1).replace(f"name: {layout}", "name: mine"), encoding="utf-8")
+    found = [one.message for one in laid_out_otherwise(str(path))]
+    assert (said in found[0] and len(found) == 2) if said else not found, found
