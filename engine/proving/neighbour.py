@@ -91,6 +91,7 @@ def read_otherwise(mapping: MappingFile, now: Meaning, other: MappingFile, then:
     sources = {name for _, source, _, entry in known.values() for name in (source, *entry.get("also read as", ()))}
     places = {target.name: str(rule.place) for rule in mapping.rules for target in rule.targets}
     alike = now.get("sizes") == then.get("sizes")  # else orders cannot be compared
+    cuts = mapping.layout != other.layout and bool(laid_out_otherwise(mapping.layout))  # told as the layout's
     found: dict[str, Failure] = {}
     for key, entry in now.get("tensors", {}).items():
         target, source, _ = parts_of(key)
@@ -101,7 +102,7 @@ def read_otherwise(mapping: MappingFile, now: Meaning, other: MappingFile, then:
         same = [known[key][3]] if key in known else same
         if not same:
             told = f"{target} is read from {source}; the bundled {other.name} reads {held[0][0]}"
-        elif alike and not (any(_alike(entry, one) for one in same) and _cut(key, now, then)):
+        elif alike and not (any(_alike(entry, one) for one in same) and (cuts or _cut(key, now, then))):
             told = f"{target} is read differently: {_said(entry)}; the bundled {other.name} has {_said(same[0])}"
         else:
             continue
