@@ -15,7 +15,7 @@ from engine.formats.headers import ITEM_SIZES, TensorHeader
 from engine.language.documents import changed
 from engine.move.values import all_finite
 from engine.planning.model import Plan
-from engine.run.digests import ALGORITHM, content_id, listed, only_zeros
+from engine.run.digests import ALGORITHM, content_id, listed, suspicious
 from engine.run.manifest import NAME, making, read_manifest
 from engine.run.written import check_index, extra_files, read_contents
 from engine.storage.json_text import as_data
@@ -180,7 +180,11 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
         names = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
         unchecked = [names, *unchecked]
     sizes = ((name, shape, prod(shape) * ITEM_SIZES[dtype], digest) for name, (dtype, shape, digest) in found.items())
-    values = [one for one in (listed("NaN or infinity", wrong), only_zeros(sizes)) if one is not None]
+    not_finite = listed("NaN or infinity", wrong)
+    values = [
+        *([] if not_finite is None else [not_finite]),
+        *suspicious(sizes, whole=not any(":" in name for name in found)),
+    ]
     told = (len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))
     return Verified(*told, values=tuple(values))
 

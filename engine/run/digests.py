@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import cache
 
@@ -54,6 +55,7 @@ def digest_of(blocks: Iterable[memoryview | bytes]) -> str:
 
 
 _ZEROS = bytes(1 << 20)
+_NUMBER = re.compile(r"\d+")
 
 
 @cache
@@ -61,17 +63,34 @@ def _of_zeros(nbytes: int) -> str:
     return digest_of(_ZEROS[: nbytes - at] for at in range(0, nbytes, len(_ZEROS)))
 
 
-def only_zeros(tensors: Iterable[tuple[str, tuple[int, ...], int, str]]) -> str | None:
-    """The matrices that hold nothing but zeros, in words; None if there are none. Biases may well be zeros.
+def suspicious(tensors: Iterable[tuple[str, tuple[int, ...], int, str]], *, whole: bool = True) -> list[str]:
+    """Matrices that hold nothing but zeros, and those of layers or experts that are equal, in words.
+
+    Biases may well be zeros, and norms ones. A model may have been built by copying layers, so nothing is refused.
 
     Args:
         tensors: the name, shape, bytes and digest of each.
+        whole: whether they are a whole model's; several ranks may hold the same matrix.
 
-    >>> only_zeros([("w", (2, 4), 16, digest_of([bytes(16)])), ("b", (8,), 16, digest_of([bytes(16)]))])
-    'nothing but zeros: w'
+    >>> zeros, other = digest_of([bytes(16)]), digest_of([b"some"])
+    >>> suspicious([("w", (2, 4), 16, zeros), ("b", (8,), 16, zeros), ("l.0.w", (2, 4), 16, other)])
+    ['nothing but zeros: w']
+    >>> suspicious([(f"l.{n}.w", (2, 4), 16, other) for n in range(3)])
+    ['equal to the last bit, as copies are: l.1.w and l.0.w, l.2.w and l.0.w']
     """
-    found = [name for name, shape, nbytes, digest in tensors if len(shape) > 1 and digest == _of_zeros(nbytes)]
-    return listed("nothing but zeros", found)
+    zeros: list[str] = []
+    copies: list[str] = []
+    first: dict[tuple[str, str], str] = {}
+    for name, shape, nbytes, digest in tensors:
+        if len(shape) < 2 or not digest:
+            continue
+        if digest == _of_zeros(nbytes):
+            zeros.append(name)
+        elif whole:
+            other = first.setdefault((_NUMBER.sub("0", name), digest), name)
+            copies += [] if other == name else [f"{name} and {other}"]
+    told = (listed("nothing but zeros", zeros), listed("equal to the last bit, as copies are", copies))
+    return [one for one in told if one is not None]
 
 
 def listed(what: str, names: Collection[str]) -> str | None:

@@ -81,7 +81,7 @@ def execute(
         started: when the command started, for the report.
         parts: the digest of work that parts have done: their weights are used.
     """
-    from engine.run.digests import only_zeros
+    from engine.run.digests import suspicious
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, making, manifest
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
@@ -115,7 +115,7 @@ def execute(
             beside = [] if later is None else [make_later]
             written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
         told_of = ((o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs))
-        notices += filter(None, [only_zeros(told_of)])
+        notices += suspicious(told_of, whole=compiled.written is None)
         data = manifest(compiled, written.done, files, made)
         for name, content in (*files.items(), (NAME, encode_manifest(data))):
             store.put(name, content)

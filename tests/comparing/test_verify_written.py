@@ -250,3 +250,18 @@ def test_matrices_of_zeros_are_told_by_a_run_and_numbers_that_are_none_when_it_i
     found = engine.api.verify(tmp_path / "hf")
     wrong = "NaN or infinity: model.layers.0.mlp.gate_proj.weight, model.layers.1.post_attention_layernorm.weight"
     assert not found.problems and found.values == (wrong, zeros)
+
+
+def test_a_matrix_that_another_layer_has_too_is_told(tmp_path: Path) -> None:
+    save(MODEL, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = torch.load(path)
+        state["layers.1.feed_forward.w1.weight"] = state["layers.0.feed_forward.w1.weight"].clone()
+        torch.save(state, path)
+    report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
+    equal = "model.layers.1.mlp.gate_proj.weight and model.layers.0.mlp.gate_proj.weight"
+    assert [one for one in report.notices if "equal" in one] == [f"equal to the last bit, as copies are: {equal}"]
+    assert engine.api.verify(tmp_path / "hf").values == (f"equal to the last bit, as copies are: {equal}",)
+    back = engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "back", tp=2)
+    assert not any("equal" in one for one in back.notices)  # ranks may hold the same
