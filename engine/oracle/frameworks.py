@@ -26,7 +26,7 @@ FORWARDS = {"internevo": "engine.oracle.internevo"}  # layout → its module, wh
 # configuration show is never overridden: a wrong setting must not make two errors agree.
 SETTINGS = {
     "mlp_letters": ("w2_is_down", "w2_is_up"), "rotary": ("halves", "pairs"),
-    "head": ("plain", "normalised", "lm", "reward"),
+    "head": ("plain", "normalised", "lm", "reward"), "fusion": ("fused", "apart"),
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ letter is which, what rotary pairs are. No mapping and no plan is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +51,7 @@ class Forward(Shards):
         self.normalised = bool(config.get("norm_head")) and self._normalises(settings.get("head"))
         self.layers = len(self.spots)
         self._pairs = self._in_pairs(settings.get("rotary"))
+        self._fused = self._in_pieces(settings.get("fusion"))
         self._letters: str | None = None
         self._told_letters: str | None = settings.get("mlp_letters")
         self._check()
@@ -69,10 +70,10 @@ class Forward(Shards):
         fused = bool(self.spots) and self.has(self.spots[0], "attention.wqkv.weight") is not None
         return told == "pairs" if told is not None else not (fused or later)
 
-    @cached_property
-    def _fused(self) -> bool:
+    def _in_pieces(self, told: str | None) -> bool:
         """Whether wq, wk and wv are pieces of one linear: since 2024-09 by default for InternLM2, but not for Llama."""
-        return bool(setting(self.config, "enable_qkv_fusion", self._is("INTERNLM2")))
+        known = self._is("INTERNLM2") if self.training.get("model_type") else told == "fused"
+        return bool(setting(self.config, "enable_qkv_fusion", known))
 
     def _is(self, *kinds: str) -> bool:
         """Whether the training configuration says that the model is of one of these types."""
