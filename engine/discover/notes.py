@@ -30,7 +30,8 @@ def extends(reference: str, mapping: MappingFile, checkpoint: Checkpoint) -> lis
         expressions = [e for e in variant.choices.values() if e is not None]
         read = {key for e in expressions for key in names_in(e)}
         present = any("present(" in e.text for e in expressions)
-        if variant.default and read and not present and not read & checkpoint.config.keys():
+        known = {*checkpoint.config, "mode"}  # its files show the mode
+        if variant.default and read and not present and not read & known:
             keys = list_of(sorted(read))
             text = f"{name} is the family's default; the configuration has none of {keys}: {variant.help}."
             lines += comment(f"decide: {text}")

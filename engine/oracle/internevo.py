@@ -262,7 +262,11 @@ class Forward(Shards):
 
     def _mlp(self, spot: Spot, name: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
         down, up = ("w2", "w3") if self._letters_of(spot, name) == "w2_is_down" else ("w3", "w2")
-        gate, raised = (torch.cat(self._column_parallel(spot, x, f"{name}.{w}"), dim=-1) for w in ("w1", up))
+        if self.config.get("mlp_layer_fusion") and self.by_rows:  # halves of each rank's rows of one linear
+            both = torch.cat(self._column_parallel(spot, x, f"{name}.w1", f"{name}.w3"), dim=-1)
+            gate, raised = both.chunk(2, dim=-1)
+        else:
+            gate, raised = (torch.cat(self._column_parallel(spot, x, f"{name}.{w}"), dim=-1) for w in ("w1", up))
         gated = silu(gate) * raised
         return {"gate": gate, "up": raised, "gated": gated, "down": self._row_parallel(spot, f"{name}.{down}", gated)}
 

@@ -127,15 +127,19 @@ class Shards(FloatTensors):
         """A tensor that every rank holds whole, from the first rank."""
         return self._read(self._part(spot, key, self._ranks[0]))
 
+    @property
+    def by_rows(self) -> bool:
+        """Whether linears are cut on storage rows over wp, as under isp."""
+        return self._ranks[0][1] >= 0
+
     def linear(self, spot: Spot, *keys: str) -> list[torch.Tensor | None]:
         """A layer's weight or bias per tensor rank, None on ranks without it; of several keys, their rows in turn.
 
         With weight parallelism the rows of all ranks are joined, and there is one rank.
         """
-        by_rows = self._ranks[0][1] >= 0  # isp: linears are cut on storage rows over wp
         held = [self._held.get((spot, key), {}) for key in keys]
-        parts = [[self._read(one[rank]) for one in held if rank in one] for rank in self._one_each(by_rows)]
-        if by_rows:
+        parts = [[self._read(one[rank]) for one in held if rank in one] for rank in self._one_each(self.by_rows)]
+        if self.by_rows:
             parts = [[row for rows in parts for row in rows]]
         return [torch.cat(rows) if len(rows) > 1 else rows[0] if rows else None for rows in parts]
 

@@ -131,7 +131,8 @@ def _reach(attempt: Attempt) -> frozenset[tuple[object, ...]]:
 def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping: MappingFile) -> EngineError:
     differ = [v for v in variants if len({a.decisions[v.name].choice for a in fitting}) > 1]
     variant = differ[0]
-    rules = [r for r in mapping.rules if variant.name in r.when]
+    choices = {name: one.choice for name, one in fitting[0].decisions.items()}
+    rules = [r for r in mapping.rules if variant.name in r.when and r.active(choices)]
     axes = {name for rule in rules for name in rule.axes.names()}
     seen: dict[str, str] = {}
     for group in fitting[0].groups.values():

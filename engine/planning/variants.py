@@ -263,7 +263,8 @@ _OTHERS = {
 def _whose(path: str, called: str) -> tuple[str, str]:
     """The owner of a path's value, in words, and how the path begins there."""
     of, dot, _ = path.partition(".")
-    return (_OTHERS[of], of + dot) if dot and of in _OTHERS else (f"{called} has", "")
+    called = "the rank files have" if path == "mode" else f"{called} has"
+    return (_OTHERS[of], of + dot) if dot and of in _OTHERS else (called, "")
 
 
 def _list(parts: Sequence[str], word: str = "and") -> str:

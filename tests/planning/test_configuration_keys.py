@@ -445,7 +445,7 @@ def test_sizes_of_model_config_that_contradict_each_other_are_refused(
     ("fixture", "change", "code"),
     [
         ("v2_tp2_pp2", {"enable_qkv_fusion": False}, "E202"),
-        ("v1_isp_tp1_wp2", {"mlp_layer_fusion": True}, "E303"),
+        ("v1_isp_tp1_wp2", {"mlp_layer_fusion": True, "num_experts": 2}, "E303"),
     ],
     ids=str,
 )

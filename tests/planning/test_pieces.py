@@ -148,6 +148,38 @@ def test_internlm2s_own_linears_are_converted_and_written_back(
     same(load_file(tmp_path / "again/model.safetensors"), expected)
 
 
+@pytest.mark.parametrize("layout", [{"mode": "isp", "wp": 2}, {"mode": "isp_wp", "wp": 4}], ids=str)
+@pytest.mark.parametrize("kind", ["v1", "v2"])
+def test_gate_and_up_as_halves_of_each_ranks_rows_are_told_apart(
+    kind: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    """Under isp, a rank of `mlp_layer_fusion` has rows of one linear, which it saves as two by lengths alone."""
+    step, hf, back = tmp_path / "step", tmp_path / "hf", tmp_path / "back"
+    model = Model(kind, heads=8, groups={"v1": 8, "v2": 4}[kind], hidden=32, bias=False)
+    expected = save(model, step, **layout)
+    files = [path for path in sorted(step.glob("model_*.pt")) if path.name != "model_config.pt"]
+    states = [torch.load(path, weights_only=True) for path in files]
+    for name in [name for name in states[0] if name.endswith("w1.weight")]:
+        names = (name, name.replace("w1", "w3"))
+        rows = torch.cat([state[one] for one in names for state in states])
+        for state, held in zip(states, rows.chunk(len(states)), strict=True):
+            state.update(zip(names, held.chunk(2), strict=True))
+    for path, state in zip(files, states, strict=True):
+        torch.save(OrderedDict((name, one.clone()) for name, one in state.items()), path)
+    configure(step, mlp_layer_fusion=True)
+    family = {"v1": "internlm", "v2": "internlm2"}[kind]
+    engine.convert(family, step, hf)
+    same(load_file(hf / "model.safetensors"), expected)
+    assert engine.verify(hf, src=step, mapping=family, logits=True).problems == ()
+    engine.reverse(family, hf, back, like=step)
+    engine.convert(family, back, tmp_path / "again")
+    same(load_file(tmp_path / "again/model.safetensors"), expected)
+    for asked in ({"mode": "tensor", "tp": 2}, {"mode": "tensor", "to": family, "settings": {"gates": "joined"}}):
+        with pytest.raises(EngineError) as caught:  # there, each rank has its own gate and up
+            engine.reshard(family, step, tmp_path / "other", **asked)
+        assert caught.value.code == "E214", caught.value
+
+
 def exchange(state: dict[str, torch.Tensor]) -> None:
     one, two = (f"layers.1.attention.{word}.weight" for word in ("wq", "wk"))
     state[one], state[two] = state[two], state[one]
