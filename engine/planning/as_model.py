@@ -232,7 +232,7 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
         "E207",
         f"the checkpoint has no `{lacking.get(best, first)}`, which the model class of its configuration needs",
         place=Place(lacking.get(best, first)),
-        got=", ".join(sorted(held)[:3]) + f", … ({len(held)} tensors)",
+        got=", ".join(sorted(held)[:3]) + f", … ({len(held)} tensors)" if held else "no tensors of a model",
         expected=f"all {len(wanted.shapes)} tensors of the class" + (f", behind `{best}`" if best else ""),
         fix="The configuration is another model's, or the checkpoint has the trainer's own names: then a mapping of "
         "its family reads it, as `engine inspect` says.",

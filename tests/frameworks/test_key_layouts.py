@@ -259,6 +259,10 @@ def test_a_tensor_too_few_or_too_many_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="up_proj") as caught:
         engine.convert("transformers", save(few, tmp_path / "few", LLAMA), tmp_path / "out")
     assert caught.value.code == "E207"
+    with pytest.raises(EngineError) as caught:
+        adam = {"optim.state.0.exp_avg": torch.ones(4)}
+        engine.convert("transformers", save(adam, tmp_path / "optimizer_0", LLAMA), tmp_path / "out")
+    assert (caught.value.code, caught.value.got) == ("E207", "no tensors of a model")
     many = {**state, "model.layers.1.self_attn.q_norm.weight": torch.ones(4)}
     with pytest.raises(EngineError, match="q_norm") as caught:
         engine.convert("transformers", save(many, tmp_path / "many", LLAMA), tmp_path / "out")

@@ -93,6 +93,18 @@ def test_biases_that_the_target_would_leave_out_are_refused_where_no_argument_te
     assert caught.value.code == "E202" and "Qwen2's have them" in str(caught.value)
 
 
+def test_the_angles_that_core_before_0_4_saved_are_no_weights(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """Megatron drops them when it loads such files."""
+    folder = copy("torch-tp1pp1-tied")
+    rewritten(folder, lambda args: None)
+    path = folder / "mp_rank_00" / "model_optim_rng.pt"
+    saved = torch.load(path, weights_only=False)
+    saved["model"]["rotary_pos_emb.inv_freq"] = torch.ones(4)
+    torch.save(saved, path)
+    told = convert("torch-tp1pp1-tied", tmp_path / "out", folder).notices
+    assert any("rotary_pos_emb.inv_freq" in one for one in told)
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
     source = source_of(MEGATRON / "dist-tp2pp2")
