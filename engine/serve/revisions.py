@@ -29,7 +29,8 @@ class Revision:
     """A step in one state.
 
     Attributes:
-        commit: 40 hexadecimal digits, which change when any of its files does.
+        commit: 40 hexadecimal digits, which change when any of its files does. A copy under another name has others,
+            since its files are read from another place.
     """
 
     name: str
@@ -128,7 +129,7 @@ class Revisions:
 
     def _revision(self, name: str, store: Store) -> Revision:
         states = [(path, state.size, dict(state.told())) for path, state in islice(walk(store), _MOST_FILES)]
-        found = hashlib.sha256(json.dumps([self._salt, states]).encode()).hexdigest()[:40]
+        found = hashlib.sha256(json.dumps([self._salt, name if self._steps else "", states]).encode()).hexdigest()[:40]
         return Revision(name, store, found)
 
     def _open(self, one: Revision) -> tuple[Revision, VirtualFolder]:

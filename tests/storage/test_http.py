@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -15,6 +16,7 @@ import engine
 from engine.errors import EngineError
 from tests.storage.conftest import MAPPING, STEP, files
 from tests.support.invoking import invoke
+from tests.support.serving import serving
 
 pytest.importorskip("obstore", reason="the extra `store` is not installed")
 
@@ -84,6 +86,21 @@ def test_a_password_in_a_url_is_neither_shown_nor_kept(web: str, tmp_path: Path)
     assert refused.exit_code == 2 and "E001" in refused.output and not plan.exists()
     kept = b"".join([log.read_bytes(), *files(out).values()])
     assert b"sekret" not in kept and not any("sekret" in one.output for one in (*shown, refused))
+
+
+def test_a_copy_of_a_step_is_served_when_the_step_is_gone(tmp_path: Path) -> None:
+    """Entity tags of equal content are equal."""
+    for name in ("100", "200"):
+        shutil.copytree(STEP, tmp_path / "run" / name)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        web = f"http://127.0.0.1:{server.server_address[1]}/run"
+        with serving([engine.api.Model("m", MAPPING, web)]) as hub:
+            whole = hub.ask("/m/resolve/main/model.safetensors")[2]
+            shutil.rmtree(tmp_path / "run" / "200")
+            status, _, body = hub.ask("/m/resolve/main/model.safetensors")
+            assert (status, body) == (200, whole)
+        server.shutdown()
 
 
 @pytest.mark.parametrize("url", ["http://[", "s3://[/a", "az://][", "s3://a/\udcff", "https://a/\ud800"])
