@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.language.documents import changed, flat, grouped, plain, same
+from engine.language.keys import names_apart
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
@@ -20,6 +21,7 @@ _SHARE = 0.5  # the share of a mapping's sources, or of a layout's facts, that i
 _REASONS = ("help", "why", "fix", "ignored", "noted")
 _TITLE = ("layout", "mapping", "name", "version", "description")
 _MODES = ("order of modes",)
+_ENTRIES = {"keys": 3, "options": 2, "modes": 2}  # length of the path of an entry that a layout may add
 
 KeyPath = tuple[str, ...]
 
@@ -45,7 +47,7 @@ def near_layout(name: str) -> tuple[str, dict[KeyPath, Any], dict[KeyPath, Any]]
 
 
 def _facts(file: Path) -> dict[KeyPath, Any]:
-    return file_facts(plain(load_yaml(file).data))
+    return file_facts(plain(names_apart(load_yaml(file)).data))
 
 
 def laid_out_otherwise(name: str) -> list[Failure]:
@@ -54,11 +56,11 @@ def laid_out_otherwise(name: str) -> list[Failure]:
     if found is None:
         return []
     other, then, now = found
-    added = ("keys", "options", "modes")
+    known = {path[:end] for path in then for end in _ENTRIES.values()}
     told = [
         f"layout {name}: {', '.join(path)} is {_short(new)}; the bundled {other} has {_short(old)}"
         for path, old, new in changed(then, now)
-        if not (path not in then and path[0] in added) and not (path == _MODES and {*old} < {*new})
+        if (path[0] not in _ENTRIES or path[: _ENTRIES[path[0]]] in known) and not (path == _MODES and {*old} < {*new})
     ]
     told += ["if that is right, commit it with --write-meaning"] if told else []
     return [Failure(one, str(find_file(name, "layout"))) for one in told]

@@ -499,6 +499,13 @@ def test_proofs_stay_out_of_a_small_folder_in_memory(monkeypatch: pytest.MonkeyP
         ("internevo", "(layers // pps) + nth ", "(layers // pps) - nth ", "modes, tensor, files"),
         ("internevo", "lone_rank: {tp: 0}", "lone_rank: {tp: 1}", "lone_rank, tp is 1; the bundled internevo has 0"),
         ("internevo", "zip_root: file_name", "", "zip_root is absent"),
+        (
+            "internevo",
+            "    help: mtp, msp",
+            "    state: [model]\n    help: mtp, msp",
+            "tensor, state is ['model']",
+        ),
+        ("internevo", "max: 1.0e+15}", "max: 1.0e+15, ignored: unused}", "rope_base, ignored is True"),
         ("internevo", "    causal: {only", "    of_my_own: {only: [1]}\n    causal: {only", ""),
         ("internevo", "name: internevo", "name: internevo", ""),
     ],
