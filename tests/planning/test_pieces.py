@@ -148,6 +148,27 @@ def test_internlm2s_own_linears_are_converted_and_written_back(
     same(load_file(tmp_path / "again/model.safetensors"), expected)
 
 
+@pytest.mark.parametrize("rotary", ["halves", "pairs"])
+def test_internlms_own_linears_with_biases_are_converted_and_written_back(rotary: str, tmp_path: Path) -> None:
+    step, hf, back = tmp_path / "step", tmp_path / "hf", tmp_path / "back"
+    expected = save(Model("v1", rotary=rotary), step, tp=2, pp=2)
+
+    def part(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if "Wqkv" in name]:
+            for word, own in zip(("wq", "wk", "wv"), state.pop(name).chunk(3), strict=True):
+                state[name.replace("Wqkv", word)] = own
+
+    edit(step, part)
+    configure(step, enable_qkv_fusion=False)
+    engine.convert("internlm", step, hf, settings=LETTERS)
+    same(load_file(hf / "model.safetensors"), expected)
+    assert engine.verify(hf, src=step, mapping="internlm", logits=True, settings=LETTERS).problems == ()
+    engine.reverse("internlm", hf, back, like=step, settings=LETTERS)
+    for path in sorted(step.glob("model_t*.pt")):
+        same(torch.load(back / path.name, weights_only=True), torch.load(path, weights_only=True))
+    assert read_pickled_mapping(File(LocalStore(back), "model_config.pt"))["enable_qkv_fusion"] is False
+
+
 @pytest.mark.parametrize("layout", [{"mode": "isp", "wp": 2}, {"mode": "isp_wp", "wp": 4}], ids=str)
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_gate_and_up_as_halves_of_each_ranks_rows_are_told_apart(
