@@ -26,7 +26,8 @@ def checked(plan: Plan) -> Plan:
     mapping = plan.mapping
     named = _of_its_name(mapping)
     copied = all(one.digest != mapping.digest for one in named)
-    if named and not copied and _is_bundled(plan.layout):
+    layout = _of_its_kind(plan.layout)
+    if named and not copied and layout is not None and layout.digest == plan.layout.digest:
         return plan
     from engine.proving.lint import lint  # late, since most runs use bundled mappings
     from engine.proving.values import contradiction, not_allowed
@@ -56,6 +57,8 @@ def checked(plan: Plan) -> Plan:
     if named and copied:
         other = f"`engine diff {mapping.name} {mapping.files[-1]}` shows the differences"
         told.insert(0, f"the mapping has the name of the bundled {mapping.name}, but is a different one: {other}")
+    if layout is not None and layout.digest != plan.layout.digest:
+        told.insert(0, f"the layout has the name of the bundled {layout.name}, but is a different one")
     return replace(plan, notices=(*plan.notices, *told))
 
 
@@ -65,9 +68,10 @@ def _of_its_name(mapping: MappingFile) -> list[MappingFile]:
     return [load_mapping(path) for path in paths if path.is_file()]
 
 
-def _is_bundled(layout: Layout) -> bool:
+def _of_its_kind(layout: Layout) -> Layout | None:
+    """The bundled layout with a layout's name."""
     path = bundled("mappings") / "layouts" / f"{layout.name}.yaml"
-    return path.is_file() and load_layout(str(path)).digest == layout.digest
+    return load_layout(str(path)) if path.is_file() else None
 
 
 def _check_class(plan: Plan) -> None:

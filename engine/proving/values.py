@@ -62,7 +62,8 @@ def _allowed(key: Key) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) and value.isidentifier() else shown(value)
+    plain = isinstance(value, str) and value.isidentifier() and value.lower() not in ("yes", "no", "on", "off")
+    return value if plain else shown(value)
 
 
 def check_tokens(mapping: MappingFile) -> Iterator[Finding]:

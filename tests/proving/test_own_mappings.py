@@ -27,6 +27,7 @@ def edited(folder: Path, old: str = "", new: str = "") -> Path:
     [
         ("  rms_norm_eps: \"{{", "  rmsn_orm_eps: \"{{", "rms_norm_eps"),
         ("  tie_word_embeddings: false\n", "  tie_wrod_embeddings: false\n", "tie_word_embeddings"),
+        ("  tie_word_embeddings: false\n", "  tie_word_embeddings: no\n", '`tie_word_embeddings: "no"`'),
         ("attention_biases == 'all' }}", "attention_biases == 'al' }}", "none of its choices"),
         ("target: model.norm.weight", "target: model.nrom.weight", "model.norm.weight"),
         ("input_layernorm.weight", "input_layer_norm.weight", "input_layer"),
@@ -88,3 +89,15 @@ def test_a_copy_that_ignores_tensors_of_a_rule_is_refused(tmp_path: Path) -> Non
     with pytest.raises(EngineError, match="never sees") as caught:
         engine.convert(tmp_path / "own.yaml", CHECKPOINT.parent / "v1_tp2_pp2", tmp_path / "out")
     assert caught.value.errors[0].code == "E109"
+
+
+def test_a_layout_in_place_of_the_bundled_one_of_its_name_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = (bundled("mappings") / "layouts" / "internevo.yaml").read_text("utf-8")
+    (tmp_path / "layouts").mkdir()
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))
+    for old, new in (("", ""), ("zip_root: file_name", "")):
+        (tmp_path / "layouts" / "internevo.yaml").write_text(layout.replace(old, new), "utf-8")
+        told = [one for one in engine.plan("internlm2", CHECKPOINT).notices if "bundled internevo" in one]
+        assert bool(told) == bool(old)
