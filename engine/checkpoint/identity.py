@@ -16,7 +16,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, span
 from engine.language.documents import tree_of
-from engine.language.expressions import compile_expression, evaluate
+from engine.language.expressions import compile_expression, whole_number
 from engine.language.model import FilePattern, Layout
 from engine.language.names import pattern
 
@@ -72,7 +72,7 @@ def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | No
     names = tree_of({tuple(path.split(".")): value for path, value in header.says.items()})
     wanted = pattern(file.name)
     try:
-        return wanted.format({dim: evaluate(layout.says_ranks[dim], names) for dim in wanted.placeholders})
+        return wanted.format({dim: whole_number(layout.says_ranks[dim], names, dim) for dim in wanted.placeholders})
     except (EngineError, KeyError, ValueError):
         return None
 

@@ -121,7 +121,7 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
     others = [d for d in dims if d not in mapped]
     said = _said(file.ranks, counts)
     for rank in range(max(sizes[d] for d in mapped) if said is None else said):
-        named = {d: whole_number(e, {**counts, "rank": rank}, f"ranks.{d}") for d, e in mapped.items()}
+        named = {d: whole_number(e, {**counts, "rank": rank}, f"ranks.{d}", MOST_FILES) for d, e in mapped.items()}
         for values in points([sizes[d] for d in others]):
             yield {**named, **dict(zip(others, values, strict=True))}
 

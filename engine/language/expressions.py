@@ -75,18 +75,19 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
         ) from None
 
 
-def whole_number(expression: Expression, names: Mapping[str, Any], what: str) -> int:
+def whole_number(expression: Expression, names: Mapping[str, Any], what: str, below: int | None = None) -> int:
     """The value of an expression of a layout that counts or numbers something; E105 if it is no whole number.
 
     Args:
         what: its place in the layout, such as `layers.stage`.
+        below: for a number from 0 on, the first that is too large.
     """
     value = evaluate(expression, names)
-    if isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(value, int) and not isinstance(value, bool) and (below is None or 0 <= value < below):
         return value
     raise EngineError(
         "E105",
-        f"`{what}` is not a whole number",
+        f"`{what}` is not a whole number" + ("" if below is None else f" from 0 to {below - 1:,}"),
         place=expression.place,
         got="nothing" if value is OMIT else _shown(repr(value), 80),
         expected="a whole number",

@@ -10,10 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 import engine
+from engine.checkpoint.identity import said_rank
+from engine.checkpoint.ranks import expected_files
 from engine.errors import EngineError, Place
+from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
-from engine.language.model import Expression
+from engine.language.model import Expression, RankMap
 from engine.planning.stages import in_order
+from engine.planning.zeros import ZEROS
 from tests.support.shards import State
 
 ROOT = Path(__file__).parents[2]
@@ -181,3 +185,21 @@ def test_a_layout_must_number_each_stage_once(stage: str, told: str) -> None:
     with pytest.raises(EngineError, match=r"own\.yaml:3") as caught:
         in_order(layout, {"tp": 1, "pp": 2}, ("pp",), 2, {})
     assert caught.value.code == "E105" and told in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", ["10 ** 30", "none", "rank - 1", "rank > 0"])
+def test_a_layout_must_give_each_file_a_rank(rank: str) -> None:
+    experts = load_layout("internevo").modes[0].files[1]
+    assert experts.ranks is not None
+    wrong = RankMap(experts.ranks.count, {"tp": Expression(rank, Place("own.yaml", 3))})
+    with pytest.raises(EngineError, match=r"own\.yaml:3") as caught:
+        list(expected_files(replace(experts, ranks=wrong), {"tp": 2}, {"tps": 2, "training": {"parallel": {}}}))
+    assert caught.value.code == "E105" and "`ranks.tp` is not a whole number" in str(caught.value)
+
+
+@pytest.mark.parametrize("rank", ["none", "{'a': 1}", "args.rank"])
+def test_what_a_file_says_of_its_rank_is_nothing_if_it_is_no_number(rank: str) -> None:
+    layout = load_layout("megatron")
+    said = {**layout.says_ranks, "tp": Expression(rank, Place("own.yaml"))}
+    header = replace(FileHeader(ZEROS.file, 0, (), "mp_rank_00/model_optim_rng.pt"), says={"args.rank": "%s"})
+    assert said_rank(header, layout.modes[0].files[0], replace(layout, says_ranks=said)) is None
