@@ -67,7 +67,7 @@ def read_ready(
     objects = {
         name: json_object(data, places[name])
         for name, data in files.items()
-        if name.endswith(".json") and name != _WHOLE
+        if name.endswith(".json") and (name == _SETTINGS or not name.startswith("tokenizer"))  # others nobody reads
     }
     if _WHOLE not in files:
         raise _wrong(

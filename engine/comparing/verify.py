@@ -197,7 +197,7 @@ def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[l
     if not wanted.keys() & set(TOKENIZER):
         given = {*TOKENIZER, GENERATION, *TEMPLATES} - wanted.keys() if here.keys() & set(TOKENIZER) else {*TOKENIZER}
         here = {name: data for name, data in here.items() if name not in given}
-        unchecked.append("the tokenizer: there is none beside the training checkpoint")
+        unchecked.append("the tokenizer: a run takes none from beside the training checkpoint")
     remote = plan.mapping.remote_code is not None
     if remote:
         unchecked.append("code and `auto_map`: the mapping does not hold the official files")

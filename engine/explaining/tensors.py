@@ -143,7 +143,8 @@ def _explained(plan: Plan, one: Stored, window: Window, places: dict[tuple[int, 
     group, shard, replica = held
     rule = group.instance.rule
     selected = spots(source, group, shard, window)
-    words = [axes_sentence(one.name, group, source.sizes) + "; " + cut_sentence(source, group)]
+    pieces = f"{group.instance.sources[0].text}, of which this is a piece," if group.cut.pieces > 1 else one.name
+    words = [axes_sentence(pieces, group, source.sizes) + "; " + cut_sentence(source, group)]
     here = shard_words(group, shard)
     words += [f"this is {here}"] if here else []
     words += filter(None, [fixed_sentence(group.fixed, source.sizes, plan.stages)])

@@ -65,14 +65,14 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
     except ValueError as error:
         raise EngineError(
             "E301",
-            "the configuration is not JSON",
+            "the file is not JSON",
             place=Place(name),
             got=str(error)[:100],
             fix="Copy the file again.",
         ) from None
     if not isinstance(value, dict):
         raise EngineError(
-            "E303", "the configuration is not an object", place=Place(name), got=type(value).__name__,
+            "E303", "the file is not an object", place=Place(name), got=type(value).__name__,
             fix="Is it the right file?",
         )  # fmt: skip
     return value

@@ -137,12 +137,14 @@ def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> Non
         used = [" and ".join(s.text for s in each) for each in spelled
                 if any(s.match(n) is not None for s in each for n in names)]  # fmt: skip
         if len(used) > 1:
+            pieces = used[-1] == " and ".join(one.text for one in instance.parts)
+            twice = "both whole and in pieces" if pieces else "two historical names at once"
             raise EngineError(
                 "E206",
-                f"rule `{instance.rule.name}` matches two historical names at once",
+                f"rule `{instance.rule.name}` matches {twice}",
                 place=instance.rule.place,
                 got=" and ".join(used),
-                expected="exactly one per checkpoint",
+                expected="the whole tensor or its pieces, not both" if pieces else "exactly one per checkpoint",
                 fix="The folder mixes files of two checkpoints.",
             )
 

@@ -65,6 +65,15 @@ def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_
     assert engine.verify(tmp_path / "out", src=step, mapping="transformers").problems == ()
 
 
+def test_a_stray_file_that_is_no_json_does_not_matter(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "tokenizer")
+    (folder / "tokenizer.config.json").write_text("{")
+    convert(tmp_path / "out", folder, config=CONFIG)
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(EngineError, match="the file is not JSON"):
+        convert(tmp_path / "other", folder, config=CONFIG)
+
+
 def test_it_is_copied_where_the_mapping_describes_another_kind_that_is_not_there(saved: Path, tmp_path: Path) -> None:
     """As of a Llama that InternEvo trained with a tokenizer of the Hub."""
     step = shutil.copytree(FIXTURES / "internevo" / "llama_tp2_pp1_default", tmp_path / "step")

@@ -24,6 +24,7 @@ from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
 from tests.support.depth import examples
 from tests.support.families import model_of, save_family
+from tests.support.frameworks import FIXTURES
 from tests.support.shards import Model, save
 
 PAIRS = Model("v2", layers=4, hidden=32, heads=4, groups=2, ffn=24, rotary="pairs")
@@ -341,6 +342,12 @@ def test_the_command_says_what_is_missing() -> None:
 
 
 @pytest.mark.skipif(find_spec("engine.explaining.codes") is None, reason="error pages are not there")
+def test_a_piece_is_not_taken_for_the_whole_tensor() -> None:
+    genuine = FIXTURES / "internevo_2025" / "v2_isp_wp2"
+    told = api.explain("layers.0.attention.wk.weight", "internlm2", genuine, backward=True).tensors[0]
+    assert any("attention.wqkv.weight, of which this is a piece, is `(groups (que" in one for one in told.words)
+
+
 def test_an_error_code_is_explained_without_a_checkpoint() -> None:
     done = invoke("explain", "E203")
     assert done.exit_code == 0, done.stderr

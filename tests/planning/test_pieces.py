@@ -211,8 +211,9 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
         folder, lambda state: state.__delitem__("layers.2.attention.wk.weight"), "model_tp1*.pt")),
     "a piece is missing on every rank": ("E207", "rank tp0", lambda folder: edit(
         folder, lambda state: state.__delitem__("layers.2.attention.wk.weight"))),
-    "a rank has the whole as well": ("E206", "wqkv", lambda folder: edit(folder, lambda state: state.update(
-        {"layers.0.attention.wqkv.weight": state["layers.0.attention.wq.weight"].repeat(2, 1)}), "model_tp1*.pt")),
+    "a rank has the whole as well": ("E206", "both whole and in pieces", lambda folder: edit(
+        folder, lambda state: state.update({"layers.0.attention.wqkv.weight": state[
+            "layers.0.attention.wq.weight"].repeat(2, 1)}), "model_tp1*.pt")),
     "two pieces changed names on one rank": ("E203", "model_tp1", lambda folder: edit(
         folder, exchange, "model_tp1*.pt")),
     "two pieces changed names on every rank": ("E203", "queries", lambda folder: edit(folder, exchange)),
