@@ -114,7 +114,7 @@ EQUAL = (
         "where `qk_interleaved` is absent, `adapt_hf` alone decides, in the second half",
     ),
     (
-        r"xtuner-moe|torchtitan-llama",
+        r"xtuner-moe|torchtitan-.*",
         r"output",
         r"not \(tie_word_embeddings( \| default\(true\))?\)$",
         "`keys` gives the default false before an expression sees it",
@@ -133,7 +133,7 @@ EQUAL = (
         "the axis `chosen` is that key",
     ),
     (
-        r"torchtitan-llama|xtuner-moe",
+        r"torchtitan-.*|xtuner-moe",
         r"config\.rope_scaling",
         r"left out",
         "scaled angles are several keys together, or are asked about; a test of the family tries them",
@@ -168,6 +168,7 @@ EQUAL = (
         r"given\.rope_theta \| default\(given\.\w+",
         "a base that only `rope_parameters` has is not among what is tried; a test of the family tries it",
     ),
+    (r"torchtitan-qwen3", r"queries", r"without `when`", "the rule has an empty one, in place of that of Llama's rule"),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
 )
 # Of which families, which edits, and why the workflow or its comment is silent.
@@ -183,7 +184,7 @@ SILENT = (
         "it has no head that is normalised, so nothing is written",
     ),
     (
-        r"torchtitan-llama|xtuner-moe",
+        r"torchtitan-.*|xtuner-moe",
         r"config: (rope_scaling left out|rms_norm_eps: 1e-06)",
         "scaled angles, and another epsilon than XTuner's, are asked about; a test of the family tries them",
     ),
@@ -193,7 +194,7 @@ SILENT = (
         "`keys` gives the default false to config.json before an expression sees it",
     ),
     (
-        r"xtuner-moe|torchtitan-llama",
+        r"xtuner-moe|torchtitan-.*",
         r"(variants|config): `default\(true\)` for `default\(false\)`",
         "`keys` gives the default false before an expression sees it",
     ),
