@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml requirements-dev.lock Makefile
 test: setup
 	@$(MAKE) --no-print-directory -j2 tests lint # side by side, so that no core waits
 
-# Among them is a proof of every mapping.
+# Among them is a proof of every family.
 tests: setup
 	$(BIN)/python -m pytest
 

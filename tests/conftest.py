@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 
-from tests.support.depth import SOAK
+from tests.support.depth import SOAK, in_sample
 
 gc.set_threshold(1_000_000, 20, 100)  # a fifth of the time is else spent looking for cycles
 
-_MOST = 100 if SOAK else 50  # examples of a property that does not say how many
+_MOST = 100 if SOAK else 25  # examples of a property that does not say how many
 hypothesis.settings.register_profile("untimed", deadline=None, max_examples=_MOST)  # machines are of many speeds
 hypothesis.settings.load_profile("untimed")
 
@@ -31,6 +31,11 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
+    items[:], left = in_sample(items)
+    config.hook.pytest_deselected(items=left)
 
 
 def pytest_collection_finish() -> None:

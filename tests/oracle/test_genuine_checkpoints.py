@@ -9,6 +9,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.genuine import AMBIGUOUS, logits, settings_of
 
 FOLDER = Path(__file__).parents[1] / "fixtures" / "internevo"
@@ -29,6 +30,7 @@ def mapping_of(name: str) -> str:
     return next(f"families/{family}.yaml" for key, family in FAMILIES.items() if key in name)
 
 
+@sampled(3)
 @pytest.mark.parametrize("name", NAMES)
 def test_stock_transformers_gives_internevos_own_logits(name: str, tmp_path: Path) -> None:
     out = tmp_path / "hf"
@@ -46,6 +48,7 @@ def test_where_both_letterings_fit_the_run_asks_and_leaves_nothing(name: str, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", AMBIGUOUS)
 def test_the_wrong_lettering_gives_other_logits_so_asking_is_right(name: str, tmp_path: Path) -> None:
     out = tmp_path / "hf"
@@ -88,6 +91,7 @@ def test_shards_respect_their_size_and_the_index_names_every_tensor(tmp_path: Pa
     assert index["metadata"]["total_size"] == total
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", [n for n in NAMES if "v2" in n])
 def test_the_official_names_pack_the_same_weights(name: str, tmp_path: Path) -> None:
     """Unpacking wqkv by the official layout gives the Llama mapping's projections."""

@@ -20,6 +20,7 @@ from engine.oracle.frameworks import forward_of
 from engine.oracle.internevo import Forward
 from engine.oracle.load_model import fixed_tokens
 from engine.storage.local import local_file
+from tests.support.depth import sampled
 from tests.support.families import InternLM3, Llama, save_family
 from tests.support.fsdp import save_fsdp
 from tests.support.genuine import MODELS
@@ -31,8 +32,6 @@ NAMES = sorted(p.name for p in FOLDER.iterdir() if not p.name.startswith("moe"))
 AMBIGUOUS = ["v1_tp4_pp1", "v2_tp4_pp1_nohf"]
 LETTERS = {"mlp_letters": "w2_is_down"}
 V2 = "v2_tp2_pp2"
-
-pytestmark = pytest.mark.slow
 
 
 def mapping_of(name: str) -> str:
@@ -95,6 +94,7 @@ def run(training: Forward, ids: torch.Tensor) -> torch.Tensor:
         return training.head(x)[1]
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", NAMES)
 def test_training_s_own_forward_pass_gives_internevo_s_own_logits(name: str) -> None:
     oracle = torch.load(FOLDER / name / "oracle.pt", weights_only=True)
@@ -102,6 +102,7 @@ def test_training_s_own_forward_pass_gives_internevo_s_own_logits(name: str) -> 
         torch.testing.assert_close(run(training, oracle["input_ids"]), oracle["logits"], atol=2e-5, rtol=0)
 
 
+@sampled(3)
 @pytest.mark.parametrize("name", [name for name in MODELS if name in NAMES])
 def test_every_genuine_dense_checkpoint_passes(name: str, tmp_path: Path) -> None:
     engine.convert(mapping_of(name), FOLDER / name, tmp_path / "hf", settings=settings_of(name))
@@ -123,6 +124,7 @@ OTHERS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+@sampled(2)
 @pytest.mark.parametrize(("kind", "dtype"), [*((kind, "auto") for kind in OTHERS), ("float32", "bfloat16")])
 def test_other_ranks_and_families_pass_too(kind: str, dtype: str, tmp_path: Path) -> None:
     model, layout = OTHERS[kind]
@@ -170,6 +172,7 @@ def test_norms_are_said_to_be_exchanged_only_if_they_are(out: Path) -> None:
     assert wrong["why"] == "input_layernorm is wrong; post_attention_layernorm is wrong"
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", ["v2_tp4_pp1_nohf", V2])
 def test_rotary_pairs_in_the_wrong_order_are_named(name: str, tmp_path: Path) -> None:
     """The setting that made the output wrong is given again, and must not mislead training's own forward."""
@@ -191,6 +194,7 @@ DAMAGE = {
 }
 
 
+@sampled(2)
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_one_wrong_tensor_is_named_alone_though_all_later_states_differ(kind: str, out: Path) -> None:
     module, place, why = DAMAGE[kind]
@@ -264,6 +268,7 @@ def test_null_is_false_for_adapt_hf_as_training_has_it(null: bool, made: Path, t
         assert training._pairs is null
 
 
+@sampled(2)
 @pytest.mark.parametrize(("dp", "tp", "zero"), [(3, 1, None), (4, 2, 2)])
 def test_fsdp_shards_are_run_too(dp: int, tp: int, zero: int | None, tmp_path: Path) -> None:
     model = Model("v2", groups=2, bias=False, layers=2)

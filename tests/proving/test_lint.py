@@ -13,6 +13,7 @@ import pytest
 import engine.api
 from engine.language.documents import plain
 from engine.proving.lint import lint_file
+from tests.support.depth import sampled
 
 Data = dict[str, Any]
 
@@ -87,6 +88,7 @@ def unreachable(data: Data) -> None:
     data["variants"]["rotary"]["choices"] = {"halves": "otherwise", "pairs": choices["pairs"]}
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("code", "told", "change"),
     [
@@ -287,6 +289,7 @@ def edited(family: str, change: str | tuple[str, str]) -> str:
     return text.replace(change[0], change[1])
 
 
+@sampled(3)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_found_and_the_right_word_named(mistake: str, tmp_path: Path) -> None:
     family, change, code, word = MISTAKES[mistake]

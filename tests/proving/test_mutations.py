@@ -18,7 +18,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from engine.language.documents import plain
-from tests.support.depth import SOAK
+from tests.support.depth import SOAK, sampled
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, State, save
 
@@ -147,6 +147,7 @@ WORLDS: dict[str, tuple[Model, list[dict[str, Any]], dict[str, Any]]] = {
 TRIED = WORLDS if SOAK else ("internlm2", "meta-llama")
 
 
+@sampled(2)
 @pytest.mark.parametrize("family", TRIED)
 def test_every_mutant_of_every_rule_is_caught(family: str, tmp_path: Path) -> None:
     base, changes, layout = WORLDS[family]

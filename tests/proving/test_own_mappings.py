@@ -9,6 +9,7 @@ import pytest
 import engine
 from engine.errors import EngineError
 from engine.language.search import bundled
+from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, source_of
 
 CHECKPOINT = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
@@ -22,6 +23,7 @@ def edited(folder: Path, old: str = "", new: str = "") -> Path:
     return path
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("old", "new", "word"),
     [

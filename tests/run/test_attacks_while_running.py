@@ -18,7 +18,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from engine.storage import output
-from tests.support.depth import crossed
+from tests.support.depth import crossed, sampled
 from tests.support.forked import run_engine
 from tests.support.old_output import old_output
 from tests.support.readers import read_rank_file, read_safetensors
@@ -82,6 +82,7 @@ def replaced(path: Path, put: Callable[[Path], object]) -> Callable[[], None]:
     return harm
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("put", "code"),
     [
@@ -201,6 +202,7 @@ def test_a_disk_that_fails_to_read_is_told(source: Path, out: Path, monkeypatch:
     assert "Input/output" in str(fails(source, out, "E305"))
 
 
+@sampled(2)
 @pytest.mark.parametrize("limit", [0, 1000, 20_000])
 def test_files_that_may_not_grow_end_the_run_and_it_resumes(limit: int, source: Path, out: Path) -> None:
     convert(source, out.parent / "whole")
@@ -257,6 +259,7 @@ def test_a_parent_that_is_a_file_is_told(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "keep"
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "name", [b"\xff\xfe not utf-8", "größe 模型, with space, new\nline, tab\t '\"$(touch ran)".encode()]
 )
@@ -341,6 +344,7 @@ LINES = {
 }  # fmt: skip
 
 
+@sampled(2)
 @pytest.mark.parametrize(("what", "first"), crossed(list(LINES), [True, False]))
 def test_a_damaged_journal_costs_work_and_nothing_else(
     what: str, first: bool, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.run import execute
 from engine.storage.sinks import SinkFiles
+from tests.support.depth import sampled
 from tests.support.disk import Disk, tree
 from tests.support.sentencepiece_models import train
 from tests.support.shards import Model, save
@@ -88,6 +89,7 @@ WRONG = {
 }
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("large", "beside"), [(False, False), (True, False), (False, True)], ids=["small", "large", "beside"]
 )
@@ -168,6 +170,7 @@ def test_an_output_that_is_in_the_way_is_told_before_the_tokenizer_is_read(
     refused("E404", source, source / "hf", mapping(), tokenizer=tokenizers / "larger.model")
 
 
+@sampled(2)
 @pytest.mark.parametrize("what", ["tokenizer", "memory"])
 def test_a_refusal_leaves_what_an_interrupted_run_wrote(
     what: str, source: Path, tmp_path: Path, tokenizers: Path, monkeypatch: pytest.MonkeyPatch

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 MODEL = Model("v1", layers=3)
@@ -81,6 +82,7 @@ def test_an_untouched_output_verifies(source: Path, tmp_path: Path) -> None:
     assert read(tmp_path / "hf")["content_id"] in result.output
 
 
+@sampled(2)
 @pytest.mark.parametrize("damage", ["payload", "config", "missing", "renamed", "extra", "shape"])
 def test_whatever_changed_in_an_output_is_found(damage: str, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "hf"

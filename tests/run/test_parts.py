@@ -28,7 +28,7 @@ from engine.run.parts import Part, read_markers, share
 from engine.run.schedule import Job, Unit
 from engine.storage.local import LocalStore
 from tests.attacks.values import mutated
-from tests.support.depth import SOAK
+from tests.support.depth import SOAK, sampled
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
@@ -57,6 +57,7 @@ def refused(code: str, *arguments: Any) -> EngineError:
     return caught.value
 
 
+@sampled(2)
 @pytest.mark.parametrize("count", [1, 2, 5, 100 if SOAK else 20])
 def test_any_number_of_parts_gives_the_bytes_of_one_run(
     count: int, plan: Path, whole: dict[str, bytes], tmp_path: Path
@@ -77,6 +78,7 @@ CHUNKED = FIXTURES.parent / "megatron" / "torch-tp2pp2-vpp2"
 PADDED = {"settings": {"vocab_multiple": 8}}  # the vocabulary, with zeros that no file holds
 
 
+@sampled(3, "job")
 @pytest.mark.parametrize(
     ("job", "mapping", "options"),
     [
@@ -127,6 +129,7 @@ def test_a_part_looks_at_no_file_but_its_own(whole: dict[str, bytes], tmp_path: 
     assert weights and all((tmp_path / "out" / name).read_bytes() == whole[name] for name in weights)
 
 
+@sampled(2)
 @pytest.mark.parametrize("to", [None, "transformers"])
 def test_no_copies_of_a_saved_plan_break_a_part(to: str | None, plan: Path) -> None:
     """Of one that reads with one mapping and writes with another, those of the first: other names are other files."""
@@ -145,6 +148,7 @@ def test_no_copies_of_a_saved_plan_break_a_part(to: str | None, plan: Path) -> N
             assert error.code in (("E102", "E305", "E405") if other else ("E102",)), (name, error)
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("part", "at", "value"),
     [
@@ -293,6 +297,7 @@ def _moved(path: Path) -> None:
     path.symlink_to(path.parent.parent / "elsewhere")
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "change", [_edited, _moved, lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink()]
 )
@@ -316,7 +321,6 @@ def test_what_a_part_wrote_and_something_changed_is_not_committed(
     assert files(out) == whole
 
 
-@pytest.mark.slow
 def test_a_part_that_is_killed_is_run_again(plan: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     script = "import os, sys, signal\nfrom engine.storage.sinks import SinkFiles\nwrite, left = SinkFiles.write, [12]\n"

@@ -22,6 +22,7 @@ from engine.move import blocks
 from engine.run import writer
 from engine.storage.replacing import OutputLock
 from engine.storage.sinks import SinkFiles
+from tests.support.depth import SOAK, sampled
 from tests.support.disk import Disk, contents, partials
 from tests.support.forked import run_engine, start_engine
 from tests.support.old_output import old_output
@@ -41,6 +42,7 @@ def convert(source: Path, out: Path, **how: Any) -> Any:
     return engine.convert(MODEL.mapping, source, out, settings=LETTERS, max_shard_size=2000, **how)
 
 
+@sampled(2)
 @pytest.mark.parametrize("good", [0, 1, 7, 20, 30])
 def test_a_full_disk_leaves_a_partial_output_that_resumes_to_the_same_bytes(
     good: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,6 +225,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, large: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
@@ -231,7 +234,7 @@ def test_a_signal_leaves_the_old_output_and_a_run_that_resumes(number: int, larg
     command += ["--set", "mlp_letters=w2_is_down", "--overwrite", "--max-shard-size", "3MB", "--quiet"]
     dice = random.Random(number)
     lock = out.with_name(f".{out.name}.lock")  # held while a run writes
-    for _ in range(3):
+    for _ in range(3 if SOAK else 1):
         process = start_engine(*command, cwd=Path(__file__).parents[2])
         deadline = time.monotonic() + 8
         while not lock.exists() and time.monotonic() < deadline:
@@ -262,6 +265,7 @@ def test_a_source_rewritten_while_it_is_read_is_noticed(source: Path, tmp_path: 
     assert caught.value.code == "E405"
 
 
+@sampled(2)
 @pytest.mark.parametrize("command", ["convert", "reverse"])
 def test_a_tensor_in_progress_goes_on_where_it_was_marked(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

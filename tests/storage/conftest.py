@@ -12,7 +12,6 @@ import pytest
 from engine import api
 from engine.errors import EngineError
 from engine.storage.places import store_options
-from tests.support.depth import SOAK
 from tests.support.object_server import BUCKET, Proxy, options, proxy, server
 
 
@@ -60,13 +59,6 @@ def refused(code: str, call: Callable[[], object]) -> EngineError:
 def pending(bucket: Bucket, *names: str) -> list[str]:
     """Uploads at some prefixes that were begun and not ended; ends them."""
     return [str(one) for name in names or ("hf",) for one in api.clean(f"{bucket.url}/{name}")]
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow ones run in the soak."""
-    for item in items if not SOAK else ():
-        if "tests/storage/" in item.nodeid and item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="takes long; `make soak` runs it"))
 
 
 @pytest.fixture(scope="package")  # it takes processor time as long as it runs

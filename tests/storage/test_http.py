@@ -15,6 +15,7 @@ import pytest
 import engine
 from engine.errors import EngineError
 from tests.storage.conftest import MAPPING, STEP, files
+from tests.support.depth import sampled
 from tests.support.invoking import invoke
 from tests.support.serving import serving
 
@@ -103,6 +104,7 @@ def test_a_copy_of_a_step_is_served_when_the_step_is_gone(tmp_path: Path) -> Non
         server.shutdown()
 
 
+@sampled(2)
 @pytest.mark.parametrize("url", ["http://[", "s3://[/a", "az://][", "s3://a/\udcff", "https://a/\ud800"])
 def test_an_address_that_is_none_is_wrong_usage(url: str, tmp_path: Path) -> None:
     for command in (("inspect", url), ("run", "-m", MAPPING, "-s", url), ("run", "-m", MAPPING, "-s", STEP, "-o", url)):

@@ -20,7 +20,7 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from tests.storage.conftest import MAPPING, STEP, Bucket, files
-from tests.support.depth import SOAK
+from tests.support.depth import deep
 from tests.support.object_server import options
 
 PAGE = Path(__file__).parents[2] / "docs" / "clusters.md"
@@ -60,7 +60,8 @@ def test_the_manifests_say_what_an_indexed_job_needs() -> None:
         assert {mount["name"] for one in inside["containers"] for mount in one["volumeMounts"]} == volumes
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2] if SOAK else [0])
+@deep
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_manifests_give_the_bytes_of_one_run(seed: int, bucket: Bucket, tmp_path: Path) -> None:
     engine.convert(MAPPING, STEP, tmp_path / "hf", max_shard_size=50_000)
     (tmp_path / "plans").mkdir()

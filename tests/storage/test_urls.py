@@ -16,6 +16,7 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, refused
+from tests.support.depth import SOAK
 from tests.support.object_server import options
 from tests.support.serving import serving
 
@@ -75,7 +76,8 @@ def test_a_url_where_only_a_path_can_be_is_told_and_makes_no_folder_of_its_name(
 def test_a_step_in_a_store_is_opened_and_mounted(bucket: Bucket, written: Path, tmp_path: Path) -> None:
     step = bucket.upload(STEP, "step")
     with engine.open(step, MAPPING) as tensors, engine.open(STEP, MAPPING) as local:
-        assert all((tensors[name] == local[name]).all() for name in local)
+        assert tensors.keys() == local.keys()
+        assert all((tensors[name] == local[name]).all() for name in list(local)[::7])
     with engine.virtual(engine.plan(MAPPING, step)) as folder:
         assert {name: file.read() for name, file in folder.items()} == files(written)
         asked = len(bucket.proxy.asked)
@@ -83,7 +85,7 @@ def test_a_step_in_a_store_is_opened_and_mounted(bucket: Bucket, written: Path, 
         assert len(bucket.proxy.asked) <= asked + 4  # and no listing for every read
     from tests.support.fuse import missing
 
-    if missing() is not None:
+    if missing() is not None or not SOAK:  # what is mounted elsewhere is the same folder
         return
     reached = [f"--store-option={name}={value}" for name, value in options(bucket.proxy.port).items()]
     command = [sys.executable, "-m", "engine", "mount", str(tmp_path / "at"), "-m", MAPPING, "-s", step, *reached]
@@ -100,8 +102,12 @@ def test_the_steps_of_a_run_in_a_store_are_served(bucket: Bucket, written: Path)
     with serving([api.Model("org/name", MAPPING, f"{bucket.url}/run")]) as hub:
         assert json.loads(hub.ask("/api/models/org/name")[2])["sha"]
         for name, data in files(written).items():
-            with urllib.request.urlopen(f"{hub.url}/org/name/resolve/100/{name}") as got:
-                assert got.read() == data, name
+            whole = SOAK or len(data) < 100_000  # of others some bytes: each piece is a request
+            asked = urllib.request.Request(
+                f"{hub.url}/org/name/resolve/100/{name}", headers={} if whole else {"Range": "bytes=90000-99999"}
+            )
+            with urllib.request.urlopen(asked) as got:
+                assert got.read() == (data if whole else data[90_000:100_000]), name
         bucket.upload(STEP, "run/200")
         refs = json.loads(hub.ask("/api/models/org/name/refs")[2])
         assert [one["name"] for one in refs["branches"]] == ["main", "200", "100"]
