@@ -18,6 +18,7 @@ from engine.assets.tokenizer import convert_tokenizer
 from engine.errors import EngineError
 from engine.run.memory import predicted_memory
 from tests.support.chats import SPEC
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=3, hidden=64, heads=4, groups=2, ffn=96, vocab=512, bias=False)
@@ -55,6 +56,7 @@ def test_an_error_of_the_other_process_is_told_as_if_it_were_ours(tmp_path: Path
     assert told[0] == told[1] and told[0].startswith("E501")
 
 
+@sampled(2)
 @pytest.mark.parametrize("program", ["", "no-such-program", "false", "true"])
 def test_without_another_process_it_is_converted_here(
     program: str,

@@ -13,6 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 import engine
 from engine.assets.chat import chat_template, unmarked
 from tests.support.chats import TURNS, load
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=3, hidden=64, heads=4, groups=2, ffn=96, vocab=512, bias=False)
@@ -52,6 +53,7 @@ def test_parts_of_text_are_the_text(name: str, tmp_path: Path, chat_model: Path)
     assert "banana" in written[0] and "[" not in written[0]
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("trimming", [False, True])
 def test_without_marks_it_renders_the_same_in_plain_jinja(

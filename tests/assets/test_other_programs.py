@@ -14,6 +14,7 @@ from sentencepiece import SentencePieceProcessor
 
 import engine
 from engine.assets.tokenizer import convert_tokenizer, written_merges
+from tests.support.depth import sampled
 from tests.support.families import Llama, save_family
 from tests.support.sentencepiece_models import RESERVED, train
 
@@ -40,6 +41,7 @@ def config(folder: str, mapping: str, scaling: str, out: Path) -> dict[str, Any]
     return read
 
 
+@sampled(3)
 @pytest.mark.parametrize("scaling", SCALED)
 @pytest.mark.parametrize(("folder", "mapping", "theta"), MODELS)
 def test_the_rotary_settings_stand_in_the_old_form_too(
@@ -53,6 +55,7 @@ def test_the_rotary_settings_stand_in_the_old_form_too(
     assert read["dtype"] == read["torch_dtype"]
 
 
+@sampled(5)
 @pytest.mark.parametrize("scaling", SCALED)
 @pytest.mark.parametrize(("folder", "mapping", "theta"), MODELS)
 def test_transformers_5_reads_the_same_with_the_old_keys_and_without(
@@ -81,6 +84,7 @@ def test_llama_3_scaling_stands_in_the_old_form_too() -> None:
     assert read["rope_theta"] == read["rope_parameters"]["rope_theta"] == 500000.0
 
 
+@sampled(2)
 @pytest.mark.parametrize(("folder", "mapping", "theta"), MODELS)
 def test_what_was_written_so_can_be_written_back(
     folder: str, mapping: str, theta: float | None, tmp_path: Path
@@ -89,6 +93,7 @@ def test_what_was_written_so_can_be_written_back(
     engine.reverse(mapping, tmp_path / "out", tmp_path / "back", like=FIXTURES / folder)
 
 
+@sampled(2)
 @pytest.mark.parametrize("dummy", [True, False])
 def test_the_tokenizers_settings_say_what_llama_cpp_reads_there(dummy: bool, tmp_path: Path) -> None:
     model = tmp_path / "tokenizer.model"
@@ -101,6 +106,7 @@ def test_the_tokenizers_settings_say_what_llama_cpp_reads_there(dummy: bool, tmp
     assert dummy or "<|im_start|>" in {token["content"] for token in read}
 
 
+@sampled(2)
 @pytest.mark.parametrize("dummy", [True, False])
 def test_transformers_gives_the_ids_of_sentencepiece_with_these_settings(dummy: bool, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
@@ -147,6 +153,7 @@ CARDS = [
 ]
 
 
+@sampled(2)
 @pytest.mark.parametrize(("folder", "mapping", "settings", "versions"), CARDS)
 def test_the_card_names_the_versions_that_read_it_as_this_model(
     folder: str, mapping: str, settings: dict[str, str], versions: str, tmp_path: Path

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, source_of
 from tests.support.shards import Model, save
 
@@ -151,6 +152,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
 }  # fmt: skip
 
 
+@sampled(4, lambda row: WRONG[row["name"]][0])
 @pytest.mark.parametrize("name", WRONG)
 def test_a_tokenizer_that_is_not_this_models_is_refused_if_given_and_left_out_if_only_there(
     name: str, saved: Path, tmp_path: Path

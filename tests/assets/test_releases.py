@@ -15,6 +15,7 @@ from engine.errors import EngineError
 from engine.language.expressions import evaluate, render_tree
 from engine.language.mapping_file import load_mapping
 from engine.planning.variants import decide, options_of
+from tests.support.depth import sampled
 
 MAPPINGS = Path(__file__).parents[2] / "mappings"
 RELEASES = sorted(path.stem for path in MAPPINGS.glob("*.yaml"))
@@ -94,6 +95,7 @@ def test_internlm2_names_all_six_reserved_ids(name: str) -> None:
     }
 
 
+@sampled(3)
 @pytest.mark.parametrize("name", [name for name in RELEASES if name not in META and name not in REMOTE])
 def test_a_releases_configuration_loads_in_transformers(name: str, tmp_path: Path) -> None:
     config = as_llama(config_of(name), tmp_path)
