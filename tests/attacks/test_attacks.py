@@ -17,7 +17,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from tests.attacks import Attack, canary, corpus
-from tests.support.depth import SOAK
+from tests.support.depth import SOAK, sampled
 from tests.support.disk import Disk, contents, tree
 from tests.support.shards import Model, save
 
@@ -112,21 +112,25 @@ def names(start: Any) -> list[Any]:
     ]
 
 
+@sampled(8, "attack.codes", "attack.make.__module__")
 @pytest.mark.parametrize("attack", names("training"))
 def test_a_hostile_checkpoint_is_refused_with_the_right_error(attack: Attack, good: Path, tmp_path: Path) -> None:
     check(attack, good, tmp_path)
 
 
+@sampled(3, "attack.codes", "attack.make.__module__")
 @pytest.mark.parametrize("attack", names("hf"))
 def test_a_hostile_hugging_face_checkpoint_is_refused(attack: Attack, good: Path, tmp_path: Path) -> None:
     check(attack, good, tmp_path)
 
 
+@sampled(10, "attack.codes")
 @pytest.mark.parametrize("attack", names("mapping"))
 def test_a_hostile_mapping_is_refused(attack: Attack, good: Path, tmp_path: Path) -> None:
     check(attack, good, tmp_path)
 
 
+@sampled(3, "attack.start", "attack.codes")
 @pytest.mark.parametrize("attack", [*names("interrupted"), *names("interrupted hf")])
 def test_a_resumed_run_writes_what_a_new_one_would_or_is_refused(
     attack: Attack, good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -64,7 +64,7 @@ def without(data: Any, at: tuple[Any, ...]) -> Any:
     return data
 
 
-EVERY = 2 if SOAK else 20  # of so many values one, another in each place
+EVERY = 2 if SOAK else 40  # of so many values one, another in each place
 
 
 def mutated(data: Any) -> Iterator[tuple[str, bytes]]:
