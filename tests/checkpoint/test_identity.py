@@ -17,7 +17,7 @@ from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.run import journal, runner
 from engine.storage.sinks import SinkFiles
-from tests.support.depth import crossed
+from tests.support.depth import crossed, sampled
 from tests.support.disk import Disk, contents, partials
 from tests.support.readers import read_rank_file, read_safetensors
 from tests.support.shards import Model, save
@@ -118,6 +118,7 @@ def other_model(source: Path, kind: str) -> bytes:
     return weights(other).read_bytes()
 
 
+@sampled(2)
 @pytest.mark.parametrize(("kind", "put"), crossed(KINDS, list(PUT)))
 def test_a_run_does_not_go_on_with_another_model_of_the_same_headers(
     kind: str, put: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +137,7 @@ def test_a_run_does_not_go_on_with_another_model_of_the_same_headers(
     assert contents(out) == contents(tmp_path / "whole")
 
 
+@sampled(3)
 @pytest.mark.parametrize("put", ["in place"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_tensor_that_changed_is_noticed_when_it_was_copied_and_else_copied_as_it_is_now(

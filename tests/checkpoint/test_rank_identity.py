@@ -17,6 +17,7 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from tests.attacks.faults import swap
+from tests.support.depth import sampled
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save, with_root
 
@@ -57,6 +58,7 @@ def settings_of(model: Any) -> dict[str, str]:
     return {} if model is META else LETTERS
 
 
+@sampled(2)
 @pytest.mark.parametrize("case", EXCHANGED.values(), ids=EXCHANGED)
 def test_exchanged_files_are_refused_by_the_names_they_were_saved_under(case: Any, tmp_path: Path) -> None:
     model, layout, one, other = case
@@ -78,6 +80,7 @@ def test_slices_of_queries_that_are_copied_in_pairs_are_no_repeated_heads(tmp_pa
     assert error.code == "E306" and "same slice" in str(error)
 
 
+@sampled(2)
 @pytest.mark.parametrize("put", [shutil.copy, Path.hardlink_to, Path.symlink_to], ids=["copy", "link", "symlink"])
 @pytest.mark.parametrize("case", EXCHANGED.values(), ids=EXCHANGED)
 def test_one_file_under_two_names_is_refused_also_where_no_name_was_saved(case: Any, put: Any, tmp_path: Path) -> None:
