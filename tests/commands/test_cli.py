@@ -24,6 +24,7 @@ from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
 from engine.show import text
 from engine.storage.places import options_now
+from tests.support.depth import deep, sampled
 from tests.support.forked import run_engine
 from tests.support.invoking import invoke
 from tests.support.shards import Model, save
@@ -47,10 +48,11 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def test_commands_without_a_checkpoint_import_neither_torch_nor_transformers() -> None:
-    """Each in a fork of one interpreter that has only loaded the commands; all bundled mappings lint without errors."""
+    """Each in a fork of one interpreter that has only loaded the commands."""
     code = (
         "import os, sys\nfrom engine.commands.main import cli\n"
-        "for words in (['--help'], ['--version'], ['run', '--help'], ['show', 'internlm'], ['lint', '--json']):\n"
+        "for words in ('--help', '--version', 'run --help', 'show internlm', 'lint internlm --json'):\n"
+        "    words = words.split()\n"
         "    if os.fork():\n"
         "        assert os.wait()[1] == 0\n"
         "        continue\n"
@@ -67,6 +69,7 @@ def test_commands_without_a_checkpoint_import_neither_torch_nor_transformers() -
     assert not [one for one in findings if one["severity"] == "error"]
 
 
+@deep
 def test_planning_imports_neither_torch_nor_transformers() -> None:
     """Nor does the package named `plan` hide the function, once it is loaded."""
     code = (
@@ -80,6 +83,7 @@ def test_planning_imports_neither_torch_nor_transformers() -> None:
     assert done.stdout == "[]\n55\n", done.stderr
 
 
+@deep
 def test_merging_rows_of_usual_length_imports_no_numpy(tmp_path: Path) -> None:
     """It would take a sixth of the time until the first byte."""
     save(
@@ -362,6 +366,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 # -- inspect and plan
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("rest", "code", "told"),
     (

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from click.testing import CliRunner
 
 from engine.commands.main import cli
+from tests.support.depth import SOAK
 from tests.support.terminal import ROOT
 
 # What the shell is asked to complete, and what must be offered.
@@ -59,10 +61,18 @@ def offers(found: str) -> list[list[str]]:
     return [one.split("\n") for one in found.split("==\n")[:-1]]
 
 
+@pytest.mark.parametrize(("line", "wanted"), [ASKED[1], ASKED[5]])
+def test_names_and_codes_are_given_to_a_shell(line: str, wanted: str) -> None:
+    _, *words, last = line.split()
+    offer = ShellComplete(cli, {}, "engine", "_ENGINE_COMPLETE").get_completions(words, last)
+    assert wanted in [one.value for one in offer]
+
+
 def test_bash_completes(folder: Path) -> None:
-    words = (" ".join(part for word in line.split() for part in word.replace("=", " = ").split()) for line, _ in ASKED)
+    asked = ASKED if SOAK else ASKED[::2]  # each is a process
+    words = (" ".join(part for word in line.split() for part in word.replace("=", " = ").split()) for line, _ in asked)
     found = offered(["bash", "-c"], BASH + "\n".join(f"asked {line}" for line in words), folder)  # as readline splits
-    for (_, wanted), offer in zip(ASKED, offers(found), strict=True):
+    for (_, wanted), offer in zip(asked, offers(found), strict=True):
         assert wanted in offer
 
 

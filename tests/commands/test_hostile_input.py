@@ -26,6 +26,7 @@ from engine.errors import EngineError
 from engine.serve.server import Line
 from engine.storage.local import LocalStore
 from tests.attacks.values import ARGUMENTS, EVERY, mutated
+from tests.support.depth import sampled
 from tests.support.genuine import FIXTURES
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
@@ -321,6 +322,7 @@ def test_what_comes_to_the_output_while_a_run_goes_on_is_kept(made: Path, tmp_pa
         shutil.rmtree(tmp_path / "out")
 
 
+@sampled(2)
 @pytest.mark.parametrize("out", ["/", ".", "..", "", "in", "same", ".hf.partial-0a1b2c3d", ".hf.old-0a1b2c3d"])
 def test_an_output_that_is_no_place_of_its_own_is_refused(
     out: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -478,6 +480,7 @@ def test_compare_shows_names_as_escapes(tmp_path: Path) -> None:
 # -- numbers that do not fit
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("stored", "asked", "value"),
     [(torch.float32, "float16", 1e5), (torch.bfloat16, "float16", 1e5), (torch.float32, "bfloat16", 3.4e38),
