@@ -25,6 +25,7 @@ from engine.comparing.tensors import Verdict
 from engine.formats.safetensors import index_json
 from engine.move.tensors import tiles
 from engine.run.meter import Progress
+from tests.support.depth import sampled
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 CONFIG = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "hidden_size": 32, "vocab_size": 40}
@@ -317,6 +318,7 @@ def exchange(state: State, one: str, two: str) -> None:
     state[one], state[two] = state[two], state[one]
 
 
+@sampled(2, "cast")
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj"), ("w1", "w3"), ("w2", "w3")])
 def test_exchanged_tensors_are_told_once_for_all_layers(names: tuple[str, str], cast: bool, tmp_path: Path) -> None:
@@ -399,6 +401,7 @@ def test_tensors_under_other_names_are_told_on_both_sides(tmp_path: Path, ref: P
     )
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("fixture", "mapping"), [("v1_tp4_pp1", "families/internlm.yaml"), ("v2_tp4_pp1_nohf", "families/internlm2.yaml")]
 )
@@ -497,6 +500,7 @@ def big(path: Path, rows: int, change: tuple[int, int] | None = None, transpose:
     return path
 
 
+@sampled(2)
 @pytest.mark.parametrize("case", ["equal", "different", "transposed", "turned storage", "cast"])
 def test_a_tensor_of_32_mib_is_compared_in_small_buffers(case: str, tmp_path: Path) -> None:
     one, two = big(tmp_path / "one.bin", 4096), tmp_path / "two.bin"

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from engine import api
-from tests.support.depth import deep, examples
+from tests.support.depth import deep, examples, sampled
 from tests.support.planted import FAULTS, SOURCES, Fault, convert, row, settings_table, told_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "compare-faults.md"
@@ -26,6 +26,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {source: convert(source, folder / source) for source in SOURCES}
 
 
+@sampled(6, "fault.kind")
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.what for fault in FAULTS])
 def test_a_planted_fault_is_named_and_the_page_says_so(
     fault: Fault, references: dict[str, Path], tmp_path: Path

@@ -19,7 +19,7 @@ from engine.commands.main import cli
 from engine.comparing.effects import Difference, effect_of
 from engine.comparing.settings import compare_settings
 from engine.comparing.texts import unlike_merges
-from tests.support.depth import deep
+from tests.support.depth import deep, sampled
 from tests.support.planted import SETTINGS
 from tests.support.sentencepiece_models import train
 
@@ -71,6 +71,7 @@ def test_a_folder_equals_itself(made: Path) -> None:
     assert done.same() and not done.differences and not done.unchecked
 
 
+@sampled(3)
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_setting_that_changes_the_function_is_told_with_what_it_does(case: str, out: Path, made: Path) -> None:
     values, key, effect = SETTINGS[case]
@@ -114,6 +115,7 @@ def test_a_type_is_a_matter_of_precision(out: Path, made: Path) -> None:
     assert compare(out, made).exit_code == 1 and compare(out, made, "--allow-cast").exit_code == 0
 
 
+@sampled(3)
 @pytest.mark.parametrize(
     "values",
     [
@@ -273,6 +275,7 @@ def test_special_tokens_are_compared(key: str, value: str, out: Path, made: Path
     assert tokenizer_parts(out, made)[key].grade == "function"
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
@@ -289,6 +292,7 @@ def test_what_few_texts_show_of_a_tokenizer_is_told(key: str, value: Any, told: 
     assert any(what.startswith(told) for what in tokenizer_parts(out, made))
 
 
+@sampled(3)
 @pytest.mark.parametrize(("key", "value"), (("special", False), ("lstrip", True), ("single_word", True)))
 def test_a_token_that_programs_without_transformers_read_otherwise_is_told(
     key: str, value: Any, out: Path, made: Path
@@ -310,6 +314,7 @@ def test_a_model_of_pieces_that_transformers_does_not_read_beside_tokenizer_json
     assert found and set(found) == {"function"}
 
 
+@sampled(2)
 @pytest.mark.parametrize("key", ("content", "special", "id"))
 def test_tokens_that_llama_cpp_takes_from_the_settings_are_compared(key: str, out: Path, made: Path) -> None:
     def change(data: dict[str, Any]) -> None:
@@ -345,6 +350,7 @@ def test_a_key_that_another_program_reads_is_told(name: str, key: str, value: An
     assert [one.grade for one in told] == ["function"]
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("name", "key", "told"),
     [
@@ -411,6 +417,7 @@ def test_a_tokenizer_on_one_side_only_is_told(out: Path, made: Path) -> None:
     assert tokenizer_parts(out, made)["a tokenizer"].out == "absent"
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "damaged",
     [

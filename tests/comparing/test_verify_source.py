@@ -18,6 +18,7 @@ from engine.comparing import source
 from engine.comparing.source import parse_sample
 from engine.errors import EngineError
 from engine.language.search import find_file
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=3, groups=2, bias=False)
@@ -130,6 +131,7 @@ def test_tensors_that_are_missing_left_over_or_of_another_kind_are_told(damage: 
         assert word[damage] in differing["what"]
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("at", "value"),
     [
@@ -186,6 +188,7 @@ def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: 
     assert "more tensors differ from the source" in verify(both).output
 
 
+@sampled(2)
 @pytest.mark.parametrize(("sample", "read"), [("10%", 4), ("9%", 3), ("100%", 32), ("0.1%", 1), ("99%", 32)])
 def test_a_sample_reads_some_blocks_of_each_tensor_the_same_each_time(
     sample: str, read: int, made: Path, monkeypatch: pytest.MonkeyPatch

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import engine
 from engine.commands.main import cli
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=2, groups=2, bias=False)
@@ -121,6 +122,7 @@ PLANTED = (
 )  # fmt: skip
 
 
+@sampled(3)
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_file_is_told_and_fails(name: str, out: Path) -> None:
     (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -206,6 +208,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+@sampled(2)
 @pytest.mark.parametrize("case", CONFIGS)
 def test_a_configuration_that_the_mapping_does_not_give_is_told(case: str, made: Path, out: Path) -> None:
     edit(out, lambda config: config.update(CONFIGS[case]), "config.json")
