@@ -23,7 +23,7 @@ from engine.commands.main import cli
 from engine.discover.notes import block, comment, flow, shown
 from engine.discover.scaffold import DECIDED_LATER, Scaffold
 from engine.errors import EngineError
-from tests.support.depth import crossed, examples
+from tests.support.depth import crossed, examples, sampled
 from tests.support.families import model_of, save_family
 from tests.support.fsdp import save_fsdp
 from tests.support.genuine import MODELS
@@ -107,6 +107,7 @@ def tensors(mapping: Path | str, folder: Path, **chosen: str) -> State:
     return dict(engine.iter_tensors(engine.plan(mapping, folder, settings=chosen)))
 
 
+@sampled(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(name: str, tmp_path: Path) -> None:
     family = next(value for key, value in FAMILIES.items() if key in name)
@@ -124,6 +125,7 @@ def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(na
         assert (tmp_path / "release" / weight).read_bytes() == (tmp_path / family / weight).read_bytes()
 
 
+@sampled(3)
 @pytest.mark.parametrize(
     ("named", "layout"),
     crossed(
@@ -159,6 +161,7 @@ def test_renamed_tensors_convert_right(
     assert ours == theirs
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "names",
     [
@@ -209,6 +212,7 @@ def test_two_orders_of_one_shape_are_not_chosen_between(tmp_path: Path) -> None:
     assert "qkv_proj" not in "".join(line for line in made.text.split("\n") if "source: " in line and "#" not in line)
 
 
+@sampled(2)
 @pytest.mark.parametrize("layout", [{"tp": 1}, {"tp": 2}, {"tp": 3, "pp": 2}, {"mode": "isp", "wp": 2}])
 def test_a_foreign_checkpoint_gets_a_rule_for_every_pattern(layout: dict[str, Any], tmp_path: Path) -> None:
     model = Model(family="v2", hidden=48, heads=6, groups=3, ffn=56, vocab=64)
