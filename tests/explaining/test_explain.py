@@ -22,7 +22,7 @@ from engine.explaining.links import Lattice, index_text, join_lattices
 from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
-from tests.support.depth import examples
+from tests.support.depth import examples, sampled
 from tests.support.families import model_of, save_family
 from tests.support.frameworks import FIXTURES
 from tests.support.shards import Model, save
@@ -249,6 +249,7 @@ def test_values_that_are_changed_on_the_way_are_told(tmp_path: Path) -> None:
 # -- what cannot be read is refused
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("text", "why"),
     (
