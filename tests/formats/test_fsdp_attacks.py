@@ -23,6 +23,7 @@ from engine.formats.headers import Part
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Refused
 from engine.formats.unpickle import load_pickle
+from tests.support.depth import sampled
 from tests.support.readers import read_rank_file
 
 pytestmark = pytest.mark.filterwarnings("ignore:Please use DTensor")
@@ -91,6 +92,7 @@ def test_the_shard_that_the_attacks_start_from_is_read(saved: Callable[..., Path
     assert (header.shape, header.strides, header.part) == ((2, 2), (2, 1), Part((2, 0), (5, 2)))
 
 
+@sampled(3, "code")
 @pytest.mark.parametrize(
     ("change", "code"),
     [

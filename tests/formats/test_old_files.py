@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import engine
+from tests.support.depth import sampled
 from tests.support.shards import Model, same, save
 
 MODEL = Model("v1", layers=2)
@@ -69,6 +70,7 @@ def test_norms_in_float32_stay_so_both_ways(tmp_path: Path) -> None:
     assert written["dtype"] == torch.bfloat16
 
 
+@sampled(2, "legacy")
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "pre-zip"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_files_of_any_age_and_type_reshard(legacy: bool, dtype: torch.dtype, tmp_path: Path) -> None:
