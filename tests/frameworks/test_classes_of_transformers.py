@@ -14,6 +14,7 @@ from transformers import AutoConfig
 import engine
 from engine.errors import EngineError
 from engine.proving.meta_model import asked
+from tests.support.depth import sampled
 from tests.support.distributed import LLAMA, MOE, equal, model, save
 from tests.support.frameworks import weights
 
@@ -99,6 +100,7 @@ def older(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     return made
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("config", "kind", "prefix"), [(MOE, "in memory", ""), (SEEING, "in memory", "app.model."), (SEEING, "saved", "")]
 )
@@ -129,6 +131,7 @@ def test_a_configuration_of_two_parts_that_names_no_class_is_of_the_one_that_wri
     assert equal(tmp_path / "out", state)
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -146,6 +149,7 @@ def test_angles_that_transformers_4_has_beside_the_base_are_as_given(change: dic
     assert {key: written[key] for key in change} == change
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("kind", "name", "angles", "own"),
     [
@@ -186,6 +190,7 @@ def test_a_model_without_a_line_of_layers_is_written_for_ranks_too(tmp_path: Pat
     assert equal(tmp_path / "again", state)
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("angles", "written"),
     [
@@ -255,6 +260,7 @@ def test_a_head_that_the_class_ties_by_default_is_tied_in_both_directions(tmp_pa
     assert caught.value.code == "E402"
 
 
+@sampled(2, "since")
 @pytest.mark.parametrize(
     ("sliding", "since"),
     [({"rope_type": "linear", "factor": 2.0}, True), ({"rope_theta": 5e4}, True), ({}, False)],

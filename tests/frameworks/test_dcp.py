@@ -20,6 +20,7 @@ from engine.errors import EngineError
 from engine.formats import dcp
 from engine.formats.dcp import read_dcp_directory, read_dcp_value
 from engine.storage.local import LocalStore
+from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, logits_off, source_of, weights
 
 DCP = FIXTURES / "dcp"
@@ -52,6 +53,7 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(source_of(DCP / name), tmp_path / "copy"))
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", NAMED)
 def test_a_checkpoint_of_transformers_names_gives_the_trainers_logits(name: str, tmp_path: Path) -> None:
     convert(name, tmp_path / "out")
@@ -192,6 +194,7 @@ def _other_type(value: Any) -> None:
     value.state_dict_metadata["model.model.norm.weight"].properties.dtype = torch.float16
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -221,6 +224,7 @@ class _Runs:
         return (print, ("it ran",))
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("data", "code"),
     [
@@ -378,6 +382,7 @@ def test_angles_that_transformers_4_and_5_read_otherwise_are_refused(change: dic
     assert caught.value.code == "E218"
 
 
+@sampled(2, "family")
 @pytest.mark.parametrize(
     ("name", "family"),
     [("tt02_fsdp4", "llama"), ("tt03_fsdp4", "llama"), ("tt03_tied_fsdp4", "llama"), ("tt03_qwen3_fsdp2", "qwen3")],

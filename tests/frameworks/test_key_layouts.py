@@ -24,6 +24,7 @@ from engine.planning.wanted import wanted_by_mapping
 from engine.proving.checks import check_classes
 from engine.proving.meta_model import asked
 from tests.support import shards
+from tests.support.depth import sampled
 from tests.support.distributed import LLAMA, MOE, equal, model, save
 from tests.support.frameworks import weights
 from tests.support.shards import Model
@@ -99,6 +100,7 @@ def test_torchtitans_qwen3_is_read_and_written_with_its_norms_and_halves(old: bo
     assert caught.value.code == "E205" and not (tmp_path / "no").exists()
 
 
+@sampled(3)
 @pytest.mark.parametrize(
     "change",
     [
@@ -148,6 +150,7 @@ def test_angles_that_old_transformers_saved_are_left_out(tmp_path: Path) -> None
 ANGLES = {"freqs_cis": torch.polar(torch.ones(8, 4), torch.ones(8, 4))}  # until August 2025, and plain
 
 
+@sampled(2, "old", "known")
 @pytest.mark.parametrize(
     ("old", "angles", "scaled", "known"),
     [
@@ -178,6 +181,7 @@ def test_scaled_angles_of_which_a_number_is_absent_are_asked_for(key: str, tmp_p
     assert caught.value.code == "E202" and not (tmp_path / "out").exists()
 
 
+@sampled(2)
 @pytest.mark.parametrize("prefix", ["", "model.", "app.model.", "module.", "_orig_mod.", "any.thing."])
 def test_the_prefix_of_names_is_found(prefix: str, tmp_path: Path) -> None:
     state = model(LLAMA)
@@ -408,6 +412,7 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
     assert (written["rms_norm_eps"], written["rope_theta"], written["rope_scaling"]) == (1e-5, 5e5, angles)
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -527,6 +532,7 @@ def test_the_process_that_asks_transformers_takes_no_module_from_the_current_fol
     assert asked({}) == "told" and len(seen) == 1 and str(tmp_path) not in seen[0]
 
 
+@sampled(2)
 @pytest.mark.parametrize("family", ["v1", "v2"])
 def test_internevos_own_names_in_a_distributed_checkpoint_are_read_as_its_rank_files_are(
     family: str, tmp_path: Path

@@ -20,16 +20,19 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import read_config, source_side, target_side
 from engine.planning.reading import read_checkpoint
+from tests.support.depth import sampled
 from tests.support.frameworks import logits_off, source_of
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten
 
 
+@sampled(3, lambda row: FAMILIES[row["name"]])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_gives_megatrons_own_logits(name: str, tmp_path: Path) -> None:
     convert(name, tmp_path / "out")
     assert logits_off(tmp_path / "out", MEGATRON / name / "oracle.pt") < 1e-4
 
 
+@sampled(2)
 @pytest.mark.parametrize(("one", "other"), [("torch-tp2pp2-vpp2", "dist-tp2pp2"), ("torch-ep2-moe", "dist-ep2-moe")])
 def test_a_model_is_the_same_files_from_either_format(one: str, other: str, tmp_path: Path) -> None:
     convert(one, tmp_path / "one")
@@ -119,6 +122,7 @@ def test_names_behind_nemos_prefix_are_the_same_tensors(tmp_path: Path) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
+@sampled(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["dcp-tp1", "dist-ep2-moe"])
 def test_what_megatrons_own_fsdp_saves_is_the_same_tensors(name: str, tmp_path: Path) -> None:
@@ -146,6 +150,7 @@ def test_what_megatrons_own_fsdp_saves_is_the_same_tensors(name: str, tmp_path: 
     assert one.read_bytes() == other.read_bytes()
 
 
+@sampled(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("alone", [False, True], ids=["--moe-layer-freq [1,1,1,1]", "singleton_local_shards"])
 def test_layers_of_experts_that_are_not_stacked_are_the_same_tensors(alone: bool, tmp_path: Path) -> None:
@@ -230,6 +235,7 @@ def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
     assert caught.value.code == "E202" and "if config.json has more" in str(caught.value)
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("key", "value", "code"),
     [
@@ -257,6 +263,7 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(source_of(MEGATRON / name), tmp_path / "copy"))
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("change", "code"),
     [
@@ -312,6 +319,7 @@ def test_a_setting_that_changes_nothing_is_accepted(key: str, value: Any) -> Non
     read_config(config | {key: value}, source_side(load_mapping("megatron-llama"), load_layout("megatron")))
 
 
+@sampled(3)
 @pytest.mark.parametrize(
     "key",
     [

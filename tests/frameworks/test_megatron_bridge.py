@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.frameworks import source_of, weights
 from tests.support.megatron import MEGATRON, convert
 from tests.support.megatron import state as state_of
@@ -46,6 +47,7 @@ def test_what_the_run_says_is_not_asked_for(tmp_path: Path) -> None:
     assert all((found[name] - one).abs().max() < 1e-6 for name, one in known.items())
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("model", "text", "asks"),
     [

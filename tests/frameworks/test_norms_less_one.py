@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.frameworks import logits_off, source_of
 from tests.support.frameworks import weights as engine_weights
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten, state
@@ -45,6 +46,7 @@ def norms(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: one for name, one in weights.items() if "norm" in name}
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", ["leg_t2_distopt", "torch-ep2-moe", "dist-tp2pp2"])
 def test_the_model_is_the_one_whose_norms_add_one(name: str, tmp_path: Path) -> None:
     source = less_one(name, tmp_path / "step")

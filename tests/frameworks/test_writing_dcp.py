@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 
 import engine
 from engine.errors import EngineError
+from tests.support.depth import deep, sampled
 from tests.support.frameworks import FIXTURES, source_of, weights
 
 DCP = FIXTURES / "dcp"
@@ -43,6 +44,7 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+@sampled(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("ranks", "under"), [("dp=8", ""), ("dp=3,tp=2", "model"), ("dp=1", "app.model")])
 def test_torch_loads_what_is_written_and_it_converts_back_to_the_same_bytes(
@@ -142,6 +144,7 @@ def load(rank: int, made: Path, whole: Path, port: int) -> None:
     dist.destroy_process_group()
 
 
+@deep
 def test_processes_load_it_on_another_number_of_ranks(whole: Path, tmp_path: Path) -> None:
     engine.reverse("transformers", whole, tmp_path / "dcp", ranks="dp=4")
     arguments = (tmp_path / "dcp", whole / "model.safetensors", 20000 + os.getpid() % 20000)

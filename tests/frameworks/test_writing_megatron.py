@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import engine
 from engine.errors import EngineError
-from tests.support.depth import crossed
+from tests.support.depth import crossed, sampled
 from tests.support.frameworks import source_of
 from tests.support.frameworks import weights as engine_weights
 from tests.support.megatron import FAMILIES, MEGATRON
@@ -55,6 +55,7 @@ def names(step: Path) -> set[str]:
     return {name for name in metadata if name.endswith((".weight", ".bias"))}
 
 
+@sampled(2, "family")
 @pytest.mark.parametrize(
     ("name", "family", "asked"),
     [
@@ -140,6 +141,7 @@ def test_what_is_written_in_any_form_converts_back_to_the_same_bytes(
     assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
+@sampled(3)
 @pytest.mark.parametrize(
     ("asked", "folders"),
     [
@@ -161,6 +163,7 @@ def test_folders_are_named_by_the_ranks_that_are_written_and_not_by_those_that_w
     assert (first / "model.safetensors").read_bytes() == (tmp_path / "again" / "model.safetensors").read_bytes()
 
 
+@sampled(2)
 @pytest.mark.parametrize("ranks", [{}, {"ranks": {"dp": 2}}])
 def test_what_is_resharded_keeps_its_form_stages_and_padding_without_being_told_the_vocabulary(
     ranks: dict[str, Any], tmp_path: Path
@@ -192,6 +195,7 @@ def test_what_a_reshard_of_torch_dist_to_ranks_is_told_to_do_works(tmp_path: Pat
     assert len(list((tmp_path / "made").glob("mp_rank_*_*"))) == 4
 
 
+@sampled(2, "starts")
 @pytest.mark.parametrize(
     ("name", "config", "starts"),
     [
@@ -239,6 +243,7 @@ def test_a_mode_of_other_ranks_than_are_written_is_refused(tmp_path: Path) -> No
     assert caught.value.code == "E214" and not (tmp_path / "back").exists()
 
 
+@sampled(2)
 @pytest.mark.parametrize(("heads", "groups"), [(6, 3), (6, 2), (8, 2), (4, 4), (12, 1)])
 def test_attention_is_cut_over_the_ranks_that_megatron_starts_with_and_no_others(
     heads: int, groups: int, tmp_path: Path
@@ -299,6 +304,7 @@ def test_a_tied_model_has_its_embedding_again_on_the_last_of_several_stages(tmp_
     assert "output_layer.weight" not in load(tmp_path / "one" / "mp_rank_00" / "model_optim_rng.pt")["model"]
 
 
+@sampled(2)
 @pytest.mark.parametrize("asked", [{"ranks": "tp=2"}, {"ranks": "pp=2"}, {"mode": "torch_dist"}])
 def test_a_stored_head_of_a_tied_model_is_written_where_it_belongs_if_it_is_a_copy(
     asked: dict[str, Any], tmp_path: Path
