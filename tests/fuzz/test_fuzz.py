@@ -35,6 +35,7 @@ from engine.language.names import pattern
 from engine.language.sandbox import FILTERS, TESTS
 from engine.storage.local import local_file
 from engine.storage.virtual import VirtualFile, VirtualStore
+from tests.support.depth import SOAK
 from tests.support.readers import (
     read_hf_folder,
     read_json,
@@ -47,7 +48,7 @@ from tests.support.readers import (
 ROOT = Path(__file__).parent.parent.parent
 SEEDS = {path.name: path.read_bytes() for path in sorted((Path(__file__).parent / "seeds").iterdir())}
 CODES = list_codes()
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "40" if SOAK else "15"))
 fuzzed = settings(
     max_examples=EXAMPLES,
     deadline=timedelta(seconds=5),
@@ -427,7 +428,7 @@ MAPPING = (ROOT / "mappings" / "families" / "internlm2.yaml").read_bytes()
 LAYOUT = (ROOT / "mappings" / "layouts" / "internevo.yaml").read_bytes()
 
 
-@settings(fuzzed, max_examples=max(20, EXAMPLES // 4))
+@settings(fuzzed, max_examples=max(8, EXAMPLES // 4))
 @given(mutated([MAPPING]), mutated([LAYOUT]))
 def test_a_nearly_right_mapping_or_layout_is_loaded_or_refused(mapping: bytes, layout: bytes) -> None:
     read(mapping, lambda path: load_mapping(str(path)), suffix=".yaml")
