@@ -7,6 +7,7 @@ from engine.errors import EngineError
 from engine.language.format import format_mapping
 from engine.language.loader import load_text
 from engine.language.search import bundled
+from tests.support.depth import sampled
 
 FILES = sorted(bundled("mappings").rglob("*.yaml"))
 
@@ -15,6 +16,7 @@ def comments(text: str) -> list[str]:
     return sorted(re.findall(r"(?:^|\s)(#.*)", text))
 
 
+@sampled(4)
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_formatting_a_bundled_file_changes_no_data_and_loses_no_comment(path: Path) -> None:
     text = path.read_text()
