@@ -11,6 +11,7 @@ from safetensors import safe_open
 import engine
 from engine.move.reader import Reader
 from engine.storage.sources import SourceFiles
+from tests.support.depth import sampled
 from tests.support.readers import read_safetensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
@@ -22,6 +23,7 @@ CASES = [
 ]
 
 
+@sampled(2)
 @pytest.mark.parametrize(("folder", "mapping", "dtype"), CASES)
 def test_random_ranges_are_the_bytes_of_a_run(folder: str, mapping: str, dtype: str, tmp_path: Path) -> None:
     engine.convert(mapping, FIXTURES / folder, tmp_path / "out", dtype=dtype)

@@ -22,6 +22,7 @@ from engine.run.meter import Meter, Progress
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Shares, Unit
 from engine.storage.sources import SourceFiles
+from tests.support.depth import sampled
 from tests.support.effort import beginnings
 from tests.support.shards import Model, save
 
@@ -112,6 +113,7 @@ def test_without_digests_whole_runs_are_not_read_but_moved_by_the_system(
     assert sum(read) <= sum(t.nbytes for t in whole.values()) - rows + 3 * norms + beginnings(plan)
 
 
+@sampled(2)
 @pytest.mark.parametrize("how", ["cannot", "absent", "nothing", "little", "late"])
 def test_where_the_system_cannot_move_bytes_they_are_read_and_written(
     how: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +138,7 @@ def test_where_the_system_cannot_move_bytes_they_are_read_and_written(
     assert calls or how == "absent"
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "how", [{"dtype": "float32"}, {"dtype": "float16"}, {"max_shard_size": 20_000}, {"workers": 2}], ids=str
 )

@@ -33,7 +33,7 @@ from engine.run import replicas as comparing
 from engine.run import schedule as scheduling
 from engine.run.schedule import schedule
 from tests.support.cases import cases, layouts_of, rank_files, request, same_files, writable_cases
-from tests.support.depth import SOAK, crossed, examples
+from tests.support.depth import SOAK, crossed, deep, examples, sampled
 from tests.support.shards import Model, State, same, save
 
 LETTERS = {"mlp_letters": "w2_is_down"}
@@ -95,6 +95,7 @@ def test_tiny_blocks_write_the_unsharded_truth(case: tuple[Model, dict[str, Any]
         same(written(model, Path(folder) / "step", Path(folder) / "hf"), expected)
 
 
+@sampled(2)
 @pytest.mark.parametrize(("rotary", "row"), crossed(["halves", "pairs"], [1, 2048]))
 def test_a_system_that_moves_little_at_a_time_changes_no_byte(rotary: str, row: int, tmp_path: Path) -> None:
     model = Model("v2", hidden=24, heads=6, groups=3, ffn=40, rotary=rotary)
@@ -106,6 +107,7 @@ def test_a_system_that_moves_little_at_a_time_changes_no_byte(rotary: str, row: 
     same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "genuine"))
 
 
+@sampled(2)
 @pytest.mark.parametrize(("nbytes", "dtype"), crossed([8, 64, 200], ["float32", "float16", "bfloat16"]))
 def test_tiny_blocks_cast_and_normalise_alike(nbytes: int, dtype: str, tmp_path: Path) -> None:
     model = Model("v2", hidden=24, heads=6, groups=3, ffn=40, head="normalised", rotary="pairs")
@@ -133,6 +135,7 @@ def test_replicas_that_differ_in_a_late_block_are_found(tmp_path: Path) -> None:
     assert "1 of 16 elements" in str(caught.value)
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("layout", "rotary"),
     crossed([{"tp": 4}, {"mode": "isp_wp", "wp": 3}, {"tp": 2, "pp": 2, "chunks": 2}], ["halves", "pairs"]),
@@ -184,6 +187,7 @@ def test_tiny_blocks_write_the_rank_files_that_training_would_have_written(
                 assert archive.testzip() is None
 
 
+@deep
 def test_columns_cut_into_many_ranks_are_scattered_and_come_out_right(tmp_path: Path) -> None:
     """Real block sizes: rows of 16 KiB cut into 16 ranks would be read sixteen times over by gathering."""
     model = Model("v2", layers=2, hidden=512, heads=16, groups=16, ffn=8192, vocab=64, bias=False)
