@@ -22,7 +22,7 @@ import engine
 from engine.errors import EngineError
 from tests.support import shards
 from tests.support.cases import cases
-from tests.support.depth import examples
+from tests.support.depth import deep, examples, sampled
 from tests.support.reference import forward, whole_training
 from tests.support.shards import Model, State, same, save
 
@@ -67,6 +67,7 @@ def genuine_whole(model: Model) -> State:
     return whole
 
 
+@sampled(3)
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_the_sharder_writes_the_files_names_shapes_and_types_that_training_wrote(name: str, tmp_path: Path) -> None:
     model, layout = LAYOUTS[name]
@@ -79,6 +80,7 @@ def test_the_sharder_writes_the_files_names_shapes_and_types_that_training_wrote
     assert form(tmp_path / "step") == form(GENUINE / name)
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", ONE_MODEL)
 def test_the_sharder_cuts_genuine_weights_into_the_very_bytes_training_wrote(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -103,6 +105,7 @@ def test_the_reference_forward_gives_internevos_own_logits() -> None:
     torch.testing.assert_close(logits, oracle["logits"], atol=1e-4, rtol=0)
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -154,6 +157,7 @@ def test_the_written_files_hold_the_unsharded_truth(
         same(found, {n: t.to(kind) for n, t in truth.items()})
 
 
+@deep
 @modest
 @given(cases())
 def test_any_two_layouts_of_a_model_give_the_same_files(case: tuple[Model, dict[str, Any]]) -> None:
@@ -215,6 +219,7 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
     return truth
 
 
+@sampled(2)
 @pytest.mark.parametrize(("layers", "tp", "pp"), [(4, 1, 1), (4, 2, 2), (5, 3, 2), (3, 1, 3)])
 def test_experts_come_together_from_their_own_files(layers: int, tp: int, pp: int, tmp_path: Path) -> None:
     model = replace(V1, layers=layers, hidden=32, ffn=40)

@@ -15,6 +15,7 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.proving.lint import lint_file
+from tests.support.depth import sampled
 from tests.support.genuine import family_of, settings_of
 from tests.support.shards import Model, same, save
 
@@ -156,6 +157,7 @@ def told(change: dict[str, Any]) -> str:
     return json.dumps(change)[:70]
 
 
+@sampled(4, "code")
 @pytest.mark.parametrize(("change", "code", "word"), ELSEWHERE, ids=[told(change) for change, _, _ in ELSEWHERE])
 def test_what_config_json_says_and_training_cannot_have_is_refused(
     whole: Path, tmp_path: Path, change: dict[str, Any], code: str, word: str
@@ -184,6 +186,7 @@ HARMLESS: list[dict[str, Any]] = [
 ]
 
 
+@sampled(3)
 @pytest.mark.parametrize("change", HARMLESS, ids=told)
 def test_what_changes_nothing_changes_nothing(whole: Path, tmp_path: Path, change: dict[str, Any]) -> None:
     plan = api.plan_reverse(FAMILY, changed(whole, tmp_path / "hf", change))
@@ -212,6 +215,7 @@ def answered(error: EngineError) -> dict[str, Any]:
     return {name: values[0] for name, values in error.answers.items()}
 
 
+@sampled(2)
 @pytest.mark.parametrize("scaling", ["dynamic", "linear", "yarn"])
 def test_scaling_for_serving_comes_back_only_where_it_is_given_again(tmp_path: Path, scaling: str) -> None:
     given = {"rope_scaling": scaling, "rope_factor": 3.0}
@@ -297,6 +301,7 @@ def with_weights(whole: Path, folder: Path, change: Any, config: dict[str, Any] 
     return folder
 
 
+@sampled(3)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("asked", ["auto", "bfloat16"])
 def test_quantised_weights_are_refused(whole: Path, tmp_path: Path, dtype: torch.dtype, asked: str) -> None:
@@ -387,6 +392,7 @@ HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+@sampled(3, "code")
 @pytest.mark.parametrize(("change", "code", "word"), HOMEGROWN, ids=[told(change) for change, _, _ in HOMEGROWN])
 def test_what_model_config_says_and_the_target_cannot_have_is_refused(
     tmp_path: Path, change: dict[str, Any], code: str, word: str
@@ -409,6 +415,7 @@ def test_no_number_of_key_value_heads_is_as_many_as_heads(tmp_path: Path) -> Non
     assert error.code == "E203" and "groups" in error.message
 
 
+@sampled(2)
 @pytest.mark.parametrize("fixture", ["v1_tp1_pp1", "v2_tp2_pp2", "llama_tp2_pp1_default"])
 @pytest.mark.parametrize("change", [{"head_dim": 7}, {"head_dim": 16}, {"is_reward": True}], ids=told)
 def test_what_model_config_says_and_the_tensors_contradict_is_refused(
@@ -420,6 +427,7 @@ def test_what_model_config_says_and_the_tensors_contradict_is_refused(
     assert error.code in ("E203", "E402"), error
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("fixture", "change", "code", "word"),
     [
@@ -464,6 +472,7 @@ def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_pa
     assert refused(engine.reverse, family_of("moe"), source, tmp_path / "out").code == "E218"
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "change",
     [
@@ -490,6 +499,7 @@ def with_source(folder: Path, old: str, new: str, fixture: str = "v2_tp2_pp2") -
     return folder
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("change", "word"),
     [
@@ -580,6 +590,7 @@ def test_resharding_keeps_what_cannot_be_converted(tmp_path: Path) -> None:
     assert config["use_dynamic_ntk_rope"] is True and config["mystery"] == 5
 
 
+@sampled(2)
 @pytest.mark.parametrize("value", ["two", 0, -1, True, 2.0, None, []])
 def test_what_is_read_of_the_training_configuration_has_its_type_and_range(tmp_path: Path, value: Any) -> None:
     shutil.copytree(FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "ckpt")
@@ -615,6 +626,7 @@ def test_a_key_that_only_a_dim_of_its_name_reads_is_not_told_as_unread(tmp_path:
     assert not any("head_dim" in notice for notice in api.plan(FAMILY, source).notices)
 
 
+@sampled(3, "name")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -726,6 +738,7 @@ def test_the_same_weights_come_out_whatever_the_harmless_keys_say(whole: Path, t
     same(torch.load(tmp_path / "a" / rank, weights_only=True), torch.load(tmp_path / "b" / rank, weights_only=True))
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("family", "fixture"),
     [("internlm2", "v2_tp2_pp2"), ("internlm", "v1_tp1_pp1"), ("llama", "llama_tp2_pp1_default"),

@@ -12,6 +12,7 @@ import torch
 import engine
 from engine import api
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.genuine import FIXTURES
 
 SOURCE = FIXTURES / "v1_tp2_pp2"
@@ -104,6 +105,7 @@ def test_a_llamas_class_does_not_read_the_keys_of_the_official_code(released: Pa
     assert caught.value.code == "E209" and "attention_bias" in caught.value.message
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("told", "code", "named"),
     [

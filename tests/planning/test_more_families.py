@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.support.depth import examples
+from tests.support.depth import examples, sampled
 from tests.support.families import Experts, InternLM3, build_llama, expert_files, model_of, save_family
 from tests.support.family_cases import Case, llamas, metas, mixtures, told
 from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
@@ -122,6 +122,7 @@ def loaded(folder: Path) -> Any:
     return model
 
 
+@sampled(3, "kind")
 @pytest.mark.parametrize(
     ("kind", "facts", "layout"),
     [
@@ -251,6 +252,7 @@ def test_a_reward_model_that_nothing_loads_is_refused(kind: str, of: str, tmp_pa
     assert caught.value.code == "E202"
 
 
+@sampled(3)
 @pytest.mark.parametrize(
     "line",
     [
@@ -393,6 +395,7 @@ def test_llama_3_1s_scaled_rope_is_not_lost(tmp_path: Path) -> None:
     assert LlamaRotaryEmbedding(AutoConfig.from_pretrained(tmp_path)).rope_type == "llama3"
 
 
+@sampled(2)
 @pytest.mark.parametrize("said", [2, 8], ids=["the model's heads", "as many heads as ranks"])
 def test_metas_key_and_value_heads_may_be_repeated_over_more_ranks_than_there_are(said: int, tmp_path: Path) -> None:
     """As in Llama 3.1 405B on 16 ranks, whose `n_kv_heads` is 8 in some copies of `params.json` and 16 in others."""

@@ -19,6 +19,7 @@ from engine.formats.configs import read_pickled_mapping
 from engine.language.mapping_file import load_mapping
 from engine.storage.local import LocalStore
 from engine.storage.store import File
+from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, logits_off
 from tests.support.shards import Model, same, save
 
@@ -61,6 +62,7 @@ def test_a_genuine_checkpoint_in_pieces_gives_trainings_logits(tmp_path: Path) -
     assert found.problems == ()
 
 
+@sampled(2, "rotary")
 @pytest.mark.parametrize("rotary", ["halves", "pairs"])
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"mode": "isp_wp", "wp": 2}, {}], ids=str)
 def test_pieces_are_the_rows_of_one_tensor_in_any_layout(layout: dict[str, Any], rotary: str, tmp_path: Path) -> None:
@@ -221,6 +223,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
 }  # fmt: skip
 
 
+@sampled(2)
 @pytest.mark.parametrize("name", WRONG)
 def test_pieces_that_do_not_make_up_the_tensor_are_refused(name: str, tmp_path: Path) -> None:
     code, told, change = WRONG[name]

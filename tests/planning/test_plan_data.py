@@ -25,6 +25,7 @@ from engine.language.mapping_file import load_mapping
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.request import Request
+from tests.support.depth import deep
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
@@ -80,6 +81,7 @@ for file in map(Path, sys.argv[1:]):
 """
 
 
+@deep
 def test_a_plan_made_here_writes_the_same_bytes_in_another_process(hf: Path, tmp_path: Path) -> None:
     plans = {kind: planned(kind, hf) for kind in KINDS}
     for kind, plan in plans.items():

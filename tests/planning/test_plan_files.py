@@ -16,6 +16,7 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
+from tests.support.depth import sampled
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
@@ -54,6 +55,7 @@ def change(path: Path, *keys: str | int, to: Any) -> None:
     path.write_text(json.dumps(data), encoding="utf-8")
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("name", "mapping"),
     [
@@ -157,6 +159,7 @@ def test_a_training_configuration_that_changed_is_refused_by_what_it_changes(che
     assert error.got == "0.05"
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("keys", "to", "told"),
     [
@@ -187,6 +190,7 @@ def test_a_saved_plan_of_a_later_format_is_refused_as_such(saved: Path) -> None:
     assert "version 3" in refused(saved).message
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     "more", [("-m", MAPPING), ("-s", "."), ("--set", "rotary=pairs"), ("--dtype", "float32"), ("--strict",)]
 )

@@ -18,6 +18,7 @@ from engine.language.layout_file import load_layout
 from engine.language.model import Expression, RankMap
 from engine.planning.stages import in_order
 from engine.planning.zeros import ZEROS
+from tests.support.depth import sampled
 from tests.support.shards import State
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,7 @@ def test_a_rank_with_fewer_experts_is_named(mapping: str, whole: Path, tmp_path:
     assert path.name in str(caught.value)
 
 
+@sampled(2, "code")
 @pytest.mark.parametrize(
     ("ranks", "code", "told"),
     [

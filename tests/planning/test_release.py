@@ -12,6 +12,7 @@ from click.testing import CliRunner
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 V2 = Model("v2", groups=2)
@@ -42,6 +43,7 @@ def manifest(out: Path) -> dict[str, Any]:
     return data
 
 
+@sampled(3)
 @pytest.mark.parametrize("key", SIZES)
 def test_a_model_of_other_sizes_is_not_titled_after_the_release(source: Path, tmp_path: Path, key: str) -> None:
     chosen = release(tmp_path / "own", "famous-7b", **{key: SIZES[key] * 2})

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine.errors import EngineError
 from tests.support.cases import layouts_of, rank_files, request, same_files, writable_cases
-from tests.support.depth import examples
+from tests.support.depth import examples, sampled
 from tests.support.genuine import FIXTURES, GENUINE, family_of
 from tests.support.shards import Model, State, same, save
 
@@ -30,6 +30,7 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@sampled(3)
 @pytest.mark.parametrize("fixture", [name for name in GENUINE if "normhead" not in name])
 def test_a_genuine_checkpoint_comes_back_bit_for_bit(fixture: str, tmp_path: Path) -> None:
     mapping, source = family_of(fixture), FIXTURES / fixture
@@ -138,6 +139,7 @@ def test_rank_files_are_sound_zips_that_torch_maps(tmp_path: Path) -> None:
     assert all(tensor.untyped_storage().nbytes() == tensor.numel() * 2 for tensor in state.values())
 
 
+@sampled(2)
 @pytest.mark.parametrize("fixture", ["v1_tp2_pp2", "v2_tp2_pp2", "v1_isp_tp1_wp2"])
 def test_rank_files_load_strictly_into_modules_of_the_genuine_names(fixture: str, tmp_path: Path) -> None:
     mapping, source = family_of(fixture), FIXTURES / fixture
@@ -178,6 +180,7 @@ def test_the_training_configuration_is_a_plain_mapping_with_what_training_wrote(
     assert torch.load(tmp_path / "back" / "topo_tp1_pp1.json", weights_only=True) == {}
 
 
+@sampled(3)
 @pytest.mark.parametrize("ffn", [7, 25, 49, 97, 11008, 13824, 10922])
 def test_the_ratio_gives_the_width_again_whatever_it_is(ffn: int, tmp_path: Path) -> None:
     model = Model("v2", layers=1, hidden=12, heads=2, groups=2, ffn=ffn, vocab=8, bias=False)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from tests.support.depth import examples
+from tests.support.depth import deep, examples, sampled
 from tests.support.families import Experts, model_of, save_family
 from tests.support.family_cases import llamas, metas, mixtures, told
 from tests.support.genuine import FIXTURES
@@ -71,6 +71,7 @@ def test_metas_files_come_back_bit_for_bit(case: Case) -> None:
     there_and_back(*case)
 
 
+@deep
 @common
 @given(mixtures())
 def test_experts_come_back_into_their_files(case: Case) -> None:
@@ -84,6 +85,7 @@ def test_stacked_experts_come_back_into_their_files(case: Case) -> None:
     there_and_back(model, layout, "families/moe-stacked.yaml")
 
 
+@sampled(2)
 @pytest.mark.parametrize(
     ("ranks", "own", "said"),
     [

@@ -18,6 +18,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import declared
 from engine.planning.variants import options_of
+from tests.support.depth import sampled
 from tests.support.genuine import FIXTURES, GENUINE, family_of, settings_of
 from tests.support.readers import read_config
 
@@ -35,6 +36,7 @@ def there_and_back(request: pytest.FixtureRequest, tmp_path_factory: pytest.Temp
     return name, folder
 
 
+@sampled(4)
 def test_the_training_config_names_the_model_as_the_trainer_registers_it(there_and_back: tuple[str, Path]) -> None:
     """Without `model_type`, InternEvo takes INTERNLM, whatever the tensors."""
     name, folder = there_and_back
@@ -66,6 +68,7 @@ def renamed(path: Path) -> bytes:
 MOE = FIXTURES / "moe_tp2_pp2_dp1"
 
 
+@sampled(2)
 @pytest.mark.parametrize("like", [False, True])
 def test_what_only_the_trainer_says_of_the_model_is_kept_by_reshard(like: bool, tmp_path: Path) -> None:
     """Other experts were chosen once: `moe.top_k` was dropped, and every reader has a default of its own."""
@@ -100,6 +103,7 @@ def read_text(path: Path) -> str:
     return text
 
 
+@sampled(3)
 @pytest.mark.parametrize("family", ["families/internlm2", "families/internlm2-official"])
 @pytest.mark.parametrize("scaling", ["dynamic", "linear"])
 def test_a_whole_number_for_a_number_is_written_with_its_point(family: str, scaling: str, tmp_path: Path) -> None:
