@@ -21,6 +21,7 @@ from huggingface_hub import HfApi, constants, hf_api, hf_hub_download, snapshot_
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 
 from engine import api
+from tests.support.depth import deep
 from tests.support.serving import MAPPING, STEP, Running
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +112,7 @@ def test_a_client_needs_the_token_that_the_server_was_given(
         assert (Path(found) / "config.json").read_bytes() == (written / "config.json").read_bytes()
 
 
+@deep
 def test_the_hubs_command_line_downloads_it(hub: Running, written: Path, tmp_path: Path) -> None:
     hf = Path(sys.executable).with_name("hf")
     command = [str(hf)] if hf.exists() else [sys.executable, "-m", "huggingface_hub.cli.hf"]
@@ -173,6 +175,7 @@ def stopped(started: subprocess.Popen[str], how: signal.Signals) -> str:
     return said
 
 
+@deep
 def test_the_command_serves_until_it_is_interrupted_and_ends_well(run: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     with command("-m", MAPPING, "-s", str(run), "--as", "org/name", "--log-file", str(log)) as (started, url):

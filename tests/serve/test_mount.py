@@ -23,6 +23,7 @@ from engine import api
 from engine.errors import EngineError
 from engine.serve.mount import WINDOW, Ahead
 from engine.storage.virtual import Stretch, VirtualFile
+from tests.support.depth import sampled
 from tests.support.fuse import missing
 from tests.support.serving import MAPPING, SPLIT, STEP
 
@@ -79,6 +80,7 @@ def test_it_holds_what_a_run_writes_and_programs_map_it(model: Path, tmp_path: P
         assert (loaded(oracle["input_ids"]).logits - oracle["logits"]).abs().max() < 1e-4
 
 
+@sampled(2)
 @needs_fuse
 @pytest.mark.parametrize("how", ["terminate", "unmount"])
 def test_it_ends_cleanly_and_leaves_a_folder_that_was_there(how: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from engine.errors import EngineError
 from engine.serve import mount
+from tests.support.depth import deep
 from tests.support.serving import STEP
 
 ROOT = Path(__file__).parents[2]
@@ -92,6 +93,7 @@ def test_the_page_loads_models_as_the_tests_of_clients_and_mounts_do() -> None:
     assert found == [LOADS.format("internlm/mine"), LOADS.format("model")]
 
 
+@deep
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_examples_of_serving_run_one_after_the_other(work: Path) -> None:
     written = [command for block in blocks("console")[:3] for command in commands(block) if not loads(command)]
@@ -103,6 +105,7 @@ def test_the_examples_of_serving_run_one_after_the_other(work: Path) -> None:
     assert '"mine/late"' in (work / "models.json").read_text()
 
 
+@deep
 def test_the_examples_of_mounting_run_one_after_the_other(work: Path) -> None:
     try:
         mount._fuse()

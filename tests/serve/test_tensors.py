@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import engine
 from engine.formats.headers import ITEM_SIZES
 from engine.serve.tensors import Tensors, torch_types
+from tests.support.depth import sampled
 from tests.support.forked import run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
@@ -34,6 +35,7 @@ def config_of(tensors: Tensors) -> Any:
     return AutoConfig.for_model(config.pop("model_type"), **config)
 
 
+@sampled(2)
 @pytest.mark.parametrize(("folder", "mapping"), GENUINE)
 @pytest.mark.parametrize("lazy", [False, True], ids=["tensors", "slices"])
 def test_transformers_takes_it_as_a_state_dict_and_computes_the_trainers_logits(

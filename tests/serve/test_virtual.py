@@ -17,6 +17,7 @@ import engine
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.planning.model import Plan
 from engine.serve.virtual import VirtualFolder
+from tests.support.depth import sampled
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 WHOLE = [
@@ -55,6 +56,7 @@ def same(folder: VirtualFolder, written: Path) -> None:
             list(pool.map(check, [(a, b) for a, b in spans]))
 
 
+@sampled(2)
 @pytest.mark.parametrize(("folder", "mapping", "options"), WHOLE)
 def test_every_file_is_byte_for_byte_that_of_a_run(
     folder: str, mapping: str, options: dict[str, Any], tmp_path: Path
@@ -155,6 +157,7 @@ def test_every_replica_is_one_of_a_tensor_that_is_written() -> None:
         assert plan.replicas and all(read.intersection(one.sources) for one in plan.replicas)
 
 
+@sampled(2)
 @pytest.mark.parametrize("how", ["touched", "replaced", "removed", "truncated"])
 def test_a_source_that_changes_is_refused(how: str, tmp_path: Path) -> None:
     src = tmp_path / "src"
