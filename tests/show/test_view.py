@@ -20,6 +20,7 @@ from engine.explaining.tensors import explain
 from engine.planning.model import Plan
 from engine.show.page import policy, view_page
 from engine.show.pictures import flat_shape, pictures
+from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +70,7 @@ def fixture_plan(name: str, family: str) -> Plan:
 PLANS = [("v1_tp2_pp2_chunks2", "internlm"), ("v1_isp_tp1_wp2", "internlm"), ("moe_tp2_pp2_dp1", "moe-stacked")]
 
 
+@sampled(2)
 @pytest.mark.parametrize(("name", "family"), PLANS)
 def test_the_page_is_well_formed_and_loads_nothing(name: str, family: str) -> None:
     text = view_page(fixture_plan(name, family))
@@ -161,6 +163,7 @@ def origin(lookup: dict[str, Any], target: int, position: list[int]) -> tuple[st
     raise AssertionError(f"{position} comes from nowhere")
 
 
+@sampled(2)
 @pytest.mark.parametrize(("name", "family"), [*PLANS, ("v2_tp2_pp2", "internlm2")])
 def test_the_page_and_explain_say_the_same(name: str, family: str) -> None:
     plan = fixture_plan(name, family)
