@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.depth import sampled
 from tests.support.mistakes import FILE, ROOT, Mistake, told
 
 PAGES = ROOT / "docs" / "codes"
@@ -69,6 +70,7 @@ def example(code: str, folder: Path) -> str:
     return f"{mistake.title}\n\n{mistake.edit}\n\n```text\n{shown}\n```\n\n"
 
 
+@sampled(2)
 @pytest.mark.parametrize("code", EXAMPLES)
 def test_the_example_of_a_page_is_what_the_engine_says(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

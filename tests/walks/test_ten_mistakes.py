@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.depth import sampled
 from tests.support.mistakes import FILE, ROOT, Mistake, told
 
 PAGE = ROOT / "docs" / "ten-mistakes.md"
@@ -45,6 +46,7 @@ MISTAKES = (
 )  # fmt: skip
 
 
+@sampled(2)
 @pytest.mark.parametrize("mistake", MISTAKES, ids=[one.title for one in MISTAKES])
 def test_a_mistake_gives_one_message_that_says_where_what_and_what_to_do(
     mistake: Mistake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
