@@ -23,7 +23,7 @@ from benchmarks.shapes import MAPPING, Ranks, Shape, Spec, slice_of
 from benchmarks.table import table
 from benchmarks.targets import FIXED, PLANS, TARGETS, Figure, Linear, Target, judged, runs_of, verdicts
 from benchmarks.ways import CP, Bench, Group, Way
-from tests.support.depth import deep
+from tests.support.depth import deep, sampled
 from tests.support.shards import State, same
 
 TINY = Shape(layers=4, hidden=64, ffn=384, vocab=512, heads=16, groups=8)
@@ -46,6 +46,7 @@ def merged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, State]:
     return folder / "step", tensors(folder / "hf")
 
 
+@sampled(2)
 @pytest.mark.parametrize("ranks", [Ranks(1), Ranks(4), Ranks(2, 2), Ranks(2, 2, 2), Ranks(8, 3)], ids=str)
 def test_the_engine_converts_what_is_generated(ranks: Ranks, tmp_path: Path) -> None:
     write_random(tmp_path / "random", Spec(TINY, ranks))
@@ -67,6 +68,7 @@ def test_a_head_that_training_normalises_comes_out_normalised(tmp_path: Path) ->
     torch.testing.assert_close(lengths, torch.ones_like(lengths), atol=1e-2, rtol=0)
 
 
+@sampled(3)
 @pytest.mark.parametrize("peer", ["load", "mmap", "files"])
 def test_a_peer_writes_the_tensors_that_the_engine_writes(
     peer: str, merged: tuple[Path, State], tmp_path: Path
@@ -101,6 +103,7 @@ def test_ways_name_sources_that_are_there_and_outputs_of_one_place(
     }
 
 
+@deep
 def test_a_stopwatch_sees_the_copying_and_the_first_write(merged: tuple[Path, State], tmp_path: Path) -> None:
     way = Bench(tmp_path, TINY, disk=False).stopwatch("run", merged[0], ["run"])
     assert way.phases is not None
@@ -222,6 +225,7 @@ def test_every_target_is_of_a_way_that_is_measured(tmp_path: Path, monkeypatch: 
                     assert (figure.scene, figure.group, figure.way) in known, target.text
 
 
+@deep
 def test_the_footprint_reads_everything_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "slice_of", lambda nbytes: TINY)
     measured, nbytes, counts = footprint.footprint(tmp_path, 1)

@@ -19,6 +19,7 @@ import engine
 from engine.commands.main import cli
 from engine.explaining.codes import list_codes
 from engine.proving.lint import lint_file
+from tests.support.depth import sampled
 from tests.support.shards import same
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +61,7 @@ def test_a_mapping_file_has_no_findings(name: str, folder: Path) -> None:
     assert any(f"`{name}.yaml`" in page.read_text() for page in PAGES)
 
 
+@sampled(2)
 @pytest.mark.parametrize("fixture", ["v2_tp2_pp2", "e052_v2_tp2_pp1_mult64"])
 def test_the_family_of_the_guide_converts_and_inverts_genuine_checkpoints(fixture: str, folder: Path) -> None:
     own, source = str(folder / "small-internlm2.yaml"), FIXTURES / fixture
@@ -70,6 +72,7 @@ def test_the_family_of_the_guide_converts_and_inverts_genuine_checkpoints(fixtur
     same_files(folder / "back", source)
 
 
+@sampled(2)
 @pytest.mark.parametrize("fixture", ["v2_tp2_pp2", "e052_v2_tp2_pp1_mult64"])
 def test_the_extended_family_of_the_guide_converts_and_inverts(fixture: str, folder: Path) -> None:
     """A genuine checkpoint with norms of queries and keys put in; in one of the two they are stored in pairs."""

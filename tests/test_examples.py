@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.commands.main import cli
+from tests.support.depth import sampled
 from tests.support.shards import same
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +83,7 @@ def family_tensors() -> dict[str, torch.Tensor]:
     return dict(engine.iter_tensors(engine.plan("families/internlm2.yaml", CHECKPOINT)))
 
 
+@sampled(2)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_the_own_family_joins_fused_gate_and_up_and_goes_back(ranks: int, tmp_path: Path) -> None:
     truth = llama(layers=2, hidden=32, heads=4, groups=4, ffn=48, vocab=64)
