@@ -94,7 +94,7 @@ def unreachable(data: Data) -> None:
     [
         ("L001", "mlp.w3.weight", overlap),
         ("L001", "norm{number}", overlap_by_placeholder),
-        ("L002", "mixer.Wqkv", gap),
+        ("L002", "nothing writes `model.layers.{layer}.self_attn.k_proj", gap),
         ("L003", "dim `lonely`", unused_dim),
         ("L003", "option `lonely`", unused_option),
         ("L004", "norm.weight", shadowed),
@@ -307,7 +307,7 @@ def test_all_mistakes_of_a_file_are_told_at_once(tmp_path: Path) -> None:
     for old, new in (
         ("axes: vocab hidden\n    split: hidden", "axes: vocab (hidden\n    split: hidden"),
         ("* options.rope_factor) | int", "* options.rop_factor) | int"),
-        ("when: {rotary: halves}", "when: {rotary: halfs}"),
+        ("fused, rotary: halves}", "fused, rotary: halfs}"),
         ("multiple_of | default(256)", "multiple_of | defalt(256)"),
         ('num_layers: "{{ num_hidden_layers }}"', 'num_layers: "{{ num_hidden_layers + }}"'),
     ):
