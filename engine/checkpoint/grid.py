@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
+from engine.checkpoint.hf_folder import WEIGHTS
 from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, expected_files, rank_dims, stage_dims
 from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate
@@ -46,13 +47,15 @@ def read_grid(
     if not modes:
         beside = "" if own else f" beside {layout.config_file}"
         wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
+        finished = any(text in names for one in WEIGHTS for text in (one, f"{one}.index.json"))
+        itself = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if finished else ""
         raise EngineError(
             "E304",
             f"no weights files of layout `{layout.name}` in this folder",
             place=Place(folder),
             got=_sample(names),
             expected=f"files named {wanted}",
-            fix="Give the folder of one step, which holds the files under the names that training gave them; "
+            fix=f"{itself}Give the folder of one step, which holds the files under the names that training gave them; "
             "`engine inspect DIR` says what DIR is.",
         )
     held = {name: mode for mode, name in found if mode in modes}

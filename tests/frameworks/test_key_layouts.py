@@ -554,4 +554,8 @@ def test_internevos_own_names_in_a_distributed_checkpoint_are_read_as_its_rank_f
     with pytest.raises(EngineError, match="no weights files of layout `internevo`") as caught:
         engine.plan(tiny.mapping, step)
     assert "distcp beside model_config.pt" in str(caught.value.expected)
+    assert "Hugging Face" not in str(caught.value.fix)
+    with pytest.raises(EngineError) as caught:
+        engine.plan(tiny.mapping, tmp_path / "out")
+    assert str(caught.value.fix).startswith("It looks like a Hugging Face checkpoint, as `run` writes and")
     assert engine.inspect(step).facts["layout"] == "torch-dcp"
