@@ -108,10 +108,11 @@ def cut_sentence(side: Side, group: Group) -> str:
         held: dict[int, int] = {}  # in one tensor, or in pieces
         for one in shards:
             held[one.ranks[0]] = held.get(one.ranks[0], 0) + one.window[0][1] - one.window[0][0]
-        return f"storage rows are cut over {dims[0]}, wherever that falls: {_shares(held)}"
+        return f"storage rows are cut over {' and '.join(dims)}, wherever that falls: {_shares(held)}"
     told = []
     for position, (dim, axis) in enumerate(group.cut.dims):
-        told.append(f"{axis} is cut over {dim}: {_shares({s.ranks[position]: s.sizes[axis] for s in shards})}")
+        shares = _shares({s.ranks[position]: s.sizes[axis] for s in shards})
+        told.append(f"{axis} is cut {'by the number in names' if dim == axis else f'over {dim}'}: {shares}")
     return "; ".join(told)
 
 

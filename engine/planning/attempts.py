@@ -75,7 +75,7 @@ class Attempt:
 def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     """Try all combinations of variants that only shapes decide; exactly one plan may fit.
 
-    When none fits, the attempt with the fewest contradictions is returned for its report.
+    When none fits, the attempt with the fewest contradictions is returned for its report: of shapes, then of sizes.
     """
     mapping = question.mapping
     open_variants = [v for v in mapping.variants.values() if v.name not in decisions]
@@ -98,7 +98,8 @@ def decide_by_shapes(question: Question, decisions: Mapping[str, Decision]) -> A
         attempts.append(_attempt(question, tried))
         fitting += [attempts[-1]] if not attempts[-1].sizes.contradictions else []
     if not fitting:
-        return min(attempts, key=lambda a: len(a.sizes.contradictions))
+        every = ((one, one.sizes.contradictions) for one in attempts)
+        return min(every, key=lambda one: (sum(each.axis == "shape" for each in one[1]), len(one[1])))[0]
     distinct: dict[frozenset[tuple[object, ...]], Attempt] = {}
     for attempt in fitting if len(fitting) > 1 else ():
         distinct.setdefault(_reach(attempt), attempt)

@@ -93,13 +93,15 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
             ranks for each in files for ranks in {tuple([grid.files[number].ranks[d] for d in dims]) for number in each}
         )
         file = grid.files[group.first.file]
-        wanted = list(product(*(range(sizes[file.pattern.name].get(d, 1)) for d in dims)))
+        most = [1 + max(ranks) for ranks in zip(*held, strict=True)]  # of numbers in names
+        known = sizes[file.pattern.name]
+        wanted = list(product(*(range(known.get(d, there)) for d, there in zip(dims, most, strict=True))))
         full = {ranks for ranks, count in held.items() if count >= group.cut.pieces}
         missing = next((ranks for ranks in wanted if ranks not in full), None)
         if missing is not None:
             lacks = dict(zip(dims, missing, strict=True))
             name = pattern(file.pattern.name).format({**file.ranks, **lacks})
-            there = any(f.name == name for f in grid.files)
+            exists = any(f.name == name for f in grid.files)
             raise EngineError(
                 "E207",
                 f"tensor `{group.name}` is missing on rank {', '.join(f'{d}{r}' for d, r in lacks.items())}",
@@ -107,7 +109,7 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
                 got=f"{len(full)} of {len(wanted)} slices; one is {group.first.header.name} in {file.name}",
                 expected=f"a slice on every rank of {' and '.join(dims)}",
                 fix=f"`{name}` is from another run or damaged."
-                if there
+                if exists
                 else f"Copy `{name}` from the training run; it is not in the folder.",
             )
         if not group.cut.lone and not group.cut.recorded:

@@ -23,6 +23,7 @@ class Cut:
         recorded: whether each shard records which box it holds, of the tensor that remains after `dims`.
         lone: whether the tensor is stored undivided on a single rank (a row-parallel bias).
         pieces: how many tensors of each rank hold its rows; if several, coordinates end with the piece's number.
+        outer: axes by whose numbers in names the rows are cut before ranks cut them.
     """
 
     dims: tuple[tuple[str, str], ...] = ()
@@ -31,10 +32,11 @@ class Cut:
     recorded: bool = False
     at: int = 0
     pieces: int = 1
+    outer: tuple[str, ...] = ()
 
     def rank_dims(self) -> tuple[str, ...]:
         """The rank dimensions of a shard's coordinates in its group; the one that cuts rows is last."""
-        return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
+        return (*(dim for dim, _ in self.dims), *self.outer, *((self.rows,) if self.rows is not None else ()))
 
     @property
     def boxes(self) -> bool:
@@ -77,29 +79,29 @@ class Group:
 def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool = False) -> Cut:
     """Apply a file pattern's cuts to a rule: `split`, `rows`, `recorded` or a named axis per rank dimension.
 
-    A rule without `split` is replicated. A tensor of a split rule that lacks the axis is stored where
-    `lone_rank` says, unless the mode cuts rows, which every tensor of such a rule has. Tensors of
-    any rule that record which rows they hold (`part`) are cut by that record if the mode says
-    `recorded`. In files whose tensors record their boxes, only the record counts.
+    A rule without `split` is replicated. An axis whose number is in the tensor's name is cut by that number. A tensor
+    of a split rule that lacks the axis is stored where `lone_rank` says, unless the mode cuts rows, which every tensor
+    of such a rule has. Tensors of any rule that record which rows they hold (`part`) are cut by that record if the
+    mode says `recorded`. In files whose tensors record their boxes, only the record counts.
     """
     if file.boxes:
         return Cut(recorded=True)
     cuts = file.cuts.get(instance.stage_class, {})
     rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
+    dims: list[tuple[str, str]] = [(axis, axis) for axis in instance.numbered]
     if not instance.rule.split:
-        return Cut(rows=rows, recorded=rows is not None)
+        return Cut(tuple(dims), rows=rows, recorded=rows is not None)
     if instance.rule.split[0] in STORED and instance.rule.split[0] not in instance.axes.names():
         at = STORED.index(instance.rule.split[0])
         dim = next((dim for dim, role in cuts.items() if role in ("split", "rows")), None)
         return Cut(rows=dim, at=at) if dim is not None and at < len(instance.axes.dims) else Cut()
     present = set(instance.axes.names())
-    dims: list[tuple[str, str]] = []
     lone = False
     for dim, role in cuts.items():
         if role in ("recorded", "runtime"):
             continue
         if role == "rows":
-            return Cut(rows=dim)
+            return Cut(rows=dim, outer=instance.numbered)
         wanted = instance.rule.split if role == "split" else (role,)
         axis = next((a for a in wanted if a in present and a not in {a for _, a in dims}), None)
         if axis is not None:
@@ -107,6 +109,20 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
         elif role == "split" and dim in layout.lone_rank:
             lone = True
     return Cut(tuple(dims), rows, lone, rows is not None)
+
+
+def _check_number(slices: Mapping[str, int], stored: Stored, file: RankFile) -> None:
+    """E208 when the number of a slice in a tensor's name is not that of its file."""
+    for axis, value in slices.items():
+        if file.ranks.get(axis) != value:
+            raise EngineError(
+                "E208",
+                f"`{stored.name}` is not in the file of {axis} {value}",
+                place=Place(file.name, tensor=stored.header.name),
+                got=f"a tensor of `{file.pattern.name}`",
+                expected=f"a file whose name has the number of `{axis}` that its tensors' names have",
+                fix="Files were renamed or exchanged, or are from another run; copy the folder again.",
+            )
 
 
 def _in_pieces(cut: Cut, stored: Stored, file: RankFile, instance: Instance) -> Cut:
@@ -133,17 +149,19 @@ def group_shards(
     """Collect shards of the same rule, parameter and placeholder values, replicas together."""
     cuts: dict[tuple[str, str, bool], tuple[Cut, tuple[str, ...]]] = {}
     # cached places of a file's tensors of a rule
-    places: dict[tuple[str, int, bool, int | None], tuple[Cut, tuple[int, ...]]] = {}
+    places: dict[tuple[object, ...], tuple[Cut, tuple[int, ...]]] = {}
     once: dict[tuple[int, ...], tuple[int, ...]] = {}  # coordinates that all tensors of a rank share
     layers: dict[object, Mapping[str, int]] = {}  # placeholder values that all tensors of a layer share
     found: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut, dict[tuple[int, ...], list[Stored]]]] = {}
     for stored, instance, fixed in matched:
         part = stored.header.part is not None
         piece = instance.part(stored.name) if instance.parts else None
-        place = instance.key, stored.file, part, piece
+        slices = {axis: fixed[axis] for axis in instance.numbered}
+        place = instance.key, stored.file, part, piece, *slices.values()
         at = places.get(place)
         if at is None:
             file = files[stored.file]
+            _check_number(slices, stored, file)
             cut_key = (instance.key, file.pattern.name, part)
             if cut_key not in cuts:
                 cut = cut_of(instance, file.pattern, layout, part=part)
@@ -152,9 +170,12 @@ def group_shards(
             if piece is not None:
                 cut = _in_pieces(cut, stored, file, instance)
                 dims = cut.rank_dims()
-            ranks = tuple([file.ranks[dim] for dim in dims]) + (() if piece is None else (piece,))
+            here = {**file.ranks, **slices}
+            ranks = tuple([here[dim] for dim in dims]) + (() if piece is None else (piece,))
             at = places[place] = cut, once.setdefault(ranks, ranks)
         cut, ranks = at
+        if slices:
+            fixed = {axis: value for axis, value in fixed.items() if axis not in slices}
         key: GroupKey = (instance.key, *fixed.values())
         group = found.get(key)
         if group is None:
@@ -170,8 +191,20 @@ def group_shards(
             ordered = by_boxes(ordered[()], files)
         elif cut.recorded:
             ordered = fold_replicas(ordered, files)
-        result[key] = Group(instance, fixed, cut, ordered)
+        result[key] = undivided(Group(instance, fixed, cut, ordered))
     return result
+
+
+def undivided(group: Group) -> Group:
+    """The group without the cut by numbers in names, if there is one number only."""
+    cut, numbered = group.cut, group.instance.numbered
+    held = cut.rank_dims()
+    if not numbered or any(ranks[at] for ranks in group.shards for at, dim in enumerate(held) if dim in numbered):
+        return group
+    left = [at for at, dim in enumerate(held) if dim not in numbered]
+    dims = tuple(one for one in cut.dims if one[0] not in numbered)
+    shards = {tuple(ranks[at] for at in left): stored for ranks, stored in group.shards.items()}
+    return replace(group, cut=replace(cut, dims=dims, outer=()), shards=shards)
 
 
 def share_units(

@@ -12,7 +12,7 @@ from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import pattern
 from engine.planning.destination import Destination, check_cuts, file_of, flag, shares
-from engine.planning.groups import Cut, Group, cut_of
+from engine.planning.groups import Cut, Group, cut_of, undivided
 from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
 
@@ -69,7 +69,7 @@ class RankGroups:
         layout = self._destination.layout
         cut = cut_of(instance, file, layout)
         share = (_boxes if file.boxes else _shards)(instance, file, cut, self._destination, self._sizes)
-        names = instance.axis_names()
+        names, zeros = instance.axis_names(), dict.fromkeys(instance.numbered, 0)
         spelling = next((s for s in instance.sources if s.text in self._spelt), instance.sources[0])
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is fixed to
@@ -78,10 +78,10 @@ class RankGroups:
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
             chunk, home, local = self._home(instance, fixed)
-            key = self._prefixes[chunk] + spelling.format(local)
+            key = self._prefixes[chunk] + spelling.format({**local, **zeros})
             bound = tuple(home.items())
             if bound not in holding:
-                holding[bound] = [*self._holders(file, cut, home, share)]
+                holding[bound] = [*self._holders(file, cut, home, share, zeros)]
             shards: dict[tuple[int, ...], list[Stored]] = {}
             given = {**fixed, "number": self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)}
             which = (bound, *[given[p] for p in named])
@@ -93,16 +93,22 @@ class RankGroups:
                 header = replicas[0].header if replicas else TensorHeader(key, "", local_shape, strides, 0, part)
                 replicas.append(Stored(number, header, key, chunk))
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
-            group = Group(instance, fixed, cut, ordered)
+            group = undivided(Group(instance, fixed, cut, ordered))
             self.groups.append(group)
-            for place, copies in enumerate(ordered.values()):
+            for place, copies in enumerate(group.shards.values()):
                 for one in copies:
                     self.held[one.file].append((order, one, group, place))
 
-    def _holders(self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares) -> Iterator[_Holder]:
-        """The ranks that hold a tensor which is fixed to the ranks in `home`, and each one's share."""
+    def _holders(
+        self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares, zeros: Mapping[str, int]
+    ) -> Iterator[_Holder]:
+        """The ranks that hold a tensor which is fixed to the ranks in `home`, and each one's share.
+
+        Args:
+            zeros: axes that are not cut by numbers in names, though they may be: each in one slice.
+        """
         lone = self._destination.layout.lone_rank if cut.lone else {}
-        for ranks in self._ranks[file.name]:
+        for ranks in ({**one, **zeros} for one in self._ranks[file.name]):
             if any(ranks.get(dim, rank) != rank for wanted in (home, lone) for dim, rank in wanted.items()):
                 continue
             if (found := share(ranks)) is not None:

@@ -110,6 +110,16 @@ def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]
             constant, factor, axis = form or (0, 0, None)
             if axis is not None and axis in position and factor:
                 result[axis].setdefault(ranks[position[axis]], (size - constant) // factor)
+    unknown = next((axis for axis, by_rank in result.items() if not by_rank), None)
+    if unknown is not None:
+        raise EngineError(
+            "E204",
+            f"the size of axis `{unknown}` on each rank stays unknown",
+            place=group.instance.rule.place,
+            got=f"`{group.instance.axes}`, of which {' and '.join(position)} are cut",
+            expected="at most one axis of a dimension that is cut",
+            fix="Write the axes as dimensions of their own if they are stored so, or `split: rows`.",
+        )
     return result
 
 
@@ -227,7 +237,7 @@ class _Look:
         group = self.group
         stored = group.first
         cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
-            f"rows cut over {group.cut.rows}" if group.cut.rows else "not cut"
+            f"rows cut over {' and '.join((*group.cut.outer, group.cut.rows))}" if group.cut.rows else "not cut"
         )
         rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
         some = [group.first if ranks is None else group.shards[ranks][0] for ranks in odd[:2]]

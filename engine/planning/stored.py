@@ -44,8 +44,13 @@ class Instance:
         return next((at for at, one in enumerate(self.parts) if one.match(name) is not None), None)
 
     def axis_names(self) -> tuple[str, ...]:
-        """The placeholders of the source name: axes of every piece."""
-        return self.sources[0].placeholders
+        """The placeholders of the source name, a tensor for each of their values: axes of every piece."""
+        return tuple(one for one in self.sources[0].placeholders if one not in self.axes.names())
+
+    @cached_property
+    def numbered(self) -> tuple[str, ...]:
+        """Placeholders of the source name that are also axes: the number in the name is that of a slice."""
+        return tuple(one for one in self.sources[0].placeholders if one in self.axes.names())
 
     @cached_property
     def pieces(self) -> tuple[frozenset[str], ...]:

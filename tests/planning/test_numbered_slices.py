@@ -1,0 +1,156 @@
+"""Tensors whose names number the slices of an axis, as InternEvo's grouped experts: each expert rank's are in one.
+
+The fixtures were saved by InternEvo's own code (January and May 2025), on two expert ranks.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import engine
+from engine.errors import EngineError
+from tests.support.depth import crossed
+
+GENUINE = Path(__file__).parents[1] / "fixtures" / "internevo_2025"
+STACKED, ROWS = GENUINE / "moe_ep2", GENUINE / "moe_isp_wp2_ep2"
+MAPPING, EXPERTS, LAYERS = "families/moe-grouped.yaml", 4, 2
+NAMES = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+PREFIX = "model.blocks.{}.mlp.moe_layer.experts.wrapped_experts.{}.{}.weight"
+
+
+def experts_of(step: Path) -> dict[str, torch.Tensor]:
+    """Hugging Face name → tensor: `GroupedFeedForward` multiplies tokens with [expert, in, out] from the right."""
+    found: dict[str, torch.Tensor] = {}
+    for layer in range(LAYERS):
+        for weight, name in NAMES.items():
+            parts: list[torch.Tensor] = []
+            files = {tuple(map(int, re.findall(r"expert(\d+)_.p(\d+)", one.name)[0])): one
+                     for one in step.glob(f"model_moe_layer{layer}_*.pt")}  # fmt: skip
+            for group in sorted({group for group, _ in files}):
+                held = [torch.load(one) for (at, _), one in sorted(files.items()) if at == group]
+                parts += [torch.cat([one[PREFIX.format(layer, group, weight)] for one in held])]
+            groups = [one.reshape(EXPERTS // len(parts), -1, one.shape[-1]) for one in parts]
+            for number, one in enumerate(torch.cat(groups)):
+                found[f"model.layers.{layer}.mlp.experts.{number}.{name}.weight"] = one.T.contiguous()
+    return found
+
+
+def regrouped(source: Path, step: Path, groups: int, ranks: int) -> Path:
+    """The experts of a checkpoint on other expert ranks, and their rows cut over other weight ranks."""
+    whole = experts_of(source)
+    shutil.copytree(source, step, ignore=shutil.ignore_patterns("model_moe_*"))
+    for layer in range(LAYERS):
+        for group in range(groups):
+            numbers = range(group * EXPERTS // groups, (group + 1) * EXPERTS // groups)
+            files: list[dict[str, torch.Tensor]] = [{} for _ in range(ranks)]
+            for weight, name in NAMES.items():
+                each = [whole[f"model.layers.{layer}.mlp.experts.{n}.{name}.weight"].T for n in numbers]
+                for file, rows in zip(files, torch.tensor_split(torch.cat(each), ranks), strict=True):
+                    file[PREFIX.format(layer, group, weight)] = rows.clone()
+            for rank, file in enumerate(files):
+                torch.save(file, step / f"model_moe_layer{layer}_expert{group}_wp{rank}.pt")
+    return step
+
+
+def converted(step: Path, out: Path, **options: Any) -> dict[str, torch.Tensor]:
+    engine.convert(MAPPING, step, out, **options)
+    return {name: one for name, one in load_file(out / "model.safetensors").items() if ".experts." in name}
+
+
+def same(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == two.keys() and len(one) == EXPERTS * LAYERS * len(NAMES)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def refused(step: Path, code: str, *told: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.plan(MAPPING, step)
+    assert caught.value.code == code and all(text in str(caught.value) for text in told), str(caught.value)
+
+
+@pytest.mark.parametrize("source", [STACKED, ROWS], ids=lambda one: one.name)
+def test_experts_of_each_expert_rank_come_apart_in_order(source: Path, tmp_path: Path) -> None:
+    same(converted(source, tmp_path / "hf"), experts_of(source))
+
+
+@pytest.mark.parametrize(("groups", "ranks"), crossed([1, 2, 4], [1, 2, 5]))
+def test_any_number_of_expert_and_weight_ranks_gives_the_same_experts(groups: int, ranks: int, tmp_path: Path) -> None:
+    same(converted(regrouped(ROWS, tmp_path / "step", groups, ranks), tmp_path / "hf"), experts_of(ROWS))
+
+
+@pytest.mark.parametrize(("source", "how"), [(STACKED, {"tp": 2}), (ROWS, {"mode": "isp_wp", "wp": 2})])
+def test_what_is_written_holds_all_experts_in_one_slice_and_gives_them_again(
+    source: Path, how: dict[str, Any], tmp_path: Path
+) -> None:
+    whole = converted(source, tmp_path / "hf")
+    engine.reverse(MAPPING, tmp_path / "hf", tmp_path / "back", **how)
+    assert {one.name.split("_")[3] for one in (tmp_path / "back").glob("model_moe_*")} == {"expert0"}
+    same(converted(tmp_path / "back", tmp_path / "again"), whole)
+    engine.reshard(MAPPING, source, tmp_path / "other", **how)
+    same(converted(tmp_path / "other", tmp_path / "too"), whole)
+
+
+@pytest.mark.parametrize("kind", ["MegaBlock", "MegaBlock-Dropless"])
+def test_megablocks_matrices_are_read_too(kind: str, tmp_path: Path) -> None:
+    """`MegaBlockFeedForward` has them as [expert, in, out], `MegaBlockGroupedFeedForward` as [expert ffn, hidden]."""
+    whole, step, tp = experts_of(STACKED), tmp_path / "step", 2
+    made = {"moe_type": kind, "capacity_factor": 1.0} if kind == "MegaBlock" else {"moe_type": kind}
+    engine.reshard(MAPPING, STACKED, step, tp=tp)
+    for rank in range(tp):
+        file = step / f"model_tp{rank}_pp0.pt"
+        torch.save({name.replace("gate.wg.", "gate."): value for name, value in torch.load(file).items()}, file)
+    for layer in range(LAYERS):
+        files: list[dict[str, torch.Tensor]] = [{} for _ in range(tp)]
+        for weight, name in NAMES.items():
+            each = [whole[f"model.layers.{layer}.mlp.experts.{n}.{name}.weight"] for n in range(EXPERTS)]
+            if kind == "MegaBlock":
+                parts = torch.stack([one.T for one in each]).chunk(tp, 1 if weight == "w2" else 2)
+            else:
+                blocks = torch.stack([one.T if weight == "w2" else one for one in each])
+                parts = [one.flatten(0, 1) for one in blocks.chunk(tp, 1)]
+            for file, part in zip(files, parts, strict=True):
+                file[f"blocks.{layer}.mlp.moe_layer.experts.wrapped_experts.0.{weight}"] = part.contiguous()
+        for rank, file in enumerate(files):
+            torch.save(file, step / f"model_moe_layer{layer}_expert0_tp{rank}.pt")
+    config = torch.load(step / "model_config.pt", weights_only=False)
+    torch.save({**config, **made}, step / "model_config.pt")
+    same(converted(step, tmp_path / "hf"), whole)
+    if kind == "MegaBlock-Dropless":  # which does not run with expert ranks
+        for file in step.glob("model_moe_*"):
+            held = {name.replace("experts.0", "experts.1"): one for name, one in torch.load(file).items()}
+            torch.save(held, file.with_name(file.name.replace("expert0", "expert1")))
+        refused(step, "E204", "`(expert ffn) hidden`, of which ffn and expert are cut")
+
+
+def test_a_slice_that_is_missing_or_in_anothers_place_is_refused(tmp_path: Path) -> None:
+    step = regrouped(ROWS, tmp_path / "step", 4, 1)
+    one, other = (step / f"model_moe_layer0_expert{group}_wp0.pt" for group in (1, 2))
+    held = one.read_bytes()
+    one.unlink()
+    refused(step, "E207", "expert1")
+    one.write_bytes(held)
+    torch.save({name: value + 1 for name, value in torch.load(other).items()}, one)
+    refused(step, "E208", "wrapped_experts.2.w1.weight` is not in the file of expert 2", one.name)
+    one.write_bytes(held)
+    for last in step.glob("model_moe_layer*_expert3_*"):
+        last.unlink()
+    refused(step, "E203", "axis `expert hidden`", "rows cut over expert and wp")
+
+
+def test_settings_of_experts_that_change_what_they_compute_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(STACKED, tmp_path / "step", ignore=shutil.ignore_patterns("config_file.pt"))
+    config = tmp_path / "step" / "model_config.pt"
+    plain = {"hidden_size": 32, "num_attention_heads": 4, "num_layers": 2, "vocab_size": 64, "mlp_ratio": 1.5,
+             "multiple_of": 16, "num_experts": 4, "top_k": 2, "layer_norm_epsilon": 1e-5}  # fmt: skip
+    for kwargs in ({"scoring_func": "sigmoid"}, {"normalize_expert_weights": False}, {"routed_scaling_factor": 2.5}):
+        torch.save({**plain, "moe_layer_kwargs": kwargs}, config)
+        refused(tmp_path / "step", "E209", f"moe_layer_kwargs.{next(iter(kwargs))}")
+    torch.save({**plain, "moe_layer_kwargs": {"capacity_factor": None, "use_grouped_mlp": True}}, config)
+    engine.plan(MAPPING, tmp_path / "step")
