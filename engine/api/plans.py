@@ -10,6 +10,7 @@ from typing import Any, Unpack
 from engine.assets.chat import chat_template
 from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
 from engine.checkpoint.identity import check_files
+from engine.discover.steps import step_below
 from engine.errors import EngineError, Place
 from engine.explaining.describe import describe_rules
 from engine.language.layout_file import load_layout
@@ -40,7 +41,7 @@ from engine.run.execute import Small
 from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
 from engine.storage.local import open_regular
-from engine.storage.places import Source, followed, found_at
+from engine.storage.places import Source, followed, found_at, store_at
 from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import File
 
@@ -143,7 +144,10 @@ def _read(asked: Request, layout: Layout) -> Checkpoint:
         if asked.config is not None and asked.like is None:
             raise no_effect(asked.config, " without --like")
         return read_whole(asked.src)
-    return read_checkpoint(asked.src, layout, asked.config)
+    try:
+        return read_checkpoint(asked.src, layout, asked.config)
+    except EngineError as error:
+        raise step_below(error, store_at(asked.src, "the checkpoint"), asked.config, layout) from None
 
 
 def no_effect(config: str | Path, without: str = "") -> EngineError:

@@ -47,17 +47,17 @@ def read_grid(
     if not modes:
         beside = "" if own else f" beside {layout.config_file}"
         wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
-        finished = any(text in names for one in WEIGHTS for text in (one, f"{one}.index.json"))
-        itself = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if finished else ""
-        raise EngineError(
-            "E304",
-            f"no weights files of layout `{layout.name}` in this folder",
-            place=Place(folder),
-            got=_sample(names),
-            expected=f"files named {wanted}",
-            fix=f"{itself}Give the folder of one step, which holds the files under the names that training gave them; "
-            "`engine inspect DIR` says what DIR is.",
-        )
+        whole = any(text in names for one in WEIGHTS for text in (one, f"{one}.index.json"))
+        told = f"no weights files of layout `{layout.name}` in this folder"
+        fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
+        fix += "Give the folder of one step, which holds the files under the names that training gave them; "
+        fix += "`engine inspect DIR` says what DIR is."
+        kept = [one.file for one in layout.configs if one.file in names]
+        if kept and not whole and not layout.config_of_target:  # any model may have the target's
+            told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
+            fix = "Take the step before, or copy the folder again from the training run."
+        expected = f"files named {wanted}"
+        raise EngineError("E304", told, place=Place(folder), got=_sample(names), expected=expected, fix=fix)
     held = {name: mode for mode, name in found if mode in modes}
     if len(held) == 1 and any(mode.when is not None for mode in modes):  # it selects between modes
         facts = config()

@@ -14,7 +14,7 @@ from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, find_fits
-from engine.discover.steps import find_steps, has_weights, is_whole, read_any
+from engine.discover.steps import MOST_STEPS, find_steps, has_weights, is_whole, read_any
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
@@ -97,7 +97,7 @@ def inspect(src: str | Path, config: str | Path | None, *, every: bool = False) 
         names = list_folder(folder)
         if is_whole(names):
             return describe_whole(folder, names)
-        steps = find_steps(folder, config, every=every)
+        steps = find_steps(folder, config, most=None if every else MOST_STEPS)
         if steps is None:
             raise error if has_weights(error) else _nothing(folder, names) from None
         return Inspection(str(src), "steps", steps)

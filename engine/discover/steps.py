@@ -18,7 +18,7 @@ from engine.planning.reading import read_checkpoint
 from engine.storage.places import Source
 from engine.storage.store import Store
 
-_MOST_STEPS = 20  # steps whose files are read, the newest first; older ones are only named
+MOST_STEPS = 20  # steps whose files are read, the newest first
 
 
 def read_any(
@@ -56,18 +56,51 @@ def has_weights(error: EngineError) -> bool:
     return not error.message.startswith("no weights files")
 
 
-def find_steps(folder: Store, config: str | Path | None, *, every: bool = False) -> dict[str, Any] | None:
-    """The checkpoints below a folder, oldest first, and the newest complete one; None if there are none."""
-    names = sorted((n for n, state in folder.entries().items() if state is None and not n.startswith(".")), key=_number)
+def find_steps(
+    folder: Store, config: str | Path | None, layouts: Sequence[str] = (), *, most: int | None = MOST_STEPS
+) -> dict[str, Any] | None:
+    """The checkpoints in a folder, oldest first, and the newest complete one; None if there are none.
+
+    If there are none, those one level deeper: some trainers save the files of a step in a subfolder of it.
+
+    Args:
+        config, layouts: as for `read_any`.
+        most: steps whose files are read, the newest; older ones are only named. None for all.
+    """
+    names = _folders(folder)
+    found = _found(folder, names, config, layouts, most)
+    if not found:
+        names = [f"{name}/{one}" for name in names[-(most or 0) :] for one in _folders(folder.inside(name))]
+        found = _found(folder, names, config, layouts, most)
+    complete = [one["name"] for one in found if one["complete"]]
+    return {"steps": found, "newest": max(complete, key=_numbers, default=None)} if found else None
+
+
+def step_below(error: EngineError, folder: Store, config: str | Path | None, layout: Layout) -> EngineError:
+    """The error of a folder without weights; if checkpoints of the layout lie below it, its fix names the newest."""
+    found = None if error.code != "E304" or has_weights(error) else find_steps(folder, config, [layout.name], most=4)
+    if found is not None and found["newest"] is not None:
+        error.fix = f"Give the folder of one step, like {folder.place(found['newest'])}."
+    return error
+
+
+def _folders(folder: Store) -> list[str]:
+    try:
+        entries = folder.entries()
+    except OSError:  # it cannot be listed
+        return []
+    return sorted((n for n, state in entries.items() if state is None and not n.startswith(".")), key=_order)
+
+
+def _found(
+    folder: Store, names: Sequence[str], config: str | Path | None, layouts: Sequence[str], most: int | None
+) -> list[dict[str, Any]]:
     steps: dict[str, dict[str, Any] | None] = {}
     for name in reversed(names):
-        look = every or len(steps) < _MOST_STEPS
-        steps[name] = _step(folder.inside(name), config) if look else _NOT_LOOKED_AT
+        look = most is None or len(steps) < most
+        steps[name] = _step(folder.inside(name), config, layouts) if look else _NOT_LOOKED_AT
     shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
-    found = [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
-    if not found:
-        return None
-    return {"steps": found, "newest": next((one["name"] for one in reversed(found) if one["complete"]), None)}
+    return [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
 
 
 _NOT_LOOKED_AT = {"complete": None, "why": "", "bytes": None, "layout": None}
@@ -81,29 +114,34 @@ def _shape(name: str) -> str:
     return re.sub("[0-9]+", "0", name)
 
 
-def _step(folder: Store, config: str | Path | None) -> dict[str, Any] | None:
+def _step(folder: Store, config: str | Path | None, layouts: Sequence[str]) -> dict[str, Any] | None:
     """Whether one folder is a complete checkpoint; None if it is not a checkpoint at all."""
     try:
-        layout, checkpoint = read_any(folder, config=config)
+        layout, checkpoint = read_any(folder, layouts, config=config)
+        files, name = checkpoint.files, layout.name
     except EngineError as error:
-        if error.code == "E304" and not has_weights(error):
-            if not is_whole(list_folder(folder)):
-                return None
-            try:
-                files = read_hf_folder(folder)
-            except EngineError as damaged:
-                return {"complete": False, "why": damaged.message, "bytes": None, "layout": "Hugging Face"}
-            size = sum(file.size for file in files)
-            return {"complete": True, "why": "", "bytes": size, "layout": "Hugging Face"}
-        return {"complete": False, "why": error.message, "bytes": None, "layout": ""}
-    size = sum(file.size for file in checkpoint.files)
-    return {"complete": True, "why": "", "bytes": size, "layout": layout.name}
+        if error.code != "E304" or has_weights(error):
+            return {"complete": False, "why": error.message, "bytes": None, "layout": ""}
+        if layouts or not is_whole(list_folder(folder)):
+            return None
+        name = "Hugging Face"
+        try:
+            files = read_hf_folder(folder)
+        except EngineError as damaged:
+            return {"complete": False, "why": damaged.message, "bytes": None, "layout": name}
+    if not any(file.tensors for file in files):
+        return None  # an optimizer's files alone
+    return {"complete": True, "why": "", "bytes": sum(file.size for file in files), "layout": name}
 
 
-def _number(name: str) -> tuple[int, str]:
+def _order(name: str) -> tuple[int, str]:
     """
-    >>> sorted(["1000", "iter_0000020", "500"], key=_number)
+    >>> sorted(["1000", "iter_0000020", "500"], key=_order)
     ['iter_0000020', '500', '1000']
     """
-    digits = "".join(c if c.isdecimal() else " " for c in name).split()
+    digits = re.findall("[0-9]+", name)
     return (int(digits[-1][:18]) if digits else -1, name)
+
+
+def _numbers(name: str) -> list[int]:
+    return [_order(part)[0] for part in name.split("/")]

@@ -47,6 +47,32 @@ def test_a_hugging_face_folder_is_told_what_can_be_done_with_it(tmp_path: Path) 
         assert "Hugging Face checkpoint, llama, written" in inspected(tmp_path / "hf")
 
 
+@pytest.mark.parametrize("depth", ["100", "100/actor"])
+def test_a_step_below_the_folder_is_named_by_inspect_and_where_a_mapping_is_given(depth: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / depth).parent.mkdir(parents=True)
+    (tmp_path / "run" / depth).symlink_to(FIXTURES / "v1_tp2_pp2")
+    (tmp_path / "run" / "logs" / "host").mkdir(parents=True)
+    assert engine.inspect(tmp_path / "run").facts["newest"] == depth
+    with pytest.raises(engine.EngineError, match="no weights files of layout `internevo`") as caught:
+        engine.plan("internlm", tmp_path / "run")
+    assert caught.value.fix == f"Give the folder of one step, like {tmp_path}/run/{depth}."
+    with pytest.raises(engine.EngineError, match="no weights files of layout `megatron`") as caught:
+        engine.plan("families/megatron-llama", tmp_path / "run")
+    assert str(caught.value.fix).startswith("Give the folder of one step, which holds")
+
+
+@pytest.mark.parametrize("name", ["common.pt", "model_config.pt"])
+def test_a_save_that_stopped_before_its_weights_is_told_as_unfinished(name: str, tmp_path: Path) -> None:
+    (tmp_path / "100").mkdir()
+    torch.save({}, tmp_path / "100" / name)
+    mapping = "internlm" if name == "model_config.pt" else "families/megatron-llama"
+    for call in (engine.inspect, lambda step: engine.plan(mapping, step)):
+        with pytest.raises(engine.EngineError, match=f"`{name}` is here and no weights file is") as caught:
+            call(tmp_path / "100")
+        assert caught.value.code == "E304" and str(caught.value.fix).startswith("Take the step before")
+    assert engine.inspect(tmp_path).facts["steps"][0]["why"].startswith(f"`{name}` is here")
+
+
 def test_a_folder_of_steps_says_which_are_complete(tmp_path: Path) -> None:
     for step in ("100", "90", "iter_7"):
         shutil.copytree(FIXTURES / "v1_tp2_pp2", tmp_path / step)
