@@ -105,10 +105,13 @@ def cut_sentence(side: Side, group: Group) -> str:
         copies = len(shards[0].replicas)
         return f"{copies} files hold it whole and must agree" if copies > 1 else "one file holds it whole"
     if group.cut.rows is not None:
-        held: dict[int, int] = {}  # in one tensor, or in pieces
+        held: dict[int, int] = {}  # in one tensor, in pieces, or in slices
         for one in shards:
-            held[one.ranks[0]] = held.get(one.ranks[0], 0) + one.window[0][1] - one.window[0][0]
-        return f"storage rows are cut over {' and '.join(dims)}, wherever that falls: {_shares(held)}"
+            rank, (low, high) = one.ranks[len(dims) - 1], one.window[group.cut.at]
+            held[rank] = held.get(rank, 0) + high - low
+        slices = f"of slices by the number of {' and '.join(group.cut.outer)} " if group.cut.outer else ""
+        stored = ("rows", "columns")[group.cut.at]
+        return f"storage {stored} {slices}are cut over {dims[-1]}, wherever that falls: {_shares(held)}"
     told = []
     for position, (dim, axis) in enumerate(group.cut.dims):
         shares = _shares({s.ranks[position]: s.sizes[axis] for s in shards})

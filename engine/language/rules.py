@@ -77,6 +77,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         _check_stage(rule, name, (*patterns[0].placeholders, *axes.names()), stage)
     with errors.caught():
         targets = _targets(rule, body, axes)
+        _check_numbers(targets)
         transform = _transform(rule, body.get("transform"), targets)
     with errors.caught():
         when = _when(rule, ("when",), variants)
@@ -188,6 +189,21 @@ def _targets(rule: Document, body: dict[str, Any], axes: Axes) -> tuple[Target, 
         read = parse_axes(entry["axes"], rule.value_place("targets", index, "axes"))
         targets.append(Target(entry["name"], read, rule.value_place("targets", index, "name")))
     return tuple(targets)
+
+
+def _check_numbers(targets: Sequence[Target]) -> None:
+    """E104 for a number in a target's name that is also one of its axes: a target is written whole."""
+    for target in targets:
+        for axis in pattern(target.name, target.place).placeholders:
+            if axis in target.axes.names():
+                raise EngineError(
+                    "E104",
+                    f"`{axis}` is in the name of a target and among its axes",
+                    place=target.place,
+                    got=f"{target.name}, with axes {target.axes}",
+                    expected="one of both: only a source can be in slices whose numbers are in names",
+                    fix=f"Leave `{axis}` out of the target's axes for a tensor of each, or out of its name for one.",
+                )
 
 
 def _when(rule: Document, at: tuple[str, ...], variants: Mapping[str, Variant]) -> dict[str, tuple[str, ...]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError, Place
+from engine.language.axes import Product
 from engine.language.model import FilePattern, Layout
 from engine.language.rules import STORED
 from engine.planning.parts import by_boxes, fold_replicas, unexpected_part
@@ -94,7 +95,9 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
     if instance.rule.split[0] in STORED and instance.rule.split[0] not in instance.axes.names():
         at = STORED.index(instance.rule.split[0])
         dim = next((dim for dim, role in cuts.items() if role in ("split", "rows")), None)
-        return Cut(rows=dim, at=at) if dim is not None and at < len(instance.axes.dims) else Cut()
+        if dim is not None and at < len(instance.axes.dims):
+            return Cut(rows=dim, at=at, outer=instance.numbered)
+        return Cut(tuple(dims))
     present = set(instance.axes.names())
     lone = False
     for dim, role in cuts.items():
@@ -112,23 +115,33 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
 
 
 def _check_number(slices: Mapping[str, int], stored: Stored, file: RankFile) -> None:
-    """E208 when the number of a slice in a tensor's name is not that of its file."""
+    """E208 when the number of a slice in a tensor's name is not that of its file; 0 where files have no such number."""
     for axis, value in slices.items():
-        if file.ranks.get(axis) != value:
+        if file.ranks.get(axis, 0) != value:
+            numbered = axis in file.ranks
             raise EngineError(
                 "E208",
                 f"`{stored.name}` is not in the file of {axis} {value}",
                 place=Place(file.name, tensor=stored.header.name),
                 got=f"a tensor of `{file.pattern.name}`",
-                expected=f"a file whose name has the number of `{axis}` that its tensors' names have",
-                fix="Files were renamed or exchanged, or are from another run; copy the folder again.",
+                expected=f"a file whose name has the number of `{axis}` that its tensors' names have"
+                + ("" if numbered else ", or 0 alone in names of tensors"),
+                fix="Files were renamed or exchanged, or are from another run; copy the folder again."
+                if numbered
+                else "Slices in such files are not read: save the checkpoint in another mode.",
             )
 
 
 def _in_pieces(cut: Cut, stored: Stored, file: RankFile, instance: Instance) -> Cut:
     """The cut of a tensor whose rows each rank saved in pieces, which follow each other as the ranks do."""
     dims = cut.rank_dims()
-    if len(dims) != 1 or cut.recorded or cut.at or any(axis != instance.axes.names()[0] for _, axis in cut.dims):
+    if (
+        len(dims) != 1
+        or instance.numbered
+        or cut.recorded
+        or cut.at
+        or any(axis != instance.axes.names()[0] for _, axis in cut.dims)
+    ):
         raise EngineError(
             "E208",
             f"`{stored.name}` is one of {len(instance.parts)} pieces of a rank's rows, and here ranks do not cut rows",
@@ -196,15 +209,37 @@ def group_shards(
 
 
 def undivided(group: Group) -> Group:
-    """The group without the cut by numbers in names, if there is one number only."""
+    """The group without the cut by numbers in names, if there is one number only.
+
+    Raises:
+        EngineError: E208 if ranks cut rows of several slices that do not follow each other in the whole tensor.
+    """
     cut, numbered = group.cut, group.instance.numbered
-    held = cut.rank_dims()
-    if not numbered or any(ranks[at] for ranks in group.shards for at, dim in enumerate(held) if dim in numbered):
+    out = [at for at, dim in enumerate(cut.rank_dims()) if dim in numbered]
+    if any(ranks[at] for ranks in group.shards for at in out):
+        _check_outer(group)
         return group
-    left = [at for at, dim in enumerate(held) if dim not in numbered]
+    if not out:
+        return group
     dims = tuple(one for one in cut.dims if one[0] not in numbered)
-    shards = {tuple(ranks[at] for at in left): stored for ranks, stored in group.shards.items()}
+    shards = {tuple(one for at, one in enumerate(ranks) if at not in out): s for ranks, s in group.shards.items()}
     return replace(group, cut=replace(cut, dims=dims, outer=()), shards=shards)
+
+
+def _check_outer(group: Group) -> None:
+    cut, axes = group.cut, group.instance.axes
+    node = axes.dims[cut.at]
+    terms = node.terms if isinstance(node, Product) else (node,)
+    if tuple(map(str, terms[: len(cut.outer)])) != cut.outer:
+        told = ", ".join(cut.outer)
+        raise EngineError(
+            "E208",
+            f"{cut.rows} ranks cut slices of `{group.name}`, which do not follow each other in the whole tensor",
+            place=group.instance.rule.place,
+            got=f"`{axes}`, in slices by the number of {told}",
+            expected=f"{told} first in the dimension that ranks cut",
+            fix="Write the axes in the order in which the elements are stored.",
+        )
 
 
 def share_units(

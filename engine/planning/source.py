@@ -82,7 +82,8 @@ class Source:
     def slices(self) -> tuple[Slices, ...]:
         """Sets of slices that different ranks hold of one tensor.
 
-        A slice that is a separate tensor on the other side, like each expert of a stack, may equal its neighbours.
+        A slice that is a separate tensor on the other side, like each expert of a stack, may equal its neighbours; and
+        so may one whose number is in its name.
         """
         result: list[Slices] = []
         units = {
@@ -100,7 +101,9 @@ class Source:
                 axis in axes.names()[:1] and self.side.sizes[axis] == len(group.shards) for _, axis in group.cut.dims
             )
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
-            at = [position for position, (_, axis) in enumerate(group.cut.dims) if axis in own]
+            own |= {*group.instance.numbered}
+            cut = (*(axis for _, axis in group.cut.dims), *group.cut.outer)
+            at = [position for position, axis in enumerate(cut) if axis in own]
             found: dict[tuple[object, ...], list[int]] = {}
             for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
                 where = tuple([ranks[position] for position in at])

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 import shutil
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from safetensors.torch import load_file
 
 import engine
@@ -154,3 +156,68 @@ def test_settings_of_experts_that_change_what_they_compute_are_refused(tmp_path:
         refused(tmp_path / "step", "E209", f"moe_layer_kwargs.{next(iter(kwargs))}")
     torch.save({**plain, "moe_layer_kwargs": {"capacity_factor": None, "use_grouped_mlp": True}}, config)
     engine.plan(MAPPING, tmp_path / "step")
+
+
+def own(path: Path, *rules: str) -> str:
+    """A family of one's own that changes rules of the bundled one."""
+    head = ["mapping: 1", "name: own", "version: 1.0.0", "description: its own axes", f"extends: {MAPPING}", "rules:"]
+    path.write_text("\n".join([*head, *(f"  - {{{rule}}}" for rule in rules)]) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_rows_of_slices_that_do_not_follow_each_other_are_refused(tmp_path: Path) -> None:
+    """Over weight ranks the rows of one slice come before those of the next: the number must be the outermost axis."""
+    inner = own(tmp_path / "inner.yaml", "name: rows_w1, axes: (hidden expert) ffn")
+    with pytest.raises(EngineError, match="do not follow each other in the whole tensor") as caught:
+        engine.plan(inner, ROWS)
+    assert caught.value.code == "E208"
+
+
+def test_slices_whose_rows_are_cut_by_split_rows_follow_each_other(tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    shutil.copytree(STACKED, step, ignore=shutil.ignore_patterns("config_file.pt"))
+    for file in step.glob("model_moe_*"):
+        rows = {name: torch.randn(one.flatten(0, 1).shape).chunk(2) for name, one in torch.load(file).items()}
+        for rank in range(2):
+            held = {name: parts[rank].clone() for name, parts in rows.items()}
+            torch.save(held, file.with_name(file.name.replace("tp0", f"tp{rank}")))
+    engine.reshard(MAPPING, STACKED, tmp_path / "dense", tp=2)
+    for rank in range(2):
+        shutil.copy(tmp_path / "dense" / f"model_tp{rank}_pp0.pt", step)
+    mapping = own(tmp_path / "own.yaml", *(f"name: rows_{weight}, split: rows" for weight in NAMES))
+    engine.convert(mapping, step, tmp_path / "hf")
+    same({n: one for n, one in load_file(tmp_path / "hf" / "model.safetensors").items() if ".experts." in n},
+         experts_of(step))  # fmt: skip
+
+
+@pytest.mark.parametrize("source", [STACKED, ROWS], ids=lambda one: one.name)
+def test_experts_may_be_equal_as_after_upcycling(source: Path, tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    shutil.copytree(source, step)
+    for file in step.glob("*_expert1_*"):
+        held = torch.load(step / file.name.replace("expert1", "expert0"))
+        torch.save({name.replace("experts.0", "experts.1"): one for name, one in held.items()}, file)
+    same(converted(step, tmp_path / "hf"), experts_of(step))
+
+
+def test_a_target_is_never_in_slices(tmp_path: Path) -> None:
+    name = "model.layers.{layer}.mlp.experts.{expert}.gate_proj.weight"
+    for rule in (f'targets: [{{name: "{name}", axes: expert ffn hidden}}]', f'target: "{name}"'):
+        with pytest.raises(EngineError, match="`expert` is in the name of a target and among its axes"):
+            engine.plan(own(tmp_path / "own.yaml", f"name: grouped_w1, {rule}"), STACKED)
+
+
+def test_files_without_the_number_hold_slice_0(tmp_path: Path) -> None:
+    """As a distributed checkpoint of one expert rank; more slices, each recorded as a whole tensor, are refused."""
+    whole = experts_of(STACKED)
+    for groups in (1, 2):
+        step = tmp_path / f"step{groups}"
+        shutil.copytree(STACKED, step, ignore=shutil.ignore_patterns("model_moe_*", "model_tp*"))
+        state = torch.load(STACKED / "model_tp0_pp0.pt")
+        for layer, (weight, name) in product(range(LAYERS), NAMES.items()):
+            each = [whole[f"model.layers.{layer}.mlp.experts.{number}.{name}.weight"].T for number in range(EXPERTS)]
+            for group, part in enumerate(torch.stack(each).chunk(groups)):
+                state[PREFIX.format(layer, group, weight)] = part.clone()
+        torch.distributed.checkpoint.save(state, checkpoint_id=step, no_dist=True)
+    same(converted(tmp_path / "step1", tmp_path / "hf"), whole)
+    refused(tmp_path / "step2", "E208", "or 0 alone in names of tensors", "save the checkpoint in another mode")
