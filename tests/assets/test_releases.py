@@ -30,7 +30,7 @@ def config_of(name: str, biases: tuple[str, ...] = (), **settings: Any) -> dict[
     sizes = {"head_dim": mapping.expect["hidden"] // mapping.expect["heads"], **mapping.expect}
     names: dict[str, Any] = {
         "options": options_of(mapping, settings),
-        "present": lambda pattern: pattern in biases,
+        "present": lambda pattern: pattern in (*biases, "layers.{layer}.attention.wqkv.weight"),  # as all releases have
         "rope_base": 1000000,
         "norm_eps": 1e-5,
         "labels": 1,
