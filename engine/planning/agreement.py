@@ -159,9 +159,12 @@ def with_given(
     """
     read, written = read_config(given, whole_side(mapping, layout)), dict(leaves(mapping.config))
     left_out = {path: None for path in written if value_at(config, path) is None}
+    said = {path.rpartition(".")[0] for path in (*dict(leaves(given)), *read.side.spelt)} - {""}
     for path, value in (*leaves(config), *left_out.items()):
         other = value_at(read.config if path in read.side.spelt or path in left_out else given, path)
         key = read.side.keys.get(path)
+        if other is None and key is not None and path.rpartition(".")[0] in said:
+            other = key.default  # it says other keys of these, and this one by leaving it out
         as_good = key is not None and (key.ignores(read.config) or plain(other) == plain(key.default))
         if other is None or plain(other) == plain(value) or (as_good if path in left_out else value is None):
             continue
@@ -179,8 +182,8 @@ def with_given(
             )
             + ".",
         )
-    said = {name: value for name, value in given.items() if name not in left_out or value is None}
-    return as_declared(merged(_without_nulls(said, read.side.keys), config), read.side.keys)
+    kept = {name: value for name, value in given.items() if name not in left_out or value is None}
+    return as_declared(merged(_without_nulls(kept, read.side.keys), config), read.side.keys)
 
 
 def with_parts(config: Mapping[str, Any], mapping: MappingFile, layout: Layout) -> dict[str, Any]:

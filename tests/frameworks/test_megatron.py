@@ -362,6 +362,12 @@ def test_a_factor_of_scaled_angles_that_megatron_does_not_pass_to_its_model_is_a
     rewritten(source, lambda args: args.update(use_rope_scaling=True))
     config = engine.plan("megatron-llama", source, settings=told).config
     assert config["rope_scaling"]["factor"] == config["rope_parameters"]["factor"] == 8
+    given = json.loads((MEGATRON / "leg_t4_g2" / "hf_config.json").read_text())
+    given = {key: value for key, value in given.items() if "rope" not in key}
+    for spelling in ({"rope_theta": 10000.0}, {"rope_parameters": {"rope_theta": 10000.0}}):
+        (tmp_path / "config.json").write_text(json.dumps(given | spelling))
+        with pytest.raises(EngineError, match=r"does not belong to this checkpoint: `rope_parameters\.rope_type`"):
+            engine.plan("megatron-llama", source, config=tmp_path / "config.json")
     rewritten(source, lambda args: args.update(use_rope_scaling=True, rope_scaling_factor=32.0))
     with pytest.raises(EngineError, match="rope_factor") as caught:
         convert("leg_t4_g2", tmp_path / "out", source, config=None, settings=told)
