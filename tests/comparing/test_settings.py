@@ -84,6 +84,19 @@ def test_a_setting_that_changes_the_function_is_told_with_what_it_does(case: str
     assert compare(out, made, "--allow-cast").exit_code == 1
 
 
+def test_the_effect_of_every_key_that_changes_the_function_is_known() -> None:
+    more = {
+        "sliding_window": "distance", "layer_types": "distances", "partial_rotary_factor": "part of each head",
+        "rope_parameters.factor": "scaled differently", "num_labels": "outputs", "auto_map": "remote code",
+        "num_experts_per_tok": "number of experts", "norm_topk_prob": "weighted differently",
+        "decoder_sparse_step": "have experts", "num_local_experts": "chooses among", "layer_norm_eps": "every norm",
+        "moe_intermediate_size": "do not fit", "hidden_activation": "activation",
+    }  # fmt: skip
+    for key, told in {key: told for _, key, told in SETTINGS.values()}.items() | more.items():
+        effect, grade = effect_of(key)
+        assert told in effect and grade == "function", key
+
+
 def test_a_length_is_told_and_is_no_other_function(out: Path, made: Path) -> None:
     edit(out, "config.json", lambda config: config.update(max_position_embeddings=4096))
     assert differences(out, made)["config", "max_position_embeddings"].grade == "told"
@@ -370,6 +383,14 @@ def test_a_key_that_another_program_misses_is_told(name: str, key: str | None, t
         edit(out, name, lambda data: data.pop(key))
     assert differences(out, ref)["config" if name == "config.json" else "tokenizer", told].grade == "function"
     assert compare(out, ref).exit_code == 1
+
+
+@pytest.mark.parametrize("key", ["add_prefix_space", "add_bos_token", "add_eos_token"])
+def test_what_llama_cpp_takes_otherwise_where_it_is_not_said_is_told(key: str, out: Path) -> None:
+    edit(out, "tokenizer_config.json", lambda data: data.pop(key, None))
+    ref = shutil.copytree(out, out.parent / "ref")
+    edit(ref, "tokenizer_config.json", lambda data: data.update({key: False}))
+    assert differences(out, ref)["tokenizer", f"{key} of tokenizer_config.json"].grade == "function"
 
 
 def test_the_old_spelling_of_angles_that_every_version_takes_is_not_missed(out: Path, made: Path) -> None:

@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import engine
 from engine.commands.main import cli
+from engine.run.written import extra_files
+from engine.storage.local import LocalStore
 from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
@@ -130,6 +132,15 @@ def test_a_planted_file_is_told_and_fails(name: str, out: Path) -> None:
     result = verify(out)
     assert result.exit_code == 1
     assert name in result.output
+
+
+def test_every_kind_of_planted_file_is_a_problem(tmp_path: Path) -> None:
+    for number, name in enumerate({*PLANTED} - {"model.safetensors.index.json"}):  # the index is compared itself
+        file = tmp_path / str(number) / name
+        file.parent.mkdir(parents=True)
+        file.touch()
+        problems, beside = extra_files(LocalStore(tmp_path / str(number)), ())
+        assert not beside and [name in one for one in problems] == [True], name
 
 
 @pytest.mark.parametrize("metadata", [None, {"format": "tf"}, {"format": "pt", "more": "x"}], ids=str)

@@ -57,6 +57,11 @@ def tensors() -> dict[str, torch.Tensor]:
         f16=half,
         row=half[3],
         i64=torch.arange(5),
+        **{
+            str(one): torch.ones(2, dtype=one)
+            for one in (torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+        },
+        f64=torch.randn(2).double(),
         parameter=torch.nn.Parameter(torch.randn(2, 2)),
         scalar=torch.tensor(3.5),
         empty=torch.empty(0, 4),
