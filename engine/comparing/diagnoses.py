@@ -215,7 +215,7 @@ _ROWS_OF_TOKENS = ("embed_tokens", "lm_head", "tok_embeddings", "output")
 
 def _others(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Other relations; equal ones of several tensors are described once."""
-    elsewhere = ("equal", "cast", "swapped", "copied", "shape", "missing", "extra")
+    elsewhere = ("equal", "cast", "swapped", "copied", "missing", "extra")
     others = [v for v in verdicts if v.kind not in elsewhere and v.note and not (v.kind == "permuted" and v.rotary)]
     for (kind, _), group in grouped(((v.kind, without_numbers(v.note)), v) for v in others).items():
         names = [v.name for v in group]

@@ -31,11 +31,13 @@ def mixed(
     """How an array is composed of others, in words; None if in no known way.
 
     Args:
-        one, own: rows × columns, of one shape.
+        one, own: rows × columns; if their shapes differ, only blocks are looked for.
         others: other arrays of that shape, by name.
         blocks: numbers of equal blocks of rows or columns that may have been summed.
     """
     precision = 2.0 ** -min(BITS.get(view.dtype, 50) for view in (one, own))
+    if one.shape != own.shape:
+        return _blocks(tensors, one, own, blocks, precision)
     sample = _sampler(tensors, one)
     x, y = sample(one), sample(own)
     terms = [("the reference's own", y)] + [(name, sample(view)) for name, view in others]
@@ -106,7 +108,7 @@ def _blocks(tensors: Tensors, one: View, own: View, counts: Sequence[int], preci
     for axis, noun in ((0, "row"), (1, "column")):
         for count in dict.fromkeys((*_BLOCKS, *counts)):
             size, rest = divmod(own.shape[axis], count)
-            if rest or count < 2 or size >= one.shape[axis]:
+            if rest or count < 2 or size >= one.shape[axis] or one.shape[1 - axis] != own.shape[1 - axis]:
                 continue
             first = one.part(axis, 0, size)
             sample = _sampler(tensors, first)

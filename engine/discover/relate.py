@@ -81,7 +81,8 @@ class Search:
             return arranged
         changes = self.changes[name] = changes_of(self._tensors, one, own)
         region = None if changes is None else region_of(changes, out.shape)
-        if region is not None and (through := relate_rounding(self._tensors, one, own)) is not None:
+        rounds = changes is not None and region is not None and changes.largest  # not only the sign of zeros
+        if rounds and (through := relate_rounding(self._tensors, one, own)) is not None:
             return through
         if changes is not None and region is not None and "scattered" not in region.words:
             found = self._local(name, one, own, changes, region, kind)
@@ -242,17 +243,17 @@ class Search:
             found = relate_alike(self._sides, name, one, own, others)
             if found is not None or partly is not None:
                 return found or partly
-        words = None if own is None or (apart is not None and apart < NEAR) else self._stretches(one, own)
+        if own is None or not common_types(one.dtype, own.dtype):
+            return None
+        words = None if apart is not None and apart < NEAR else self._stretches(one, own)
         if words is not None:
             return Relation("permuted", words)
-        if not level or own is None:
-            return None
         alike = [(other, view) for other in others if (view := as_matrix(self._ref[other])) and view.shape == one.shape]
         counts = () if self._sides.geometry is None else (self._sides.geometry.heads, self._sides.geometry.groups)
         words = mixed(self._tensors, one, own, alike, counts)
         if apart is not None and apart < CLOSE:
             words = ", ".join([closeness_in_words(apart), *([words] if words and "correlation" not in words else [])])
-        return None if words is None else Relation("different", words)
+        return None if words is None else Relation("different" if level else "shape", words)
 
     def _gathered(self, name: str, one: View, axis: int, sources: Sequence[str]) -> tuple[Relation | None, int]:
         """Rows (axis 0) or columns from other places, of as many tensors as needed; and how many are not found."""

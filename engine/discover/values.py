@@ -88,6 +88,8 @@ def _relations(
     """Relations that may hold by the tried tiles, the simplest first, each with a test for tiles."""
     x, y = (np.concatenate([pair[i].reshape(-1) for pair in some]) for i in (0, 1))
     first = x[0]
+    if not x.any() and not y.any():
+        yield Relation("negated", "zeros of the other sign"), lambda x, y: not x.any() and not y.any()
     if (x == first).all() or np.isnan(x).all():
         yield _constant(first, y), lambda x, _: bool((x == first).all() or (first != first and np.isnan(x).all()))
     finite = np.isfinite(x) & np.isfinite(y)

@@ -274,6 +274,15 @@ def test_heads_of_four_do_not_tell_the_direction(tmp_path: Path) -> None:
     assert verdict(done, name).rotary == "other" and "the other choice" in done.diagnoses[0]
 
 
+def test_zeros_of_the_other_sign_are_named(tmp_path: Path) -> None:
+    one, two = model(), model()
+    for state, zero in ((one, -0.0), (two, 0.0)):
+        state["lm_head.weight"][36:] = zero
+    done = compared(tmp_path, one, two)
+    assert unequal(done) == {"lm_head.weight": "changed"}
+    assert verdict(done, "lm_head.weight").note.startswith("a part of it differs: rows 36…39: zeros of the other sign")
+
+
 @pytest.mark.parametrize("having", ["out", "ref"])
 def test_head_counts_come_from_either_configuration(having: str, tmp_path: Path) -> None:
     one = model()

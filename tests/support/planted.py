@@ -437,6 +437,8 @@ FAULTS: tuple[Fault, ...] = (
           ("the sum of", GATE)),
     Fault("ranks averaged in place of joined", V2, UP, _on(UP, lambda t: (t[:128].float() + t[128:].float()).repeat(2, 1) / 2),
           "different", ("rows 0…127 are the mean of rows",)),
+    Fault("key heads averaged in pairs", V2, K, _on(K, lambda t: t.view(-1, 2, 8, t.shape[1]).float().mean(1).flatten(0, 1)),
+          "shape", ("rows 0…7 are the mean of", "rows 8…15")),
     Fault("an adapter of rank 4 merged", V2, Q, _on(Q, lambda t: t.float() + _low(t, 4)), "different", ("a product of rank 4 was added",)),
     Fault("cut off to rank 8", V2, UP, _on(UP, lambda t: _truncated(t, 8)), "different", ("of rank 8 only",)),
     Fault("columns turned by a rotation", V2, UP,
