@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,11 @@ def _rendered(
     conversations: dict[str, dict[str, Any]] = loaded["conversations"]
     for name, conversation in conversations.items():
         here, there = (_render(template, named, conversation) for template, named in (one, two))
-        if here != there and not (
-            conversation.get("optional") and _REFUSED in (here[: len(_REFUSED)], there[: len(_REFUSED)])
-        ):
+        endless = _ENDLESS in (here, there)  # nothing is known of both
+        optional = conversation.get("optional") and _REFUSED in (here[: len(_REFUSED)], there[: len(_REFUSED)])
+        if endless or (here != there and not optional):
             unlike.append((name, here, there))
-        if _ENDLESS in (here, there):
+        if endless:
             break
     reads = [_read_by(template) for template, _ in (one, two)]
     if not unlike and reads[0] != reads[1]:
@@ -123,11 +123,13 @@ def _named(files: Files) -> dict[str, Any]:
 
 def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
     """What a template renders, or why it does not; Jinja bounds neither its time nor its memory, so a thread does."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # not timed: it may take longer
+
     found = [_ENDLESS]
 
     def render() -> None:
         with suppress(SystemExit):
-            found.append(_text(template, named, conversation))
+            found.append(_text(render_jinja_template, template, named, conversation))
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
@@ -138,11 +140,9 @@ def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, 
     return found[-1]
 
 
-def _text(template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
-    from transformers.utils.chat_template_utils import render_jinja_template
-
+def _text(render: Callable[..., Any], template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
     try:
-        texts, _ = render_jinja_template(
+        texts, _ = render(
             [conversation["messages"]],
             tools=conversation["tools"],
             chat_template=template,

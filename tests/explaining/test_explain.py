@@ -25,6 +25,7 @@ from tests.language import test_features as words
 from tests.support.depth import examples, sampled
 from tests.support.families import model_of, save_family
 from tests.support.frameworks import FIXTURES
+from tests.support.fsdp import save_fsdp
 from tests.support.shards import Model, save
 
 PAIRS = Model("v2", layers=4, hidden=32, heads=4, groups=2, ffn=24, rotary="pairs")
@@ -354,3 +355,16 @@ def test_an_error_code_is_explained_without_a_checkpoint() -> None:
     assert done.exit_code == 0, done.stderr
     assert "E203" in done.stdout
     assert json.loads(invoke("explain", "E203", "--json").stdout)["code"] == "E203"
+
+
+def test_every_cut_of_a_tensor_is_told(tmp_path: Path) -> None:
+    save_fsdp(Model("v1"), tmp_path / "fsdp", dp=2, tp=2)
+    fsdp = ["explain", "model.layers.0.mlp.gate_proj.weight", "-m", Model("v1").mapping, "-s", str(tmp_path / "fsdp")]
+    told = CliRunner().invoke(cli, [*fsdp, "--set", "mlp_letters=w2_is_down"]).output
+    assert "ffn is cut over tp: ranks 0…1 hold" in told and "storage rows are cut over dp, wherever" in told, told
+    experts, name = Path(__file__).parents[1] / "fixtures/internevo_2025/moe_isp_wp2_ep2", "up_proj.weight"
+    grouped = ["explain", f"model.layers.1.mlp.experts.3.{name}", "-m", "families/moe-grouped", "-s", str(experts)]
+    told = CliRunner().invoke(cli, grouped).output
+    assert (
+        "storage rows of slices by the number of expert are cut over wp, wherever that falls: rank 0 holds 128" in told
+    )
