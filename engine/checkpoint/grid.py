@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from itertools import islice
 from typing import Any
 
-from engine.checkpoint.hf_folder import WEIGHTS
+from engine.checkpoint.hf_folder import is_whole
 from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, expected_files, rank_dims, stage_dims
 from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate
@@ -47,7 +47,7 @@ def read_grid(
     if not modes:
         beside = "" if own else f" beside {layout.config_file}"
         wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
-        whole = any(text in names for one in WEIGHTS for text in (one, f"{one}.index.json"))
+        whole = is_whole(names)
         told = f"no weights files of layout `{layout.name}` in this folder"
         fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
         fix += "Give the folder of one step, which holds the files under the names that training gave them; "

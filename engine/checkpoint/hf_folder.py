@@ -7,7 +7,7 @@ so that what is read later is what the index promises.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -31,6 +31,11 @@ BESIDE = re.compile(
 _MAX_INDEX = 64 << 20  # bytes: some 500,000 tensors
 _TORCH = (".bin", ".pt", ".pth")
 _ADAPTER = "adapter_config.json"  # if this file exists, transformers adds the adapter to the weights
+
+
+def is_whole(names: Sequence[str]) -> bool:
+    """Whether files are a Hugging Face checkpoint: weights with names that transformers looks for."""
+    return any(name in names for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
 
 
 def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:

@@ -180,13 +180,10 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
         names = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
         unchecked = [names, *unchecked]
     sizes = ((name, shape, prod(shape) * ITEM_SIZES[dtype], digest) for name, (dtype, shape, digest) in found.items())
-    not_finite = listed("NaN or infinity", wrong)
-    values = [
-        *([] if not_finite is None else [not_finite]),
-        *suspicious(sizes, whole=not any(":" in name for name in found)),
-    ]
+    whole = not any(":" in name for name in found)
+    values = (*listed("NaN or infinity", wrong), *suspicious(sizes, whole=whole))
     told = (len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))
-    return Verified(*told, values=tuple(values))
+    return Verified(*told, values=values)
 
 
 def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[list[str], list[str]]:
@@ -218,7 +215,8 @@ def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]
     made = making(plan)
     if known["sources"] != made["sources"]:
         unlike = [name for name, _, _ in changed(known["sources"], made["sources"])]
-        return [], [f"{NAME}: {listed('how it was made was not checked: it was made from other files', unlike)}"]
+        told = listed("how it was made was not checked: it was made from other files", unlike)
+        return [], [f"{NAME}: {''.join(told)}"]
     same_mapping = any(known["mapping"][key] == as_data(made["mapping"][key]) for key in ("digest", "resolved"))
     then, now = (
         {

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
-from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, read_hf_config, read_hf_folder
+from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_config, read_hf_folder
 from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, find_fits
-from engine.discover.steps import MOST_STEPS, find_steps, has_weights, is_whole, read_any
+from engine.discover.steps import MOST_STEPS, find_steps, has_weights, read_any
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder
-from engine.checkpoint.hf_folder import WEIGHTS, read_hf_folder
+from engine.checkpoint.hf_folder import is_whole, read_hf_folder
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.model import Layout
@@ -44,11 +44,6 @@ def read_any(
             if first is None or has_weights(error):
                 first = error
     raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
-
-
-def is_whole(names: Sequence[str]) -> bool:
-    """Whether files are a Hugging Face checkpoint: weights with names that transformers looks for."""
-    return any(name in names for stem in WEIGHTS for name in (stem, f"{stem}.index.json"))
 
 
 def has_weights(error: EngineError) -> bool:

@@ -94,8 +94,7 @@ def read_dcp(
             E302 when it asks to run code, E303 for an unsupported form, E305 when unreadable.
     """
     directory = read_dcp_directory(folder, names[0].rpartition("/")[0] if names else "")
-    there = set(names)
-    missing = [name for name in directory.files() if name not in there and not some]
+    missing = [] if some else sorted({*directory.files()} - {*names})
     if missing:
         raise EngineError(
             "E201",
@@ -121,10 +120,9 @@ def _read_file(
     where: File, entries: list[Entry], wanted: Callable[[str], bool], load: LoadPickle, directory: Directory
 ) -> FileHeader:
     with where.open() as file:
-        state = file.state
         if entries and file.read(9)[8:] == b"{":
             return _plain_safetensors(where, entries, wanted)
-        digest = hashlib.sha256(struct.pack("<Q", state.size) + directory.identity.encode())
+        digest = hashlib.sha256(struct.pack("<Q", file.state.size) + directory.identity.encode())
         tensors: list[TensorHeader] = []
         end, summed = 0, True
         for entry in entries:
@@ -138,7 +136,7 @@ def _read_file(
             digest.update(small.entries)
             summed &= small.summed
     left = tuple(entry.name for entry in entries if not wanted(entry.name))
-    return FileHeader(where, state.size, tuple(tensors), digest.hexdigest(), summed, state, left=left)
+    return FileHeader(where, file.state.size, tuple(tensors), digest.hexdigest(), summed, file.state, left=left)
 
 
 def _tensor(small: TorchZip, entry: Entry, file: str, load: LoadPickle) -> TensorHeader:
@@ -203,9 +201,8 @@ def read_dcp_directory(folder: Store, below: str = "", *, again: bool = False) -
         )
     entries = sorted((entry for one in every for entry in one.entries), key=lambda e: (e.file, e.offset))
     values = {name: place for one in every for name, place in one.values.items()}
-    return Directory(
-        tuple(entries), values, hashlib.sha256("".join(one.identity for one in every).encode()).hexdigest()
-    )
+    identity = hashlib.sha256("".join(one.identity for one in every).encode()).hexdigest()
+    return Directory(tuple(entries), values, identity)
 
 
 _kept: dict[tuple[File, State], Directory] = {}  # at most one: reading a hundred thousand boxes takes seconds
@@ -224,9 +221,8 @@ def _parsed(file: OpenFile, name: str) -> Directory:
     data = file.read(_MOST_BYTES + 1)
     if len(data) > _MOST_BYTES:
         raise damaged(name, f"more than {_MOST_BYTES} bytes")
-    value = load_pickle(data, name)
     try:
-        return _directory(value, hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
+        return _directory(load_pickle(data, name), hashlib.sha256(data).hexdigest(), len(data) // _SHORTEST)
     except Refused as refused:
         raise error_of(refused, name) from None
 

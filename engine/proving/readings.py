@@ -19,7 +19,8 @@ from engine.language.keys import as_declared
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import declared, target_side
 from engine.planning.variants import decide
-from engine.proving.forth import Direction, Forth, value_of
+from engine.proving.direction import Direction, value_of
+from engine.proving.forth import Forth
 from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios
 from engine.proving.tiny import World, Worlds, decided_by_names
 

@@ -89,14 +89,13 @@ def suspicious(tensors: Iterable[tuple[str, tuple[int, ...], int, str]], *, whol
         elif whole:
             other = first.setdefault((_NUMBER.sub("0", name), digest), name)
             copies += [] if other == name else [f"{name} and {other}"]
-    told = (listed("nothing but zeros", zeros), listed("equal to the last bit, as copies are", copies))
-    return [one for one in told if one is not None]
+    return [*listed("nothing but zeros", zeros), *listed("equal to the last bit, as copies are", copies)]
 
 
-def listed(what: str, names: Collection[str]) -> str | None:
-    """A message that names some of the tensors; None if there are none."""
+def listed(what: str, names: Collection[str]) -> list[str]:
+    """A message that names some of the tensors, if there are any."""
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{what}: {', '.join(list(names)[:4])}{more}" if names else None
+    return [f"{what}: {', '.join(list(names)[:4])}{more}"] if names else []
 
 
 def content_id(tensors: Mapping[str, tuple[str, tuple[int, ...], str]]) -> str:

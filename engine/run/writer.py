@@ -239,10 +239,8 @@ class Writer:
     def _copied(self, outputs: Sequence[int], files: SourceFiles, sinks: Sinks) -> bool:
         """Have the system copy an output that consists of whole runs of its sources; False where it cannot."""
         index, *more = outputs
-        if more:
-            return False
         output = self._plan.outputs[index]
-        if not self._direct or index in self._checked or not output.unchanged:
+        if more or not self._direct or index in self._checked or not output.unchanged:
             return False
         copies, item = self._plan.copies(index), ITEM_SIZES[output.dtype]
         if not all(straight(copy) for copy in copies):
