@@ -101,10 +101,9 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     names |= {} if kind is None else {"model_type": kind}
     given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
-    stages = cut_layers(layout, layers, sizes, chunks, names, like.stages)
     told = any(name in asked.settings for name in layout.options)  # then the layout's `when` picks the prefix
-    prefix = like.prefix if (stages.chunks > 1) == (like.chunks > 1) and not told else None
-    found = Destination(layout, mode, sizes, stages, names, mapping.even, prefix)
+    prefix = like.prefix if (chunks > 1) == (like.chunks > 1) and not told else None
+    found = Destination(layout, mode, sizes, Stages({}, {}, chunks), names, mapping.even, prefix)
     if chunks > 1 and found.prefix(0) == found.prefix(1):
         raise EngineError(
             "E001",
@@ -121,4 +120,4 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
             expected="--chunks 1",
             fix=f"Give --chunks 1, or several ranks of {', '.join(staged)}.",
         )
-    return found
+    return replace(found, stages=cut_layers(layout, layers, sizes, chunks, names, like.stages))

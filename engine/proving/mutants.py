@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import combinations
 
 from engine.language.axes import Axes, Axis, Node, Product, Sum, parse_axes
-from engine.language.documents import plain
+from engine.language.documents import grouped, plain
 from engine.language.model import MappingFile
 from engine.proving.value_mutants import Change, Data, Key, get, misspelt, of_values, put, texts, without
 
@@ -83,13 +83,15 @@ def _names(data: Data, name: str, rule: Data) -> Iterator[Change]:
 
 def _exchanges(data: Data) -> Iterator[Change]:
     """Edits that exchange two targets of the same axes everywhere: gate and up, two norms."""
-    written: dict[str, tuple[str, str]] = {}
-    for name, rule in data["rules"].items():
-        for target in rule["targets"]:
-            written.setdefault(target["name"], (name, target["axes"]))
-    for (one, (rule_name, first)), (two, (_, second)) in combinations(written.items(), 2):
-        alike = parse_axes(first).dims == parse_axes(second).dims and _places(one) == _places(two)
-        if not alike and rule_name != written[two][0]:
+    written = grouped(
+        (target["name"], (name, parse_axes(target["axes"]).dims))
+        for name, rule in data["rules"].items()
+        for target in rule["targets"]
+    )
+    for (one, ours), (two, theirs) in combinations(written.items(), 2):
+        rule_name, shared = ours[0][0], {name for name, _ in ours} & {name for name, _ in theirs}
+        alike = {axes for _, axes in ours} & {axes for _, axes in theirs} and _places(one) == _places(two)
+        if not alike and not shared:
             continue
         renamed = {one: two, two: one}
         rules = {

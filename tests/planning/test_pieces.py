@@ -62,6 +62,18 @@ def test_a_genuine_checkpoint_in_pieces_gives_trainings_logits(tmp_path: Path) -
     assert found.problems == ()
 
 
+@pytest.mark.parametrize("family", ["v1", "v2"])
+@pytest.mark.parametrize("lost", ["wq", "wk", "wv"])
+def test_biases_of_only_some_of_three_linears_are_refused(family: str, lost: str, tmp_path: Path) -> None:
+    model = Model(family, fused=False)
+    save(model, tmp_path / "step")
+    file = tmp_path / "step" / "model_tp0_pp0.pt"
+    torch.save({n: one for n, one in torch.load(file).items() if not n.endswith(f"{lost}.bias")}, file)
+    with pytest.raises(EngineError, match="attention_biases") as caught:
+        engine.plan(model.mapping, tmp_path / "step", settings=LETTERS)
+    assert caught.value.code == "E202"
+
+
 @sampled(2, "rotary")
 @pytest.mark.parametrize("rotary", ["halves", "pairs"])
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"mode": "isp_wp", "wp": 2}, {}], ids=str)

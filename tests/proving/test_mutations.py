@@ -31,6 +31,8 @@ CHANGES: list[dict[str, Any]] = [
     {"letters": "w2_is_up"},
     {"head": "reward"},
     {"head": "normalised"},
+    {"fused": False},
+    {"fused": False, "rotary": "pairs"},
 ]
 
 
@@ -132,7 +134,7 @@ EXPERTS = model_of("moe", layers=4, hidden=16, heads=4, groups=4, ffn=24, vocab=
 META = model_of("meta", layers=3, hidden=24, heads=4, groups=2, vocab=32)
 TWO = {"tp": 2, "pp": 2}
 HALVES = {"rotary": "halves"}
-LLAMA_CHANGES = [{}, HALVES, *CHANGES[2:]]
+LLAMA_CHANGES = [{}, HALVES, *CHANGES[2:6]]
 # mapping → base model, what changes from world to world, layout
 WORLDS: dict[str, tuple[Model, list[dict[str, Any]], dict[str, Any]]] = {
     "internlm": (V1, [c for c in CHANGES if c.get("head") != "normalised"], TWO),
@@ -151,7 +153,7 @@ TRIED = WORLDS if SOAK else ("internlm2", "meta-llama")
 @pytest.mark.parametrize("family", TRIED)
 def test_every_mutant_of_every_rule_is_caught(family: str, tmp_path: Path) -> None:
     base, changes, layout = WORLDS[family]
-    worlds = [("-".join(["base", *c.values()]), replace(base, **c)) for c in changes]
+    worlds = [("-".join(["base", *map(str, c.values())]), replace(base, **c)) for c in changes]
     data = dict(engine.load_mapping(f"families/{family}.yaml").resolved)
     given = {"mlp_letters"} & data["variants"].keys()
     original = dump(data, tmp_path / "original.yaml")
@@ -179,6 +181,7 @@ def test_every_mutant_of_every_rule_is_caught(family: str, tmp_path: Path) -> No
             caught.add(rule)
         else:
             survivors.append((rule, what))
-    assert survivors == []
-    exempt = {name for name, rule in data["rules"].items() if rule.get("optional")}
+    joined = {name for name, rule in data["rules"].items() if rule.get("when", {}).get("gates") == "joined"}
+    assert {name for name, _ in survivors} <= joined  # under isp only: tests/planning/test_pieces.py
+    exempt = joined | {name for name, rule in data["rules"].items() if rule.get("optional")}
     assert set(data["rules"]) - exempt <= caught

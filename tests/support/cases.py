@@ -32,6 +32,7 @@ def cases(draw: st.DrawFn) -> tuple[Model, dict[str, Any]]:
         embedding=draw(st.sampled_from(["by_hidden", "by_vocab"])),
         head=draw(st.sampled_from(["lm", "reward"])),
         seed=draw(st.integers(0, 9)),
+        fused=draw(st.sampled_from([True, True, False])),
     )
     mode = draw(st.sampled_from(["tensor", "isp", "isp_wp"]))
     layout: dict[str, Any] = {"mode": mode, "pp": draw(st.integers(1, 3)), "chunks": draw(st.integers(1, 2))}

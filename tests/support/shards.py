@@ -41,6 +41,7 @@ class Model:
     embedding: str = "by_hidden"
     head: str = "lm"  # lm | reward | normalised (rows scaled to length 1 at run time)
     seed: int = 0
+    fused: bool = True  # queries, keys and values in one linear, as `enable_qkv_fusion` has them
 
     @property
     def head_dim(self) -> int:
@@ -77,6 +78,8 @@ class Model:
             config["adapt_hf"] = self.rotary == "halves"
         elif self.rotary == "pairs":
             config["qk_interleaved"] = True
+        if not self.fused:
+            config["enable_qkv_fusion"] = False
         if self.head == "normalised":
             config["norm_head"] = True
         if self.head == "reward":
@@ -151,6 +154,13 @@ def build(m: Model) -> tuple[list[list[Whole]], list[Whole], list[Whole], State]
         listed = [Whole(f"{qkv}.weight", pack([q, k, v]), "column", unit, blocks)]
         if m.bias:
             listed.append(Whole(f"{qkv}.bias", pack(biases), "column", unit, blocks))
+        if not m.fused:
+            units = [m.head_dim * rows for rows in (1 if v1 else per, 1, 1)]
+            names = [f"{qkv.partition('.')[0]}.{name}" for name in ("wq", "wk", "wv")]
+            linears = list(zip(names, (q, k, v), units, strict=True))
+            listed = [Whole(f"{name}.weight", one, "column", rows) for name, one, rows in linears]
+            offsets = zip(names, biases, units, strict=False)
+            listed += [Whole(f"{name}.bias", one, "column", rows) for name, one, rows in offsets]
         listed.append(Whole(f"{wo}.weight", o, "row", m.head_dim * (1 if v1 else per)))
         if m.bias:
             listed.append(Whole(f"{wo}.bias", o_bias, "lone"))
