@@ -22,13 +22,12 @@ from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
 from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
-from engine.proving.neighbour import file_facts, laid_out_otherwise, neighbour_of, read_otherwise
+from engine.proving.neighbour import GONE, file_facts, laid_out_otherwise, neighbour_of, read_otherwise, short
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
 
 MEANING = "meaning"
 FOLDER = "meanings"
-GONE = "(not there)"
 _MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
 _HEAD = """\
@@ -255,7 +254,7 @@ def differences(mapping: MappingFile, then: Mapping[KeyPath, Any], now: Mapping[
 
 
 def _said(new: Any, old: Any) -> str:
-    return f"{_short(new)}; the committed meaning says {_short(old)}"
+    return f"{short(new)}; the committed meaning says {short(old)}"
 
 
 def _place(mapping: MappingFile, name: str) -> str:
@@ -277,8 +276,3 @@ def _generic(path: KeyPath, old: Any, new: Any) -> str:
             told = " and ".join(f"{word} {', '.join(map(str, some))}" for word, some in both if some)
             return f"{where}: {told}, unlike the committed meaning"
     return f"{where}: {_said(new, old)}"
-
-
-def _short(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else GONE if value is None else str(value)
-    return text if len(text) <= 200 else text[:199] + "…"

@@ -20,6 +20,7 @@ _ASPECTS = ("order", "changed")  # facts of an entry that are compared, besides 
 _SHARE = 0.5  # the share of a mapping's sources, or of a layout's facts, that its neighbour must have too
 _REASONS = ("help", "why", "fix", "ignored", "noted")
 _TITLE = ("layout", "mapping", "name", "version", "description")
+GONE = "(not there)"
 _MODES = ("order of modes",)
 _ENTRIES = {"keys": 3, "options": 2, "modes": 2}  # length of the path of an entry that a layout may add
 
@@ -58,7 +59,7 @@ def laid_out_otherwise(name: str) -> list[Failure]:
     other, then, now = found
     known = {path[:end] for path in then for end in _ENTRIES.values()}
     told = [
-        f"layout {name}: {', '.join(path)} is {_short(new)}; the bundled {other} has {_short(old)}"
+        f"layout {name}: {', '.join(path)} is {short(new)}; the bundled {other} has {short(old)}"
         for path, old, new in changed(then, now)
         if (path[0] not in _ENTRIES or path[: _ENTRIES[path[0]]] in known) and not (path == _MODES and {*old} < {*new})
     ]
@@ -66,8 +67,9 @@ def laid_out_otherwise(name: str) -> list[Failure]:
     return [Failure(one, str(find_file(name, "layout"))) for one in told]
 
 
-def _short(value: Any) -> str:
-    text = "absent" if value is None else str(value)
+def short(value: Any) -> str:
+    """A fact of a meaning, cut to a length that fits a message."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else GONE if value is None else str(value)
     return text if len(text) <= 200 else text[:199] + "…"
 
 

@@ -16,10 +16,11 @@ from engine.language.documents import Document, flat, plain, same
 from engine.language.mapping_file import build_mapping
 from engine.language.model import MappingFile
 from engine.language.validation import check_schema
-from engine.proving.committed import GONE, committed, differences, read_meaning
+from engine.proving.committed import committed, differences, read_meaning
 from engine.proving.lint import lint
 from engine.proving.meaning import Path, facts_of, meaning_of
 from engine.proving.mutants import mutants_of
+from engine.proving.neighbour import GONE
 from engine.proving.proof import Failure, Mutant
 from engine.proving.value_mutants import Change, Data
 
