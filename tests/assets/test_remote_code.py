@@ -15,7 +15,6 @@ from engine.assets.remote_code import read_code, remote_facts
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
-from tests.support.depth import sampled
 from tests.support.genuine import FIXTURES
 
 MAPPING = "families/internlm2-official.yaml"
@@ -130,7 +129,6 @@ def test_what_a_module_imports_from_beside_itself_is_copied(tmp_path: Path) -> N
     assert (tmp_path / "hf" / "helpers.py").read_bytes() == b"def f(): pass\n"
 
 
-@sampled(2)
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -158,7 +156,6 @@ def test_files_that_are_not_the_models_are_refused(tmp_path: Path, changed: dict
     assert said in str(error)
 
 
-@sampled(2)
 @pytest.mark.parametrize("name", ["README.md", "config.json", "model.safetensors", ".hidden", "a-b.py", "__pycache__"])
 def test_anything_else_in_the_folder_is_refused(tmp_path: Path, name: str) -> None:
     code = folder(tmp_path / "code")

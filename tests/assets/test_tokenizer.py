@@ -20,7 +20,7 @@ from engine.assets.tokenizer import convert_tokenizer
 from engine.assets.tokenizer_read import understand_tokenizer
 from engine.errors import EngineError
 from tests.support.chats import SPEC
-from tests.support.depth import examples, sampled
+from tests.support.depth import examples
 from tests.support.sentencepiece_models import RESERVED, WORDS, train
 
 
@@ -51,7 +51,6 @@ def test_ids_equal_sentencepieces_on_any_text(ours: Tokenizer, theirs: Any, text
     assert ours.decode(ids, skip_special_tokens=False) == text.replace("▁", " ")
 
 
-@sampled(6)
 @pytest.mark.parametrize("count", range(1, 200, 7))
 @pytest.mark.parametrize("char", [" ", "-", "a", "ab", "ba", "\n"])
 def test_runs_are_joined_from_the_left(ours: Tokenizer, theirs: Any, char: str, count: int) -> None:
@@ -96,7 +95,6 @@ def test_no_dummy_prefix_is_added(model_file: Path, ours: Tokenizer, theirs: Any
     assert ours.encode("the", add_special_tokens=False).ids == theirs.encode("the") != theirs.encode(" the")
 
 
-@sampled(2)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -118,7 +116,6 @@ def test_the_models_own_flags_are_obeyed(tmp_path: Path, changes: dict[str, Any]
         assert ours.decode(ids) == theirs.decode(ids), ids
 
 
-@sampled(2)
 @pytest.mark.parametrize("kind", [1, 4])
 def test_a_nul_piece_keeps_its_id_and_is_not_encoded(kind: int, tmp_path: Path) -> None:
     model = sentencepiece_model_pb2.ModelProto.FromString(train())

@@ -23,7 +23,6 @@ from engine.errors import EngineError
 from engine.formats.python_source import UNTOLD, literals
 from engine.formats.rank_files import Pickles
 from engine.formats.unpickle import load_pickle
-from tests.support.depth import sampled
 from tests.support.readers import read_pickled_mapping, read_rank_file, read_safetensors
 
 
@@ -93,7 +92,6 @@ def test_attributes_of_a_state_dict_are_not_kept(tmp_path: Path) -> None:
     assert [t.name for t in read_rank_file(rank_file(tmp_path, pickled)).tensors] == ["a"]
 
 
-@sampled(2)
 @pytest.mark.parametrize(
     "key",
     [

@@ -14,7 +14,6 @@ from engine.formats.headers import Part
 from engine.formats.rank_files import read_rank_file
 from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tensor
 from engine.storage.local import local_file
-from tests.support.depth import sampled
 from tests.support.forked import run
 
 _SAVE = """
@@ -52,7 +51,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@sampled(2)
 @pytest.mark.parametrize("kind", ["plain", "hsdp", "strided"])
 def test_what_torch_pickles_is_read_as_the_box_that_it_is(kind: str, saved: Path) -> None:
     whole, made = torch.arange(35.0).view(7, 5), torch.full((7, 5), -1.0)

@@ -11,7 +11,6 @@ from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Expression, MappingFile
 from engine.language.search import bundled, find_file, list_names
-from tests.support.depth import sampled
 
 PARENT = """\
 mapping: 1
@@ -123,7 +122,6 @@ def test_a_mapping_holds_what_its_file_says(folder: Folder) -> None:
     assert (q.place.line, q.targets[0].place.line) == (14, 19)
 
 
-@sampled(2, "code")
 @pytest.mark.parametrize(
     ("old", "new", "code", "says"),
     [
