@@ -327,7 +327,6 @@ def exchange(state: State, one: str, two: str) -> None:
     state[one], state[two] = state[two], state[one]
 
 
-@sampled(2, "cast")
 @pytest.mark.parametrize("cast", [False, True])
 @pytest.mark.parametrize("names", [("gate_proj", "up_proj"), ("w1", "w3"), ("w2", "w3")])
 def test_exchanged_tensors_are_told_once_for_all_layers(names: tuple[str, str], cast: bool, tmp_path: Path) -> None:
