@@ -78,7 +78,8 @@ def writable(model: Model, layout: dict[str, Any]) -> bool:
     heads = model.heads if model.family == "v1" else model.groups
     if heads % layout.get("tp", 1):
         return False
-    return cut % first == 0 and not empty and max(layout.get("wp", 1), first) <= min(model.ffn, model.hidden)
+    keys = model.hidden if model.fused else heads * model.head_dim  # rows of the least linear of attention
+    return cut % first == 0 and not empty and max(layout.get("wp", 1), first) <= min(model.ffn, model.hidden, keys)
 
 
 @st.composite
