@@ -57,6 +57,7 @@ def test_reversing_writes_what_training_would_have_written(data: st.DataObject) 
         write_whole(model, expected, folder / "hf")
         asked = request(layout)
         asked["settings"] |= {"mlp_letters": model.letters, "rotary": model.rotary, "embedding": model.embedding}
+        asked["settings"] |= {"fusion": "fused" if model.fused else "apart"}
         engine.reverse(model.mapping, folder / "hf", folder / "back", **asked)
         same_files(rank_files(folder / "back"), rank_files(folder / "genuine"))
         plan = engine.plan(model.mapping, folder / "back", settings={"mlp_letters": model.letters})
