@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from tests.support.depth import in_sample, sampled
+from tests.support.depth import ALONE, in_sample, sampled
+
+ROOT = Path(__file__).parents[1]
 
 
 def rows(test: str, mark: Any, *columns: dict[str, Any]) -> list[Any]:
@@ -33,3 +36,10 @@ def test_of_every_kind_the_first_row_is_tried_and_then_one_of_so_many() -> None:
     ]  # fmt: skip
     assert sorted(id(item) for item in chosen + left) == sorted(map(id, items))
     assert in_sample(items, whole=True) == (items, [])
+
+
+def test_every_row_that_is_always_tried_is_of_a_test_that_is_sampled() -> None:
+    for row in ALONE:
+        file, _, name = row.partition("::")
+        before = (ROOT / file).read_text(encoding="utf-8").partition(f"def {name.partition('[')[0]}(")
+        assert before[1] and "@sampled(" in before[0].rpartition("\ndef ")[2], row

@@ -55,7 +55,8 @@ def read_grid(
         kept = [one.file for one in layout.configs if one.file in names]
         if kept and not whole and not layout.config_of_target:  # any model may have the target's
             told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
-            fix = "Take the step before, or copy the folder again from the training run."
+            fix = "Take the step before, or copy the folder again from the training run. "
+            fix += "`engine inspect DIR` says what lies in it, such as a finished model."
         expected = f"files named {wanted}"
         raise EngineError("E304", told, place=Place(folder), got=_sample(names), expected=expected, fix=fix)
     held = {name: mode for mode, name in found if mode in modes}
