@@ -95,9 +95,9 @@ def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = 
     raise EngineError("E001", told, got=name, expected=known, fix="Give one of these to --mode.")
 
 
-def ranks_of(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> dict[str, int]:
+def ranks_of(layout: Layout, mode: Mode, dims: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
-    dims, cut = written_dims(mode.files[0]), {dim for dim, count in sizes.items() if count > 1}
+    cut = {dim for dim, count in sizes.items() if count > 1}
     others = [m.name for m in layout.modes if m.only_read is None and cut <= set(written_dims(m.files[0]))]
     for dim, count in sizes.items():
         if count < 1:
@@ -187,6 +187,7 @@ def check_cuts(
                 fix="The other ranks would hold nothing: give fewer.",
             )
     for instance, file in used:
+        _check_apart(instance, file, destination)
         for division in _divisions(instance, file, destination):
             dim = division.dim
             count = destination.sizes_of(file).get(dim, 1)
@@ -208,6 +209,24 @@ def check_cuts(
                 got=why,
                 expected=f"{flag(dim)}{told}",
                 fix=f"These numbers of {dim} ranks would work for every tensor of this model.",
+            )
+
+
+def _check_apart(instance: Instance, file: FilePattern, destination: Destination) -> None:
+    """E214 if ranks would cut two axes of one storage dimension: shapes would not show the size of either."""
+    ranks = destination.sizes_of(file)
+    cut = {axis: dim for dim, axis in cut_of(instance, file, destination.layout).dims if ranks.get(dim, 1) > 1}
+    for node in instance.axes.dims:
+        dims = [cut[axis] for axis in leaves(node) if axis in cut]
+        if len(dims) > 1:
+            given = [f"{flag(dim)}{ranks[dim]}" for dim in dims]
+            raise EngineError(
+                "E214",
+                f"`{instance.sources[0].text}` cannot be cut over {' and '.join(dims)} ranks at once",
+                place=instance.rule.place,
+                got=f"{' and '.join(given)}, which cut `{node}`, one dimension",
+                expected=" or ".join(f"{flag(dim)}1" for dim in dims),
+                fix="Give one rank of either.",
             )
 
 
@@ -247,7 +266,13 @@ def _divisions(instance: Instance, file: FilePattern, destination: Destination) 
     cut = cut_of(instance, file, destination.layout)
     stage = f"tensors of the {kind} stage must" if kind in destination.layout.even else None
     runs = "training runs only where it does"
-    found = [_Division(instance, dim, axis, runs if axis in even else stage) for dim, axis in cut.dims]
+    held = "each rank holds as many as the others"
+    found = [_Division(instance, axis, axis, held) for axis in instance.numbered]
+    found += [
+        _Division(instance, dim, axis, runs if axis in even else stage)
+        for dim, axis in cut.dims
+        if dim not in instance.numbered
+    ]
     if cut.rows is not None:
         named = instance.rule.split[0] in STORED
         found.append(_Division(instance, cut.rows, None, stage if named else None, cut.at))

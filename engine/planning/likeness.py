@@ -12,11 +12,12 @@ from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.expressions import compile_expression
 from engine.language.model import Layout, MappingFile, Mode
+from engine.language.names import pattern
 from engine.planning.destination import Destination, cut_layers, mode_of, ranks_of
 from engine.planning.request import Request
 from engine.planning.source import Source
 from engine.planning.stages import Stages
-from engine.planning.stored import prefix_of
+from engine.planning.stored import instances, prefix_of
 from engine.planning.variants import decide, option_value
 
 
@@ -46,13 +47,23 @@ def like_of(source: Source) -> Like:
     names = [header.name for file in checkpoint.files for header in file.tensors]
     return Like(
         checkpoint.grid.mode.name,
-        checkpoint.grid.sizes,
+        {**checkpoint.grid.sizes, **_slices(source)},
         source.stages,
         {n: d.choice for n, d in source.decisions.items()},
         frozenset(spelt),
         prefix_of(names, layout),
         checkpoint.training,
     )
+
+
+def _slices(source: Source) -> dict[str, int]:
+    """How many slices there are of each axis whose number is in names."""
+    found: dict[str, int] = {}
+    for group in source.side.groups:
+        for at, dim in enumerate(group.cut.rank_dims()):
+            if dim in group.instance.numbered:
+                found[dim] = 1 + max(ranks[at] for ranks in group.shards)
+    return found
 
 
 def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
@@ -63,29 +74,34 @@ def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
     return replace(other, choices=own.choices or other.choices, spelt=own.spelt or other.spelt, training=training)
 
 
-def grid_of(layout: Layout, asked: Request, like: Like) -> tuple[Mode, dict[str, int]]:
+def grid_of(mapping: MappingFile, layout: Layout, asked: Request, like: Like) -> tuple[Mode, dict[str, int]]:
     """The mode to write and its ranks: as asked for, else those of `like`, else one rank.
 
-    Among modes that the configuration distinguishes, the ranks select one.
+    Among modes that the configuration distinguishes, the ranks select one. An axis whose slices are numbered in names
+    counts as a rank dimension where the mode's files have that number too.
     """
+    numbered = {axis for one in instances(mapping) for axis in one.numbered}
     told = any(mode.name == like.mode and mode.when is not None for mode in layout.modes)
     name = asked.mode if asked.mode is not None or told else like.mode
-    mode = mode_of(layout, name, {**like.sizes, **asked.ranks} if told else asked.ranks)
+    wanted = {**like.sizes, **asked.ranks} if told else asked.ranks
+    mode = mode_of(layout, name, {dim: count for dim, count in wanted.items() if dim not in numbered})
     staged = stage_dims(layout)  # modes have stages in common
     alike = mode.name == like.mode or (told and mode.when is not None)
-    shared = {d: n for d, n in like.sizes.items() if (alike or d in staged) and d in written_dims(mode.files[0])}
-    return mode, ranks_of(layout, mode, {**shared, **asked.ranks})
+    files = {one for file in mode.files for one in pattern(file.name).placeholders}
+    dims = (*written_dims(mode.files[0]), *sorted(numbered & files))
+    shared = {d: n for d, n in like.sizes.items() if (alike or d in {*staged, *numbered}) and d in dims}
+    return mode, ranks_of(layout, mode, dims, {**shared, **asked.ranks})
 
 
-def cut_of_model(layout: Layout, asked: Request, like: Like) -> dict[str, Any]:
+def cut_of_model(mapping: MappingFile, layout: Layout, asked: Request, like: Like) -> dict[str, Any]:
     """The names for expressions about how a model will be cut, as far as known before its layers are counted."""
-    mode, ranks = grid_of(layout, asked, like)
+    mode, ranks = grid_of(mapping, layout, asked, like)
     return {**counts_of(layout, ranks), "mode": mode.name, "chunks": asked.chunks or like.chunks}
 
 
 def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: Like, layers: int) -> Destination:
     """The destination of rank files: as asked for, else that of `like`, else one rank."""
-    mode, sizes = grid_of(layout, asked, like)
+    mode, sizes = grid_of(mapping, layout, asked, like)
     staged = stage_dims(layout)
     chunks = asked.chunks
     if chunks is None:

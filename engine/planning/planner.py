@@ -61,7 +61,7 @@ def make_plan(
             fix="Write the keys of the training configuration as expressions over config.json.",
         )
     other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
-    cut = cut_of_model(layout, asked, other) if crosses and asked.writes == "training" else None
+    cut = cut_of_model(mapping, layout, asked, other) if crosses and asked.writes == "training" else None
     if cut is not None:
         mine |= choices_of_mode(layout, cut["mode"], mapping, mine, "Leave that setting out, or choose another --mode.")
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
@@ -70,7 +70,7 @@ def make_plan(
     own = like_of(source)
     taken = own if like is None else laid_out_as(other, own, mapping)
     if asked.writes == "training":
-        cut = cut or cut_of_model(layout, asked, taken)
+        cut = cut or cut_of_model(mapping, layout, asked, taken)
         made = {name: decision.choice for name, decision in source.decisions.items()}
         choices_of_mode(layout, cut["mode"], mapping, made, f"Give --to {mapping.name}: then it is decided anew.")
         if not crosses:

@@ -17,9 +17,8 @@ from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
 
 Order = tuple[int, ...]
-_Holder = tuple[
-    Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None
-]  # ranks, cut, shape …
+# The slice of a tensor, the ranks that hold a shard of it, its coordinates, shape, strides and recorded box.
+_Holder = tuple[int, Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None]
 _Share = tuple[tuple[int, ...], tuple[int, ...], Part | None]  # coordinates in its group, shape, recorded box
 _Shares = Callable[[Mapping[str, int]], _Share | None]  # gives a rank's share of a tensor; None if it holds none
 Held = tuple[Order, Stored, Group, int]  # order in the file, a tensor, its group and its shard's position
@@ -69,7 +68,7 @@ class RankGroups:
         layout = self._destination.layout
         cut = cut_of(instance, file, layout)
         share = (_boxes if file.boxes else _shards)(instance, file, cut, self._destination, self._sizes)
-        names, zeros = instance.axis_names(), dict.fromkeys(instance.numbered, 0)
+        names, slices = instance.axis_names(), self._slices(instance)
         spelling = next((s for s in instance.sources if s.text in self._spelt), instance.sources[0])
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is fixed to
@@ -78,18 +77,19 @@ class RankGroups:
         for values in product(*(range(self._sizes[a]) for a in names)):
             fixed = dict(zip(names, values, strict=True))
             chunk, home, local = self._home(instance, fixed)
-            key = self._prefixes[chunk] + spelling.format({**local, **zeros})
+            keys = [self._prefixes[chunk] + spelling.format({**local, **one}) for one in slices]
             bound = tuple(home.items())
             if bound not in holding:
-                holding[bound] = [*self._holders(file, cut, home, share, zeros)]
+                holding[bound] = [*self._holders(file, cut, home, share, slices)]
             shards: dict[tuple[int, ...], list[Stored]] = {}
             given = {**fixed, "number": self._layer_numbers.get((file.name, fixed.get("layer", 0)), 0)}
             which = (bound, *[given[p] for p in named])
             if which not in files:
-                files[which] = [self._number(file, {**ranks, **given}) for ranks, *_ in holding[bound]]
+                files[which] = [self._number(file, {**ranks, **given}) for _, ranks, *_ in holding[bound]]
             order = (chunk, stage, local.get("layer", 0), position, *values)
-            for number, (_, at, local_shape, strides, part) in zip(files[which], holding[bound], strict=True):
+            for number, (nth, _, at, local_shape, strides, part) in zip(files[which], holding[bound], strict=True):
                 replicas = shards.setdefault(at, [])
+                key = keys[nth]
                 header = replicas[0].header if replicas else TensorHeader(key, "", local_shape, strides, 0, part)
                 replicas.append(Stored(number, header, key, chunk))
             ordered = {ranks: tuple(shards[ranks]) for ranks in sorted(shards)}
@@ -100,20 +100,25 @@ class RankGroups:
                     self.held[one.file].append((order, one, group, place))
 
     def _holders(
-        self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares, zeros: Mapping[str, int]
+        self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares, slices: Sequence[Mapping[str, int]]
     ) -> Iterator[_Holder]:
         """The ranks that hold a tensor which is fixed to the ranks in `home`, and each one's share.
 
         Args:
-            zeros: axes that are not cut by numbers in names, though they may be: each in one slice.
+            slices: the numbers in names of the slices that the tensor is saved in.
         """
         lone = self._destination.layout.lone_rank if cut.lone else {}
-        for ranks in ({**one, **zeros} for one in self._ranks[file.name]):
+        for ranks, (nth, numbers) in product(self._ranks[file.name], enumerate(slices)):
             if any(ranks.get(dim, rank) != rank for wanted in (home, lone) for dim, rank in wanted.items()):
                 continue
-            if (found := share(ranks)) is not None:
+            if (found := share({**ranks, **numbers})) is not None:
                 at, shape, part = found
-                yield ranks, at, shape, dense_strides(shape), part
+                yield nth, {**ranks, **numbers}, at, shape, dense_strides(shape), part
+
+    def _slices(self, instance: Instance) -> list[dict[str, int]]:
+        """The numbers in names of the slices that a tensor is saved in; one slice without numbers for most."""
+        every = (range(self._destination.sizes.get(axis, 1)) for axis in instance.numbered)
+        return [dict(zip(instance.numbered, numbers, strict=True)) for numbers in product(*every)]
 
     def _home(self, instance: Instance, fixed: Mapping[str, int]) -> tuple[int, dict[str, int], dict[str, int]]:
         """The chunk of a tensor, the ranks that it is fixed to, and the numbers in its name there."""
@@ -195,10 +200,11 @@ def _shards(
     """Shares by rank coordinates along a cut."""
     dims, extra, ranked = instance.axes.dims, destination.layout.uneven, destination.sizes_of(file)
     parts = {axis: shares(sizes[axis], ranked.get(dim, 1), extra) for dim, axis in cut.dims}
-    rows = [] if cut.rows is None else shares(extent(dims[cut.at], sizes), ranked.get(cut.rows, 1), extra)
+    held = {**sizes, **{axis: sizes[axis] // ranked.get(axis, 1) for axis in cut.outer}}
+    rows = [] if cut.rows is None else shares(extent(dims[cut.at], held), ranked.get(cut.rows, 1), extra)
 
     def share(ranks: Mapping[str, int]) -> _Share:
-        local = {**sizes, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}
+        local = {**held, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}
         shape = [extent(dim, local) for dim in dims]
         if cut.rows is not None:
             shape[cut.at] = rows[ranks[cut.rows]]

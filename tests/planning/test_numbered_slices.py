@@ -87,16 +87,40 @@ def test_any_number_of_expert_and_weight_ranks_gives_the_same_experts(groups: in
     same(converted(regrouped(ROWS, tmp_path / "step", groups, ranks), tmp_path / "hf"), experts_of(ROWS))
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
 @pytest.mark.parametrize(("source", "how"), [(STACKED, {"tp": 2}), (ROWS, {"mode": "isp_wp", "wp": 2})])
-def test_what_is_written_holds_all_experts_in_one_slice_and_gives_them_again(
-    source: Path, how: dict[str, Any], tmp_path: Path
+def test_experts_are_written_in_as_many_slices_as_are_asked_for(
+    source: Path, how: dict[str, Any], count: int, tmp_path: Path
 ) -> None:
     whole = converted(source, tmp_path / "hf")
-    engine.reverse(MAPPING, tmp_path / "hf", tmp_path / "back", **how)
-    assert {one.name.split("_")[3] for one in (tmp_path / "back").glob("model_moe_*")} == {"expert0"}
-    same(converted(tmp_path / "back", tmp_path / "again"), whole)
-    engine.reshard(MAPPING, source, tmp_path / "other", **how)
-    same(converted(tmp_path / "other", tmp_path / "too"), whole)
+    for number, job in enumerate((engine.reverse, engine.reshard)):
+        job(MAPPING, source if number else tmp_path / "hf", tmp_path / f"back{number}", ranks={"expert": count}, **how)
+        written = {one.name.split("_")[3] for one in (tmp_path / f"back{number}").glob("model_moe_*")}
+        assert written == {f"expert{rank}" for rank in range(count)}
+        same(converted(tmp_path / f"back{number}", tmp_path / f"again{number}"), whole)
+
+
+@pytest.mark.parametrize("source", [STACKED, ROWS], ids=lambda one: one.name)
+def test_training_gets_its_own_slices_again(source: Path, tmp_path: Path) -> None:
+    """By `reverse --like` and by `reshard`, which keeps what is not asked for."""
+    engine.convert(MAPPING, source, tmp_path / "hf")
+    engine.reverse(MAPPING, tmp_path / "hf", tmp_path / "like", like=source)
+    engine.reshard(MAPPING, source, tmp_path / "kept")
+    for folder in (tmp_path / "like", tmp_path / "kept"):
+        same(experts_of(folder), experts_of(source))
+        for file in source.glob("model_*p*.pt"):  # the names of every slice, in files of the same names
+            assert torch.load(file).keys() == torch.load(folder / file.name).keys()
+
+
+def test_slices_that_experts_do_not_divide_into_are_refused(tmp_path: Path) -> None:
+    engine.convert(MAPPING, STACKED, tmp_path / "hf")
+    with pytest.raises(EngineError, match=r"E214(.|\n)*`expert` of 4 does not divide by 3(.|\n)*expert=1, 2, 4"):
+        engine.plan_reverse(MAPPING, tmp_path / "hf", ranks="expert=3")
+    with pytest.raises(EngineError, match=r"E001(.|\n)*no expert ranks"):
+        engine.plan_reverse("families/internlm-moe.yaml", tmp_path / "hf", ranks="expert=2")
+    mapping = own(tmp_path / "own.yaml", "name: grouped_w2, axes: (expert ffn) hidden")
+    with pytest.raises(EngineError, match=r"E214(.|\n)*expert=2 and --tp 2, which cut `expert ffn`"):
+        engine.plan_reverse(mapping, tmp_path / "hf", ranks="expert=2,tp=2")
 
 
 @pytest.mark.parametrize("kind", ["MegaBlock", "MegaBlock-Dropless"])
@@ -104,7 +128,7 @@ def test_megablocks_matrices_are_read_too(kind: str, tmp_path: Path) -> None:
     """`MegaBlockFeedForward` has them as [expert, in, out], `MegaBlockGroupedFeedForward` as [expert ffn, hidden]."""
     whole, step, tp = experts_of(STACKED), tmp_path / "step", 2
     made = {"moe_type": kind, "capacity_factor": 1.0} if kind == "MegaBlock" else {"moe_type": kind}
-    engine.reshard(MAPPING, STACKED, step, tp=tp)
+    engine.reshard(MAPPING, STACKED, step, tp=tp, ranks="expert=1")
     for rank in range(tp):
         file = step / f"model_tp{rank}_pp0.pt"
         torch.save({name.replace("gate.wg.", "gate."): value for name, value in torch.load(file).items()}, file)
