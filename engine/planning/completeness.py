@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import product
+from itertools import pairwise, product
 
 from engine.checkpoint.ranks import RankFile, RankGrid, counts_of, index_dims, points, rank_dims, sizes_in
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.language.documents import grouped
 from engine.language.model import Layout
 from engine.language.names import pattern
@@ -78,6 +78,8 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
     sizes = {name: sizes_in(file, grid, said) for name, file in patterns.items()}
     whole: set[tuple[object, ...]] = set()  # what was found complete: most layers are cut alike, over the same files
     for group in attempt.groups.values():
+        if group.cut.pieces > 1:
+            _check_order(group, grid)
         files = tuple([tuple([one.file for one in each]) for each in group.shards.values()])
         alike = group.cut, tuple(group.fixed), files
         if alike in whole:
@@ -114,6 +116,26 @@ def check_slices(attempt: Attempt, checkpoint: Checkpoint, layout: Layout) -> No
             )
         if not group.cut.lone and not group.cut.recorded:
             _check_alike(group, grid, layout, holding)
+
+
+def _check_order(group: Group, grid: RankGrid) -> None:
+    """E208 for pieces of one linear that are stored end to end, as torch saves views, but in another order."""
+    for held in grouped((ranks[:-1], stored[0]) for ranks, stored in group.shards.items()).values():
+        placed = sorted(held, key=lambda one: one.header.offset)
+        joined = all(
+            one.file == after.file and one.header.offset + one.header.nbytes == after.header.offset
+            for one, after in pairwise(placed)
+        )
+        if joined and placed != held:
+            file = grid.files[held[0].file].name
+            raise EngineError(
+                "E208",
+                f"pieces of `{group.instance.sources[0].text}` have exchanged names",
+                place=Place(file, tensor=held[0].header.name),
+                got="one after the other in the file: " + ", ".join(one.name for one in placed),
+                expected=", ".join(one.name for one in held),
+                fix="Training saved them in the order of the rows of one linear; copy the file again.",
+            )
 
 
 def _check_alike(
