@@ -22,7 +22,6 @@ KEPT = (*RESUMABLE, "E407", "E409")  # after these the work of an interrupted ru
 
 _LONGEST = 2000  # characters of one part of a message
 
-
 _SECRET = re.compile(r"(?<=://)[^\s/@\"']+@")  # user and password in a URL
 
 
@@ -112,8 +111,16 @@ def printable(text: str) -> str:
     return visible(text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…")
 
 
+class Lines(str):
+    """Several lines of a message; a newline in any other text of a message is shown as an escape."""
+
+    @classmethod
+    def of(cls, lines: Iterable[str]) -> Lines:
+        return cls("\n".join(map(visible, lines)))
+
+
 def _lines(text: str) -> str:
-    return "\n".join(printable(line) for line in text[:_LONGEST].split("\n"))
+    return "\n".join(map(printable, text[:_LONGEST].split("\n") if isinstance(text, Lines) else [text]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +178,7 @@ class EngineError(Exception):
         code: names a page in `docs/codes`; its meaning never changes.
         message: what is wrong, one lower-case line without a full stop.
         place: a file and line, or a file and tensor.
-        got: what was found, one line or several.
+        got: what was found, one line or several (`Lines`).
         expected: what should have been there.
         fix: what to do, one or more sentences.
         answers: for a question: each setting that answers it, with possible values; `config` stands for --config FILE.
@@ -215,9 +222,7 @@ class EngineError(Exception):
             "code": self.code,
             "message": printable(self.message),
             "place": None if self.place is None else self.place.as_dict(),
-            "got": None if self.got is None else _lines(self.got),
-            "expected": None if self.expected is None else _lines(self.expected),
-            "fix": None if self.fix is None else _lines(self.fix),
+            **{name: (told := getattr(self, name)) and _lines(told) for name in ("got", "expected", "fix")},
         }
 
 

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Lines, Place
 from engine.formats.python_source import parsed
 from engine.language.expressions import render_tree
 from engine.planning.model import Plan
@@ -173,7 +173,7 @@ def _file_of(wanted: str, modules: Mapping[str, _Module], folder: Path) -> str:
     found = [name for name, module in modules.items() if wanted in module.classes]
     if len(found) == 1:
         return found[0]
-    told = "\n".join(f"{name}: {', '.join(module.classes) or 'no class'}" for name, module in modules.items())
+    told = Lines.of(f"{name}: {', '.join(module.classes) or 'no class'}" for name, module in modules.items())
     raise _wrong(
         folder,
         f"class `{wanted}` is in {'several files' if found else 'none of the files'} of the code",

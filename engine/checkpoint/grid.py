@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.checkpoint.hf_folder import is_whole
 from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, expected_files, rank_dims, stage_dims
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Lines, Place
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, Mode
 from engine.language.names import Pattern, pattern
@@ -168,7 +168,7 @@ def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
             place=Place(folder),
             got=f"{len(wanted) - len(missing)} of {len(wanted)}{' or more' * (len(wanted) == most)} files "
             f"of a grid of {shape}",
-            expected="\n".join(missing[:8]),
+            expected=Lines.of(missing[:8]),
             fix="Copy the missing files from the training run; every rank holds a different slice.",
         )
     foreign = [f.name for f in grid.files if f.pattern is main and f.name not in set(wanted)]

@@ -15,7 +15,7 @@ from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_confi
 from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, find_fits
 from engine.discover.steps import MOST_STEPS, find_steps, has_weights, read_any
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
@@ -117,13 +117,13 @@ def load_all() -> tuple[list[MappingFile], list[Fit]]:
 
 
 def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
-    kinds = "\n".join(f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names())
+    kinds = [f"{load_layout(name).modes[0].files[0].name} ({name})" for name in layout_names()]
     return EngineError(
         "E304",
         "this folder is not a checkpoint",
         place=Place(folder.place()),
         got=", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder",
-        expected=f"{kinds}\nconfig.json with {WEIGHTS[0]} (Hugging Face)\nor a folder of such folders",
+        expected=Lines.of([*kinds, f"config.json with {WEIGHTS[0]} (Hugging Face)", "or a folder of such folders"]),
         fix="Give the folder that holds the files of one step, or the folder of the steps.",
     )
 
@@ -241,7 +241,7 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
             "E003",
             f"{len(fitting)} mappings fit, and the files do not tell which one to use",
             place=Place(found.folder),
-            got="\n".join(told),
+            got=Lines.of(told),
             expected="one of them by --mapping",
             fix="Choose by what they differ in; `engine inspect` explains each of these.",
         )
@@ -249,7 +249,7 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
         "E003",
         "no bundled mapping fits",
         place=Place(found.folder),
-        got="\n".join(f"{fit.name} would, but {fit.why} ({fit.code})" for fit in found.blocked) or None,
+        got=Lines.of(f"{fit.name} would, but {fit.why} ({fit.code})" for fit in found.blocked) or None,
         expected="a mapping, by --mapping FILE",
         fix="`engine explain CODE` says what to do about that."
         if found.blocked

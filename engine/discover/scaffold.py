@@ -31,7 +31,7 @@ from engine.discover.notes import (
     shown,
     size_in_words,
 )
-from engine.errors import EngineError
+from engine.errors import EngineError, Lines
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -187,7 +187,7 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
         path.write_text(text, encoding="utf-8")
         findings = [one for one in lint_file(str(path)) if one.code not in DECIDED_LATER]
         if findings:
-            listed = "\n".join(f"{f.code} {f.message}" for f in findings)
+            listed = Lines.of(f"{f.code} {f.message}" for f in findings)
             raise EngineError("E901", "the drafted mapping does not lint clean", got=listed, fix="Please report it.")
         try:
             return None, make_plan(load_mapping(path), request.layout, request.checkpoint)

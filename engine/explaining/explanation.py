@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from engine.errors import EngineError, counted
+from engine.errors import EngineError, Lines, counted
 from engine.planning.boxes import Interval
 
 
@@ -154,5 +154,5 @@ def unknown_name(name: str, kind: str, known: Iterable[str], *, otherwise: str |
     near = get_close_matches(name, list(dict.fromkeys(known)), 3)
     suggested = f"Did you mean `{near[0]}`?" if near else "`engine plan` lists the names."
     return EngineError(
-        "E001", f"there is no {kind} `{name}`", expected="\n".join(near) or None, fix=otherwise or suggested
+        "E001", f"there is no {kind} `{name}`", expected=Lines.of(near) or None, fix=otherwise or suggested
     )

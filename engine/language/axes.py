@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Lines, Place
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +143,7 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
             "E103",
             f"axes cannot be read: {message}",
             place=where,
-            got=f"{text}\n{' ' * at}^",
+            got=Lines.of([text, f"{' ' * at}^"]),
             fix="Write axis names separated by spaces, one storage dimension each; group with ( ), "
             "concatenate with + inside a group, end the bias with |.",
         )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from jinja2.exceptions import TemplateError, UndefinedError
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Lines
 from engine.language.allowed import BUILTIN, MAX_DEPTH, Compiled, Refused, read_expression
 from engine.language.model import Expression
 from engine.language.sandbox import OMIT, Omit, defined, kind_of
@@ -70,7 +70,7 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
             "E105",
             f"an expression cannot be evaluated: {reason}",
             place=expression.place,
-            got="\n".join([_shown(expression.text), *read[:8]]),
+            got=Lines.of([_shown(expression.text), *read[:8]]),
             fix="Check the types of the values it reads.",
         ) from None
 

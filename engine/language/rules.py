@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engine.errors import EngineError, Errors
+from engine.errors import EngineError, Errors, Lines
 from engine.language.axes import Axes, Product, parse_axes
 from engine.language.declared import undeclared
 from engine.language.documents import Document
@@ -112,7 +112,7 @@ def _check_param(name: str, sources: Sequence[str], patterns: Sequence[Pattern],
                 "E104",
                 f"rule `{name}` has {{param}} on one side only",
                 place=target.place,
-                got=f"{sources[0]}\n{target.name}",
+                got=Lines.of([sources[0], target.name]),
                 expected="{param} on both sides, or on neither",
                 fix="Write weight or bias out, or use {param} in every name of the rule.",
             )

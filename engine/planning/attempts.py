@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.checkpoint.identity import begins
 from engine.checkpoint.ranks import RankGrid, whole_grid
-from engine.errors import EngineError, shape_text
+from engine.errors import EngineError, Lines, shape_text
 from engine.formats.headers import FileHeader
 from engine.language.expressions import OMIT, evaluate, names_in
 from engine.language.model import Layout, MappingFile, Variant
@@ -145,7 +145,7 @@ def _ambiguous(variants: Sequence[Variant], fitting: Sequence[Attempt], mapping:
         "E202",
         f"variant `{variant.name}` cannot be decided: {len(fitting)} choices fit every shape",
         place=variant.place,
-        got="\n".join(f"{name} is {shape} in every rank" for name, shape in seen.items()) + f"\nwith {sizes}",
+        got=Lines.of([*(f"{name} is {shape} in every rank" for name, shape in seen.items()), f"with {sizes}"]),
         expected=f"one of {', '.join(variant.choices)}",
         fix=f"{variant.help}. Say which: "
         + " or ".join(f"--set {variant.name}={c}" for c in variant.choices)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import NamedTuple
 
-from engine.errors import EngineError, Place, shape_text
+from engine.errors import EngineError, Lines, Place, shape_text
 from engine.formats.headers import FLOATS
 from engine.planning.boxes import Copy, Part, intersect
 from engine.planning.groups import Group, GroupKey
@@ -88,7 +88,7 @@ class CopyTable:
                 "E210",
                 f"element types differ inside `{name}`",
                 place=place,
-                got="\n".join(f"{dtype} in {files[s.file]}:{s.header.name}" for dtype, s in held.items()),
+                got=Lines.of(f"{dtype} in {files[s.file]}:{s.header.name}" for dtype, s in held.items()),
                 expected="one type",
                 fix="The files are from different runs, or one was cast by hand.",
             )

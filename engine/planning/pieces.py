@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Lines
 from engine.language.names import Pattern, pattern
 from engine.planning.stored import Instance
 
@@ -91,7 +91,7 @@ def _piece_error(
         "E107",
         f"rule `{instance.rule.name}`: {message}",
         place=instance.rule.place,
-        got=f"source `{instance.axes}`\n" + "\n".join(f"{n.text} `{a}`" for n, a in instance.targets),
+        got=Lines.of([f"source `{instance.axes}`", *(f"{n.text} `{a}`" for n, a in instance.targets)]),
         expected="every source piece in exactly one target, every target piece in exactly one source",
         fix=fix
         or _other_axes(instance, piece)

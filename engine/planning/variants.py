@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from engine.errors import EngineError
+from engine.errors import EngineError, Lines
 from engine.language.documents import grouped, value_at
 from engine.language.expressions import compile_expression, evaluate, names_in
 from engine.language.model import Expression, MappingFile, Option, Variant
@@ -210,7 +210,7 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
         "E202",
         f"variant `{variant.name}` cannot be decided: no choice holds",
         place=variant.place,
-        got="\n".join([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
+        got=Lines.of([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
         expected="one of " + ", ".join(variant.choices) if len(variant.choices) > 1 else None,
         fix=asked if variant.answers else f"{asked} {otherwise}",
         answers=variant.answers,

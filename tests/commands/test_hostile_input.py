@@ -416,6 +416,15 @@ def test_names_steer_no_terminal_card_page_or_log(tmp_path: Path) -> None:
         assert all(c == "\n" or c.isprintable() for c in text), file
 
 
+def test_a_key_of_a_configuration_adds_no_line_to_a_message(tmp_path: Path) -> None:
+    assert not invoke("run", "-m", "internlm", "-s", FIXTURES / "v1_tp2_pp2", "-o", tmp_path / "hf").exit_code
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), NASTY: 1}))
+    done = invoke("reverse", "-m", "internlm", "-s", tmp_path / "hf", "-o", tmp_path / "ranks")
+    assert done.exit_code == 1 and "E219" in done.output and "E000 forged" in done.output
+    assert not any(line.strip().startswith("E000") for line in done.output.splitlines())
+
+
 def test_names_of_folders_steer_no_terminal_and_can_be_copied_from_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
