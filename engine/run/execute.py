@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from engine.storage.objects import MARK, ObjectStore
 from engine.storage.places import on_this_machine, store_at
 
 if TYPE_CHECKING:
+    from engine.formats.headers import FileHeader
     from engine.planning.model import Plan
     from engine.storage.output import OutputFolder
     from engine.storage.uploads import Uploads
@@ -88,7 +89,7 @@ def execute(
     from engine.run.runner import check_runnable, take_parts, write_weights
 
     work = parts or identity_of(compiled)
-    output = output_at(work, source, out, how, parts=parts is not None)
+    output = output_at(work, source, out, how, parts=parts is not None, read=compiled.files)
     written = None if parts is None else read_markers(compiled, parts, output.written)
     small = make_small()
     output.need = compiled.nbytes + sum(map(len, small.files.values()))
@@ -133,11 +134,14 @@ def execute(
     )
 
 
-def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: bool = False) -> OutputFolder | Uploads:
+def output_at(
+    work: str, source: str, out: Path | str, how: Running, *, parts: bool = False, read: Sequence[FileHeader] = ()
+) -> OutputFolder | Uploads:
     """The output of a plan: a context that yields a store to write to, and at its end completes it or leaves nothing.
 
     Args:
         work: a digest of everything that determines the bytes of the output.
+        read: the files of the source, which a folder that is replaced must not hold.
     """
     from engine.run.manifest import NAME
     from engine.run.parts import MARKER
@@ -150,7 +154,10 @@ def output_at(work: str, source: str, out: Path | str, how: Running, *, parts: b
         kept, foreign = how.resume or parts, Ours(lambda name: store.attribute(name, MARK) is not None)
         return Uploads(store, source, mark=NAME, work=work, overwrite=how.overwrite, resume=kept, foreign=foreign)
     path, shared = on_this_machine(store, "the output"), (work, MARKER) if parts else None
-    return OutputFolder(path, Path(source), overwrite=how.overwrite, resume=how.resume, foreign=Ours(), shared=shared)
+    files = [one.file.store.folder / one.name for one in read if one.file.store.folder is not None]
+    return OutputFolder(
+        path, Path(source), files, overwrite=how.overwrite, resume=how.resume, foreign=Ours(), shared=shared
+    )
 
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:

@@ -7,7 +7,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class OutputFolder:
         self,
         out: Path,
         source: Path,
+        read: Sequence[Path] = (),
         *,
         overwrite: bool,
         resume: bool = False,
@@ -51,6 +52,7 @@ class OutputFolder:
     ) -> None:
         """
         Args:
+            read: files of the source, which may be elsewhere, behind links.
             shared: for an output that several processes write in parts: a digest that identifies it for all of them,
                 and the name prefix of the parts' markers, which are kept until the output is put in place.
             foreign: returns what a folder holds that the engine did not write, in words; None for nothing.
@@ -65,7 +67,7 @@ class OutputFolder:
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes to be written: entering raises E403 if there is no room for them
         self._held = ExitStack()
-        _check_apart(self.final, source)
+        _check_apart(self.final, source, read)
         self._check_free()
 
     def _check_free(self) -> None:
@@ -265,10 +267,10 @@ def sweep(folder: Path, keep: Collection[str]) -> None:
         raise write_error(folder, error) from error
 
 
-def _check_apart(out: Path, source: Path) -> None:
+def _check_apart(out: Path, source: Path, files: Sequence[Path]) -> None:
     real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     linked = (os.path.realpath(file) for file in real_source.glob("*") if file.is_symlink() and file.is_file())
-    read = (real_source, *map(Path, linked))
+    read = (real_source, *map(Path, linked), *(Path(os.path.realpath(file)) for file in files))
     if real_source in real_out.parents or any(real_out in (one, *one.parents) for one in read):
         got = f"output inside or around {source}, or around a file that it links to"
         raise overlap(str(out), got, "two folders apart")

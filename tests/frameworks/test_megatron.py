@@ -32,6 +32,16 @@ def test_a_checkpoint_gives_megatrons_own_logits(name: str, tmp_path: Path) -> N
     assert logits_off(tmp_path / "out", MEGATRON / name / "oracle.pt") < 1e-4
 
 
+def test_an_output_that_holds_files_behind_links_to_rank_folders_is_refused(tmp_path: Path) -> None:
+    out, source = tmp_path / "out", tmp_path / "source"
+    shutil.copytree(source_of(MEGATRON / "torch-tp1pp1-tied"), out)
+    source.mkdir()
+    (source / "mp_rank_00").symlink_to(out / "mp_rank_00")
+    with pytest.raises(EngineError) as caught:
+        convert("torch-tp1pp1-tied", out, source, overwrite=True)
+    assert caught.value.code == "E404"
+
+
 @sampled(2)
 @pytest.mark.parametrize(("one", "other"), [("torch-tp2pp2-vpp2", "dist-tp2pp2"), ("torch-ep2-moe", "dist-ep2-moe")])
 def test_a_model_is_the_same_files_from_either_format(one: str, other: str, tmp_path: Path) -> None:
