@@ -13,6 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, Part, TensorHeader, damaged, dense_strides
+from engine.language.documents import portions
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 
@@ -81,25 +82,13 @@ def split_shards(tensors: Sequence[tuple[str, int]], max_bytes: int) -> list[lis
     >>> split_shards([("a", 4), ("b", 4), ("c", 4), ("d", 4)], 12)
     [['a', 'b'], ['c', 'd']]
     """
-    files = _fill(tensors, max_bytes)
+    files = list(portions(tensors, max_bytes))
     if len(files) < 2:
         return files
     low = max(size for _, size in tensors)
     # the smallest limit with the same number of files balances them
-    more = bisect_left(range(low, max_bytes), True, key=lambda limit: len(_fill(tensors, limit)) <= len(files))
-    return _fill(tensors, max(min(low + more, max_bytes), 1))
-
-
-def _fill(tensors: Sequence[tuple[str, int]], limit: int) -> list[list[str]]:
-    files: list[list[str]] = []
-    room = -1
-    for name, size in tensors:
-        if not files or size > room:
-            files.append([])
-            room = limit
-        files[-1].append(name)
-        room -= size
-    return files
+    more = bisect_left(range(low, max_bytes), True, key=lambda limit: len(list(portions(tensors, limit))) <= len(files))
+    return list(portions(tensors, max(min(low + more, max_bytes), 1)))
 
 
 def shard_names(count: int) -> list[str]:

@@ -205,6 +205,24 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
     return found
 
 
+def portions(items: Iterable[tuple[V, int]], most: int | None, count: int | None = None) -> Iterator[list[V]]:
+    """Items with their sizes, in groups of at most `most` in all and at most `count` items; a larger one is alone.
+
+    >>> list(portions([("a", 2), ("b", 2), ("c", 5), ("d", 1)], 4))
+    [['a', 'b'], ['c'], ['d']]
+    """
+    held: list[V] = []
+    total = 0
+    for item, size in items:
+        if held and ((most is not None and total + size > most) or len(held) == count):
+            yield held
+            held, total = [], 0
+        held.append(item)
+        total += size
+    if held:
+        yield held
+
+
 def plain(data: Any) -> Any:
     """Mappings and sequences of any kind as dicts and lists, ready for JSON."""
     if isinstance(data, _LEAF):

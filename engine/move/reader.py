@@ -5,10 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from engine.formats.headers import ITEM_SIZES, span
-from engine.language.documents import grouped
+from engine.language.documents import grouped, portions
 from engine.move.blocks import Block, block_of, output_blocks
 from engine.move.moves import Gatherer
 from engine.move.runs import MOST_SPAN, dense_parts, long_rows
@@ -55,9 +54,8 @@ class Reader:
                         skip = max(start - block.low * item, 0)
                         yield index, block.low * item + skip, self.convert(output, block)[skip:]
             return
-        found = windows(self._plan, wanted, self._files.block)
-        for window in self._files.ahead((window, window.ranges) for window in found):
-            for index, start, block in window.blocks:
+        for held in self._files.ahead(windows(self._plan, wanted, self._files.block)):
+            for index, start, block in held:
                 output = self._plan.outputs[index]
                 at = block.low * ITEM_SIZES[output.dtype]
                 skip = max(start - at, 0)
@@ -159,43 +157,34 @@ _KEPT = 8  # outputs whose blocks are cached
 Wanted = tuple[int, int, Block]  # an output, the byte offset to start from, and one of its blocks
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """Blocks that are moved one after the other, and the byte ranges of each file that fill them."""
+def windows(
+    plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int
+) -> Iterator[tuple[list[Wanted], Mapping[int, Sequence[Range]]]]:
+    """Cut outputs, each from a byte offset on, into windows that fetch about `nbytes`; small outputs share one.
 
-    blocks: tuple[Wanted, ...]
-    ranges: Mapping[int, Sequence[Range]]
-
-
-def windows(plan: Work, wanted: Iterable[tuple[int, int]], nbytes: int) -> Iterator[Window]:
-    """Cut outputs, each from a byte offset on, into windows that fetch about `nbytes`; small outputs share one."""
-    held: list[Wanted] = []
-    ranges: dict[int, list[Range]] = {}
-    total = 0
+    Yields:
+        Blocks that are moved one after the other, and the byte ranges of each file that fill them.
+    """
     needs = _Needs(plan)
-    for index, start in wanted:
-        output = plan.outputs[index]
-        item = ITEM_SIZES[output.dtype]
-        for block in output_blocks(output, plan.copies(index)):
-            if block.high * item <= start:
-                continue
-            found = needs.of(index, block)
-            size = max(sum(end - begin for _, begin, end in found), (block.high - block.low) * item)
-            if held and total + size > nbytes:
-                yield Window(tuple(held), ranges)
-                held, ranges, total = [], {}, 0
-            held.append((index, start, block))
-            total += size
-            for file, begin, end in found:
-                ranges.setdefault(file, []).append((begin, end))
-    if held:
-        yield Window(tuple(held), ranges)
+
+    def listed() -> Iterator[tuple[tuple[Wanted, list[tuple[int, Range]]], int]]:
+        for index, start in wanted:
+            output = plan.outputs[index]
+            item = ITEM_SIZES[output.dtype]
+            for block in output_blocks(output, plan.copies(index)):
+                if block.high * item > start:
+                    found = needs.of(index, block)
+                    read = sum(end - begin for _, (begin, end) in found)
+                    yield ((index, start, block), found), max(read, (block.high - block.low) * item)
+
+    for held in portions(listed(), nbytes):
+        yield [block for block, _ in held], grouped(one for _, found in held for one in found)
 
 
 def needed(plan: Work, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
     """The byte ranges of each file from which blocks of an output are gathered."""
     needs = _Needs(plan)
-    return grouped((file, (begin, end)) for block in blocks for file, begin, end in needs.of(index, block))
+    return grouped(one for block in blocks for one in needs.of(index, block))
 
 
 class _Needs:
@@ -206,8 +195,8 @@ class _Needs:
         self._template: Sequence[Copy] = ()
         self._parts: list[tuple[int, int, int, int]] = []  # file, first byte, bytes per step, bytes
 
-    def of(self, index: int, block: Block) -> list[tuple[int, int, int]]:
-        """(file, begin, end) of every run."""
+    def of(self, index: int, block: Block) -> list[tuple[int, Range]]:
+        """The file and the byte range of every run."""
         if block.template is not self._template:
             self._template, item = block.template, ITEM_SIZES[self._plan.outputs[index].read_dtype]
             self._parts = []
@@ -218,4 +207,4 @@ class _Needs:
                     nbytes = span(part.shape, part.source_strides) * item
                     self._parts.append((source.file, begin, shift * item, nbytes))
         step = block.step
-        return [(file, at + step * shift, at + step * shift + size) for file, at, shift, size in self._parts]
+        return [(file, (at + step * shift, at + step * shift + size)) for file, at, shift, size in self._parts]

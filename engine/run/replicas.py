@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FLOATS, ITEM_SIZES, dense_strides
+from engine.language.documents import grouped, portions
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
@@ -58,23 +59,16 @@ def _batches(
     plan: Work, some: Sequence[Check], window: int
 ) -> Iterator[tuple[Sequence[Check], Mapping[int, list[Range]]]]:
     """Batches of checks, with the first bytes that they read of each file, to be fetched together."""
-    held: list[Check] = []
-    ranges: dict[int, list[Range]] = {}
-    total = 0
-    for check in some:
+
+    def starts(check: Check) -> list[tuple[int, Range]]:
         most = _SAMPLE if isinstance(check, Slices) else _FETCHED
-        sources = () if isinstance(check, Tied) else check.sources
-        sizes = [min(_nbytes(plan, source), most) for source in sources]
-        if held and (len(held) == _TOGETHER or total + sum(sizes) > window):
-            yield held, ranges
-            held, ranges, total = [], {}, 0
-        held.append(check)
-        total += sum(sizes)
-        for source, size in zip(sources, sizes, strict=True):
-            tensor = plan.sources[source]
-            ranges.setdefault(tensor.file, []).append((tensor.header.offset, tensor.header.offset + size))
-    if held:
-        yield held, ranges
+        read = [plan.sources[source] for source in (() if isinstance(check, Tied) else check.sources)]
+        return [(one.file, (at := one.header.offset, at + min(one.header.nbytes, most))) for one in read]
+
+    found = ((check, starts(check)) for check in some)
+    sized = ((one, sum(end - begin for _, (begin, end) in one[1])) for one in found)
+    for batch in portions(sized, window, _TOGETHER):
+        yield [check for check, _ in batch], grouped(one for _, ranges in batch for one in ranges)
 
 
 def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, meter: Meter) -> None:
@@ -151,12 +145,7 @@ def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:
 def replica_bytes(plan: Work, some: Sequence[Check] | None = None) -> int:
     """Bytes that comparing replicas reads besides the first of each set, for some of the `checks` or all."""
     sets = [check for check in (checks(plan) if some is None else some) if isinstance(check, Replicas)]
-    return sum(_nbytes(plan, source) for replicas in sets for source in replicas.sources[1:])
-
-
-def _nbytes(plan: Work, source: int) -> int:
-    header = plan.sources[source].header
-    return math.prod(header.shape) * ITEM_SIZES[header.dtype]
+    return sum(plan.sources[source].header.nbytes for replicas in sets for source in replicas.sources[1:])
 
 
 def _compare(plan: Work, replicas: Replicas, first: Gatherer, other: Gatherer, meter: Meter) -> None:

@@ -15,7 +15,7 @@ from pathlib import PurePosixPath
 
 from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.formats.written import FORMATS, FileLayout
-from engine.language.documents import grouped
+from engine.language.documents import grouped, portions
 from engine.move.runs import READ_THROUGH, runs
 from engine.planning.boxes import Copy, swap
 from engine.planning.model import OutputFile, Work
@@ -105,20 +105,8 @@ def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequenc
 
 def _together(plan: Work, nbytes: int | None) -> list[Unit]:
     """Groups of outputs that one worker gathers, in file order, each up to a number of bytes."""
-    units: list[Unit] = []
-    for file in plan.shards:
-        held: list[int] = []
-        total = 0
-        for output in file.outputs:
-            size = plan.outputs[output].nbytes
-            if held and nbytes is not None and total + size > nbytes:
-                units.append(Unit(tuple(held)))
-                held, total = [], 0
-            held.append(output)
-            total += size
-        if held:
-            units.append(Unit(tuple(held)))
-    return units
+    sized = ([(output, plan.outputs[output].nbytes) for output in file.outputs] for file in plan.shards)
+    return [Unit(tuple(held)) for outputs in sized for held in portions(outputs, nbytes)]
 
 
 def layout_of(plan: Work, file: OutputFile) -> FileLayout:
