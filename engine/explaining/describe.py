@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from engine.errors import span
 from engine.language.documents import grouped
 from engine.language.names import is_number, pattern
 from engine.planning.boxes import Copy
 from engine.planning.model import Plan
 from engine.run.memory import predicted_memory
+from engine.storage.coalesce import join
 
 
 def fold(numbers: Sequence[int]) -> str:
@@ -19,13 +21,7 @@ def fold(numbers: Sequence[int]) -> str:
     >>> fold([0, 1, 2, 3, 7])
     '0…3,7'
     """
-    runs: list[list[int]] = []
-    for number in sorted(set(numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(a) if a == b else f"{a}…{b}" for a, b in runs)
+    return ",".join(map(span, join(((number, number + 1) for number in numbers), 0)))
 
 
 def folded(text: str, values: Sequence[Mapping[str, int]]) -> str:

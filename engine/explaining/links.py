@@ -6,7 +6,7 @@ and a target spot of the same piece is a link. It is a plan's copy, with the axe
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, product
 from math import prod
@@ -18,6 +18,7 @@ from engine.planning.boxes import Box, Interval, Region, common, regions
 from engine.planning.groups import Group
 from engine.planning.pieces import Key
 from engine.planning.sides import Shard, Side
+from engine.storage.coalesce import join
 
 MOST_RUNS = 200_000  # more runs than this are counted, not listed
 
@@ -57,7 +58,7 @@ class Lattice:
 
     def runs(self) -> list[tuple[int, int]]:
         """The positions as sorted intervals without gaps; the lattice must be ascending, with disjoint loops."""
-        return join(self.first_runs(None))
+        return join(self.first_runs(None), 0)
 
     def first_runs(self, keep: int | None) -> list[tuple[int, int]]:
         flat = self.ascending()
@@ -70,27 +71,12 @@ class Lattice:
         return len(flat) // (flat.steps[-1][1] if flat.steps and flat.steps[-1][0] == 1 else 1)
 
 
-def join(intervals: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Sort intervals and merge those that touch.
-
-    >>> join([(4, 6), (0, 2), (2, 3)])
-    [(0, 3), (4, 6)]
-    """
-    result: list[tuple[int, int]] = []
-    for low, high in sorted(intervals):
-        if result and low <= result[-1][1]:
-            result[-1] = (result[-1][0], max(high, result[-1][1]))
-        else:
-            result.append((low, high))
-    return result
-
-
 def join_lattices(lattices: Sequence[Lattice], keep: int) -> tuple[list[tuple[int, int]], int]:
     """The first runs of all lattices together, and the number of runs."""
     total = sum(one.run_count() for one in lattices)
     if total > MOST_RUNS:
         return min(lattices, key=lambda one: one.start).first_runs(keep), total
-    runs = join(run for one in lattices for run in one.runs())
+    runs = join((run for one in lattices for run in one.runs()), 0)
     return runs[:keep], len(runs)
 
 

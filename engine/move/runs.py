@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.formats.headers import span
-from engine.planning.boxes import Copy
+from engine.planning.boxes import Copy, part_of
 
 READ_THROUGH = 8 * 1024  # bytes: gaps smaller than this are read, not skipped
 MOST_SPAN = 4 << 20  # bytes of a run with gaps: the most that the scratch buffer may take
@@ -41,16 +41,7 @@ def dense_parts(copy: Copy, gap: int, most: int) -> list[Copy]:
     parts: list[Copy] = []
     for start in range(0, size, rows):
         count = min(rows, size - start)
-        kept = rest if count == 1 else range(len(copy.shape))
-        part = Copy(
-            copy.source,
-            copy.target,
-            copy.source_offset + start * stride,
-            copy.target_offset + start * copy.target_strides[axis],
-            tuple(count if j == axis else copy.shape[j] for j in kept),
-            tuple(copy.source_strides[j] for j in kept),
-            tuple(copy.target_strides[j] for j in kept),
-        )
+        part = part_of(copy, start, start + count, axis)
         parts.extend(dense_parts(part, gap, most) if count == 1 else [part])
     return parts
 

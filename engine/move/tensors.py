@@ -19,7 +19,7 @@ from engine.move.blocks import Block
 from engine.move.moves import Gatherer
 from engine.move.reader import Reader
 from engine.move.values import elements, float_type
-from engine.planning.boxes import Copy
+from engine.planning.boxes import Copy, in_order
 from engine.planning.model import Work
 from engine.planning.stored import Stored
 from engine.storage.sources import SourceFiles
@@ -101,7 +101,6 @@ def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) ->
 
 
 _LIMIT = 1 << 18  # elements of a tile: half a MiB of bfloat16
-_SPAN = 1 << 20  # elements that one read may span
 _BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
@@ -193,8 +192,11 @@ class _Stored:
         key = (number, view.strides, shape)
         last = self._last[reader]
         if last is None or last[0] != key:  # boxes of a tensor differ only in their start
-            last = self._last[reader] = (key, tuple(_pieces(number, shape, view.strides)))
-        block = Block(0, prod(shape), last[1], (1,) * len(last[1]), _start(view, box))
+            copy = in_order(number, shape, view.strides)
+            if copy.source_strides == copy.target_strides:  # one run
+                copy = in_order(number, (prod(shape),), (1,))
+            last = self._last[reader] = (key, (copy,))
+        block = Block(0, prod(shape), last[1], (1,), _start(view, box))
         return elements(self._gatherers[reader].gather(block, view.dtype), view.dtype)
 
 
@@ -220,22 +222,6 @@ class _Planned:
 
 def _start(view: View, box: Box) -> int:
     return view.start + sum(low * stride for (low, _), stride in zip(box, view.strides, strict=True))
-
-
-def _pieces(source: int, shape: Sequence[int], strides: Sequence[int]) -> Iterator[Copy]:
-    """Copies that fetch a box in row-major order; none spans much more than a tile."""
-    axes = [axis for axis in zip(shape, strides, dense_strides(shape), strict=True) if axis[0] > 1]
-    if all(stride == target for _, stride, target in axes):
-        axes = [(prod(shape), 1, 1)] if axes else []
-    if not axes:
-        yield Copy(source, 0, 0, 0, (), (), ())
-        return
-    sizes, sources, targets = (tuple(values) for values in zip(*axes, strict=True))
-    axis = max(range(len(axes)), key=lambda i: sources[i])
-    per = max(1, _SPAN // max(sources[axis], 1))
-    for low in range(0, sizes[axis], per):
-        part = (*sizes[:axis], min(per, sizes[axis] - low), *sizes[axis + 1 :])
-        yield Copy(source, 0, low * sources[axis], low * targets[axis], part, sources, targets)
 
 
 def unlike(x: np.ndarray, one: str, y: np.ndarray, two: str, kind: str) -> np.ndarray:

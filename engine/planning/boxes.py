@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
+from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, Axis, Node, Sum, extent
 
 Interval = tuple[int, int]
@@ -181,6 +182,13 @@ class Copy(NamedTuple):
         return prod(self.shape)
 
 
+def in_order(source: int, shape: Sequence[int], strides: Sequence[int]) -> Copy:
+    """The copy of a whole strided tensor that puts its elements in row-major order."""
+    axes = [axis for axis in zip(shape, strides, dense_strides(shape), strict=True) if axis[0] > 1]
+    sizes, sources, targets = (tuple(axis[part] for axis in axes) for part in range(3))
+    return Copy(source, 0, 0, 0, sizes, sources, targets)
+
+
 def intersect(source: Part, target: Part) -> Copy | None:
     """The copy between two parts of the same piece; None when their boxes do not intersect."""
     a, b = source.region, target.region
@@ -241,22 +249,24 @@ def clip(copy: Copy, low: int, high: int) -> Iterator[Copy]:
     for i in range(touch_low, min(inside_low, touch_high)):
         yield from clip(row(copy, i), low, high)
     if inside_low < inside_high:
-        yield _rows(copy, inside_low, inside_high)
+        yield part_of(copy, inside_low, inside_high)
     for i in range(max(inside_high, touch_low), touch_high):
         yield from clip(row(copy, i), low, high)
 
 
 def row(copy: Copy, i: int) -> Copy:
     """The part of a copy at index i of its first axis."""
-    return _rows(copy, i, i + 1)
+    return part_of(copy, i, i + 1)
 
 
-def _rows(copy: Copy, low: int, high: int) -> Copy:
-    drop = 1 if high - low == 1 else 0
+def part_of(copy: Copy, low: int, high: int, axis: int = 0) -> Copy:
+    """The part of a copy at indices low..high of an axis; an axis of a single index is left out."""
+    end = axis + (high - low == 1)
+    size = () if end > axis else (high - low,)
     return copy._replace(
-        source_offset=copy.source_offset + low * copy.source_strides[0],
-        target_offset=copy.target_offset + low * copy.target_strides[0],
-        shape=copy.shape[1:] if drop else (high - low, *copy.shape[1:]),
-        source_strides=copy.source_strides[drop:],
-        target_strides=copy.target_strides[drop:],
+        source_offset=copy.source_offset + low * copy.source_strides[axis],
+        target_offset=copy.target_offset + low * copy.target_strides[axis],
+        shape=(*copy.shape[:axis], *size, *copy.shape[axis + 1 :]),
+        source_strides=copy.source_strides[:axis] + copy.source_strides[end:],
+        target_strides=copy.target_strides[:axis] + copy.target_strides[end:],
     )

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import FLOATS, ITEM_SIZES, dense_strides
+from engine.formats.headers import FLOATS, ITEM_SIZES
 from engine.language.documents import grouped, portions
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
-from engine.planning.boxes import Copy
+from engine.planning.boxes import Copy, in_order
 from engine.planning.model import Replicas, Slices, Tied, Work
 from engine.run.meter import Meter
 from engine.storage.coalesce import Range
@@ -200,9 +200,7 @@ def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
 def _whole(plan: Work, source: int) -> Copy:
     """A stored tensor copied to itself in row-major order."""
     header = plan.sources[source].header
-    axes = [a for a in zip(header.shape, header.strides, dense_strides(header.shape), strict=True) if a[0] > 1]
-    shape, strides, targets = (tuple(axis[part] for axis in axes) for part in range(3))
-    return Copy(source, 0, 0, 0, shape, strides, targets)
+    return in_order(source, header.shape, header.strides)
 
 
 def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineError:

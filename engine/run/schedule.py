@@ -47,7 +47,7 @@ class Job:
         return sum(self.sizes)
 
 
-class _Sets:
+class Sets:
     """Disjoint sets of numbers (union-find)."""
 
     def __init__(self, count: int) -> None:
@@ -64,6 +64,10 @@ class _Sets:
         first = min(roots, default=0)
         for root in roots:
             self._parent[root] = first
+
+    def members(self) -> dict[int, list[int]]:
+        """The numbers of each set, by the one that `find` gives."""
+        return grouped((self.find(one), one) for one in range(len(self._parent)))
 
 
 def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequence[int]] | None = None) -> list[Job]:
@@ -85,11 +89,11 @@ def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequenc
         apart = {output for unit in units for output in unit.outputs}
         units += [Unit((i,)) for i in range(len(plan.outputs)) if i not in apart]
     file_of = {output: i for i, file in enumerate(plan.shards) for output in file.outputs}
-    files = _Sets(len(plan.shards))
+    files = Sets(len(plan.shards))
     for unit in units:
         if unit.scattered:
             files.join(file_of[output] for output in unit.outputs)
-    members = grouped((files.find(index), index) for index in range(len(plan.shards)))
+    members = files.members()
     filled: dict[int, list[Unit]] = {root: [] for root in members}
     order = {output: n for n, output in enumerate(o for file in plan.shards for o in file.outputs)}
     for unit in sorted(units, key=lambda unit: order[unit.outputs[0]]):
@@ -122,12 +126,12 @@ def scattered_outputs(plan: Work) -> list[list[int]]:
     if not wide:
         return []
     by_source = grouped((source, i) for i, held in enumerate(copies) for source in {c.source for c in held})
-    sets = _Sets(len(plan.outputs))
+    sets = Sets(len(plan.outputs))
     for outputs in by_source.values():
         sets.join(outputs)
     return [
         outputs
-        for outputs in grouped((sets.find(i), i) for i in range(len(plan.outputs))).values()
+        for outputs in sets.members().values()
         if wide.intersection(outputs) and _scatters(plan, outputs, [c for i in outputs for c in copies[i]])
     ]
 

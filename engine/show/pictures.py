@@ -12,10 +12,12 @@ from engine.explaining.describe import leaf
 from engine.explaining.links import Lattice, Link, Spot, links, spots
 from engine.explaining.words import cut_sentence, index_texts, shard_words
 from engine.formats.headers import ITEM_SIZES
+from engine.language.documents import grouped
 from engine.planning.boxes import Interval
-from engine.planning.groups import Group, GroupKey
+from engine.planning.groups import Group
 from engine.planning.model import Plan
 from engine.planning.sides import Shard
+from engine.run.schedule import Sets
 
 WIDE, HIGH = 250, 260  # pixels of the largest tensor as it is drawn
 MOST_TILES = 64  # source shards that are drawn
@@ -91,21 +93,16 @@ def pictures(plan: Plan) -> tuple[Picture, ...]:
     """One picture per set of targets that come from the same source tensors, for their first layer."""
     table = plan.copies
     source, target = table.source, table.target
-    first: dict[str, int] = {}
-    for index, output in enumerate(plan.outputs):
-        first.setdefault(output.pattern, index)
-    together: list[tuple[dict[GroupKey, Group], list[int]]] = []
-    for index in first.values():
-        groups = {one.key: one for one in source.reaching(table.outputs[index][0], target)}
-        joined = [entry for entry in together if entry[0].keys() & groups.keys()]
-        merged: tuple[dict[GroupKey, Group], list[int]] = ({}, [])
-        for entry in [*joined, (groups, [index])]:
-            merged[0].update(entry[0])
-            merged[1].extend(entry[1])
-        at = together.index(joined[0]) if joined else len(together)
-        together = [entry for entry in together if entry not in joined]
-        together.insert(at, merged)
-    return tuple(_picture(plan, list(groups.values()), sorted(outputs)) for groups, outputs in together)
+    outputs = [held[0] for held in grouped((one.pattern, at) for at, one in enumerate(plan.outputs)).values()]
+    reached = [{one.key: one for one in source.reaching(table.outputs[at][0], target)} for at in outputs]
+    together = Sets(len(outputs))
+    for sharing in grouped((key, number) for number, groups in enumerate(reached) for key in groups).values():
+        together.join(sharing)
+    found: list[Picture] = []
+    for held in together.members().values():
+        groups = {key: group for number in held for key, group in reached[number].items()}
+        found.append(_picture(plan, list(groups.values()), [outputs[number] for number in held]))
+    return tuple(found)
 
 
 def _picture(plan: Plan, groups: Sequence[Group], outputs: Sequence[int]) -> Picture:

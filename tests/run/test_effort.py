@@ -22,7 +22,7 @@ from engine.formats.unpickle import load_pickle
 from engine.move import blocks as cutting
 from engine.run.memory import predicted_memory
 from engine.run.meter import Progress
-from engine.run.schedule import _Sets
+from engine.run.schedule import Sets
 from engine.storage.sinks import SinkFiles
 from engine.storage.sources import AHEAD, SourceFiles
 from tests.support.depth import deep
@@ -192,7 +192,7 @@ def test_outputs_that_share_a_source_are_joined_without_comparing_each_with_each
             Number.compared += 1
             return int(self) < int(other)
 
-    sets = _Sets(300)
+    sets = Sets(300)
     sets.join(map(Number, range(299, 2, -1)))
     assert {sets.find(number) for number in range(3, 300)} == {3}
     assert Number.compared < 1000
