@@ -20,6 +20,13 @@ from engine.language.names import pattern
 from engine.storage.store import File, Store
 
 _KEPT = 256  # pickles of a folder that stay in memory while it is read
+_UNLISTED: dict[type[OSError], tuple[str, str, str]] = {
+    NotADirectoryError: (
+        "E304", "the checkpoint is a file, not a folder", "Give the folder that holds the rank files.",
+    ),
+    FileNotFoundError: ("E304", "there is no such checkpoint folder", "Check the path."),
+    OSError: ("E305", "the checkpoint folder cannot be read", "Check its permissions."),
+}  # fmt: skip
 _READERS = 4  # threads: indexing waits for storage, not for the processor
 
 
@@ -39,28 +46,10 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
                 continue
             names.remove(name)
         names.sort()
-    except NotADirectoryError:
-        raise EngineError(
-            "E304",
-            "the checkpoint is a file, not a folder",
-            place=Place(folder.place()),
-            fix="Give the folder that holds the rank files.",
-        ) from None
-    except FileNotFoundError:
-        raise EngineError(
-            "E304",
-            "there is no such checkpoint folder",
-            place=Place(folder.place()),
-            fix="Check the path.",
-        ) from None
     except OSError as error:
-        raise EngineError(
-            "E305",
-            "the checkpoint folder cannot be read",
-            place=Place(folder.place()),
-            got=error.strerror,
-            fix="Check its permissions.",
-        ) from error
+        code, message, fix = _UNLISTED.get(type(error), _UNLISTED[OSError])
+        got = error.strerror if code == "E305" else None
+        raise EngineError(code, message, place=Place(folder.place()), got=got, fix=fix) from error
     return names
 
 

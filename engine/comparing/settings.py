@@ -133,16 +133,13 @@ def _added_tokens(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[Differ
     moved = sorted(token for token in here_at.keys() & there_at.keys() if here_at[token] != there_at[token])
     other = sorted(number for number in here.keys() & there.keys() if here[number] != there[number])
     effect = "other programs, such as llama.cpp, take tokens from here"
-    if moved:
-        told = worded(here_at[moved[0]]), worded(there_at[moved[0]])
-        return [Difference("tokenizer", f"the id of {shown(moved[0])} in {SETTINGS}", *told, effect)]
-    if lost and not other:
-        told = worded(None), worded(there[lost[0]])
-        return [Difference("tokenizer", f"added_tokens_decoder.{lost[0]} of {SETTINGS}", *told, effect)]
-    if other:
-        told = worded(here[other[0]]), worded(there[other[0]])
-        return [Difference("tokenizer", f"added_tokens_decoder.{other[0]} of {SETTINGS}", *told, effect)]
-    return []
+    found: list[tuple[str, Any, Any]] = [
+        (f"the id of {shown(one)} in {SETTINGS}", here_at[one], there_at[one]) for one in moved[:1]
+    ] or [
+        (f"added_tokens_decoder.{number} of {SETTINGS}", here.get(number), there[number])
+        for number in (other or lost)[:1]
+    ]
+    return [Difference("tokenizer", what, worded(ours), worded(theirs), effect) for what, ours, theirs in found]
 
 
 def _named_tokens(listed: Any) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:

@@ -41,10 +41,6 @@ def _counter(counts: Any = None) -> Any:
     return counts
 
 
-def _defaultdict(factory: Any = None) -> Record:
-    return Record()
-
-
 def _bytes(text: Any = "", encoding: Any = None) -> Any:
     """Bytes, as pickles that Python 2 can read hold them."""
     known = type(text) is str and encoding == "latin1" and len(text) <= _MOST_BYTES and max(text, default="") < "\u0100"
@@ -71,7 +67,7 @@ _TABLE: tuple[tuple[str, str, Any], ...] = (
     ("builtins __builtin__", "bool dict float int list long str tuple unicode", OtherFunction),
     ("builtins __builtin__", "complex range slice xrange", opaque),
     ("collections", "Counter", Function(_counter)),
-    ("collections", "defaultdict", Function(_defaultdict)),
+    ("collections", "defaultdict", Function(lambda factory=None: Record())),
     ("collections", "deque", opaque),
     ("datetime", "date datetime time timedelta timezone", opaque),
     ("decimal", "Decimal", opaque),

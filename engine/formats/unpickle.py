@@ -196,10 +196,6 @@ def _newobj(machine: _Machine) -> None:
         raise Refused("E301", f"an object of a {type(kind).__name__}")
 
 
-def _frame(machine: _Machine) -> None:
-    machine.read(8)
-
-
 def _build(machine: _Machine) -> None:
     """Set state: attributes of mappings and opaque objects are dropped, an instance's are kept; others have none."""
     state, built = machine.stack.pop(), machine.stack[-1]
@@ -227,7 +223,7 @@ _ACTIONS: dict[int, Any] = {
     pickle.REDUCE[0]: _reduce,
     pickle.NEWOBJ[0]: _newobj,
     pickle.BUILD[0]: _build,
-    pickle.FRAME[0]: _frame,
+    pickle.FRAME[0]: lambda machine: machine.read(8),
     **{
         getattr(pickle, name)[0]: _refuse(name)
         for name in (

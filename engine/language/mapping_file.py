@@ -175,22 +175,15 @@ def read_variant(name: str, variant: Document) -> Variant:
         listed = variant.parts("choices").items()
         choices = {choice: None if one.data == "otherwise" else expression(one) for choice, one in listed}
     decide = body.get("decide", "expression")
-    if decide == "expression" and isinstance(raw, list):
-        raise EngineError(
-            "E102",
-            f"variant `{name}` has choices without expressions",
-            place=variant.place("choices"),
-            expected="an expression for each choice, or `decide: shapes`",
-            fix="Write when each choice holds; the last may be `otherwise`.",
-        )
-    if decide == "shapes" and isinstance(raw, dict):
-        raise EngineError(
-            "E102",
-            f"variant `{name}` is decided by shapes, but its choices have expressions",
-            place=variant.place("choices"),
-            expected="a list of choices, or no `decide: shapes`",
-            fix="List the choices: [a, b].",
-        )
+    if (decide == "shapes") != isinstance(raw, list):
+        told, expected, fix = (
+            ("has choices without expressions", "an expression for each choice, or `decide: shapes`",
+             "Write when each choice holds; the last may be `otherwise`."),
+            ("is decided by shapes, but its choices have expressions", "a list of choices, or no `decide: shapes`",
+             "List the choices: [a, b]."),
+        )[decide == "shapes"]  # fmt: skip
+        place = variant.place("choices")
+        raise EngineError("E102", f"variant `{name}` {told}", place=place, expected=expected, fix=fix)
     default = body.get("default")
     if default is not None and default not in choices:
         at = variant.value_place("default")

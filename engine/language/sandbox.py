@@ -66,18 +66,10 @@ def _to_float(value: Any) -> float:
     return float(_number(value, "float"))
 
 
-def _to_string(value: Any) -> str:
-    return value if isinstance(defined(value), str) else str(_number(value, "string"))
-
-
 def _length(value: Any) -> int:
     if not isinstance(defined(value), str | list | tuple | Mapping):
         raise TypeError(f"`length` takes a text or a list, not {kind_of(value)}")
     return len(value)
-
-
-def _round(value: Any, precision: int = 0) -> Any:
-    return value if isinstance(_number(value, "round"), int) else round(value, precision)
 
 
 def _default(value: Any, instead: Any, or_false: bool = False) -> Any:
@@ -109,12 +101,12 @@ FILTERS: dict[str, Callable[..., Any]] = {
     "default": _default,
     "int": _to_int,
     "float": _to_float,
-    "string": _to_string,
+    "string": lambda value: value if isinstance(defined(value), str) else str(_number(value, "string")),
     "abs": lambda value: abs(_number(value, "abs")),
     "min": _extreme(min, "min"),
     "max": _extreme(max, "max"),
     "length": _length,
-    "round": _round,
+    "round": lambda value, to=0: value if isinstance(_number(value, "round"), int) else round(value, to),
 }
 TESTS = frozenset((
     "defined", "undefined", "none", "boolean", "integer", "float", "number", "string", "mapping", "sequence",

@@ -45,11 +45,6 @@ class Stored:
     def shape(self) -> tuple[int, ...]:
         return self.pieces[0][1].whole
 
-    @property
-    def lows(self) -> list[int]:
-        """The first row of each piece."""
-        return [0 if header.part is None else header.part.starts[0] for _, header in self.pieces]
-
 
 Rank = tuple[int, int]  # of tp and of wp; -1 where files have no such dimension
 
@@ -149,8 +144,8 @@ class Shards(FloatTensors):
 
     def rows(self, part: Stored, low: int, high: int) -> torch.Tensor:
         """Rows low..high of a part, as far as it has them."""
-        found = [self.read(number, header, max(low - first, 0), max(high - first, 0))
-                 for (number, header), first in zip(part.pieces, part.lows, strict=True)]  # fmt: skip
+        pieces = ((number, header, header.starts[0]) for number, header in part.pieces)
+        found = [self.read(number, header, max(low - at, 0), max(high - at, 0)) for number, header, at in pieces]
         return torch.cat(found) if len(found) > 1 else found[0]
 
     def _read(self, part: Stored) -> torch.Tensor:

@@ -44,10 +44,6 @@ class Destination:
     def counts(self) -> dict[str, Any]:
         return {**self.names, **counts_of(self.layout, self.sizes)}
 
-    def grid_names(self) -> dict[str, Any]:
-        """Only the names that describe how the model is cut."""
-        return {k: v for k, v in self.counts().items() if k not in ("options", "training", "model_type")}
-
     def ranks(self, file: FilePattern) -> list[dict[str, int]]:
         """The coordinates of every file, with the values of all placeholders."""
         if not file.boxes:

@@ -76,7 +76,9 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     names = {**source.names, **destination.names, "dtype": f"torch.{main_dtype(outputs)}"}
     names["options"] = {**destination.names["options"], **source.options}
     known = declared(mapping, layout, "source")
-    config = configuration(source, "training", mapping.training_config, names, known, destination.grid_names())
+    apart = ("options", "training", "model_type")  # names that say nothing of how the model is cut
+    grid = {key: value for key, value in destination.counts().items() if key not in apart}
+    config = configuration(source, "training", mapping.training_config, names, known, grid)
     if layout.config_of_target:  # it is written as it was read
         config = dict(source.checkpoint.config)
     when = destination.mode.when

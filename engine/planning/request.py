@@ -38,23 +38,14 @@ def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "",
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What is asked of a plan.
+    """What is asked of a plan; the options say what each field is.
 
     Attributes:
-        mapping: a path, the name of a bundled mapping, or a loaded one.
-        src: the folder of the checkpoint that is read.
+        mapping: may also be a loaded one.
         reads, writes: the ends of the mapping: `training` for rank files, `whole` for a Hugging Face checkpoint.
-        config: a file with the target's configuration, for facts that the checkpoint does not hold.
-        settings: values of variants and options of the mapping or its layout by name, as with `--set`.
-        dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype; `auto` keeps each tensor's own type.
-        max_shard_size: most bytes of tensors per output file of a Hugging Face checkpoint, or text like `5GB`.
-        strict: refuse a model whose sizes differ from the release's.
+        dtype: one of `DTYPES`, a short form like `bf16`, or a torch dtype.
         ranks: ranks to write per rank dimension; others default to those of `like`, else of `src`, else 1.
-        chunks: model chunks per pipeline rank to write.
-        mode: a mode of the layout to write, or an alias.
-        like: a training checkpoint to take mode, ranks, names and variants from.
-        lossy: rules to apply although they cannot be inverted.
-        to: the mapping that writes, if it is not the one that reads: for rank files of another framework.
+        mode: may also be an alias.
 
     Raises:
         EngineError: E001 for an invalid value.

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 
 import click
 
-from engine.errors import EngineError, Place, escaped_json, visible
+from engine.errors import escaped_json, visible
 from engine.storage.json_text import as_data
+from engine.storage.store import unreadable
 
 T = TypeVar("T")
 
@@ -73,8 +74,7 @@ def read_text(path: str | Path) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise EngineError("E305", "a file cannot be read", place=Place(str(path)), got=reason,
-                          fix="Check the path.") from error  # fmt: skip
+        raise unreadable(path, reason) from error
 
 
 def duration(seconds: float) -> str:

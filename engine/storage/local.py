@@ -98,19 +98,25 @@ class _Reading(FileIO):
         try:
             return super().readinto(buffer)
         except OSError as error:
-            raise _failed(self._path, error.strerror) from error
+            raise unreadable(self._path, error.strerror) from error
 
     def readall(self) -> bytes:
         try:
             return super().readall()
         except OSError as error:
-            raise _failed(self._path, error.strerror) from error
+            raise unreadable(self._path, error.strerror) from error
 
 
-def _failed(path: Path, why: str | None) -> EngineError:
-    return EngineError(
-        "E305", "a file cannot be read", place=Place(str(path)), got=why, fix="Check the file and its permissions."
-    )
+def _descriptor(path: Path) -> int:
+    """A regular file, open for reading; E305 for anything else, without blocking on a fifo."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # a name may hold NUL
+        raise unreadable(path, error.strerror if isinstance(error, OSError) else str(error)) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
+    return descriptor
 
 
 def open_regular(path: Path) -> OpenFile:
@@ -118,11 +124,7 @@ def open_regular(path: Path) -> OpenFile:
 
     A Git LFS pointer, as in a clone whose large files were not fetched, is E305 too.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:  # a name may hold NUL
-        raise _failed(path, error.strerror if isinstance(error, OSError) else str(error)) from error
-    check_regular(descriptor, path)
+    descriptor = _descriptor(path)
     file = OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor)))
     if file.state.size <= _MOST_POINTER and file.peek(len(_POINTER)).startswith(_POINTER):
         file.close()
@@ -134,13 +136,6 @@ def open_regular(path: Path) -> OpenFile:
             fix="Fetch the file itself: `git lfs pull` in the clone that it is from.",
         )
     return file
-
-
-def check_regular(descriptor: int, path: Path) -> None:
-    """E305 for a folder, a pipe or a device; closes it then."""
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise EngineError("E305", "not a regular file", place=Place(str(path)), fix="Put the checkpoint's file there.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +175,7 @@ class LocalStore(Store):
 
     def ranges(self, name: str, state: State | None) -> Ranges:
         path = self.path / name
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError as error:
-            raise unreadable(str(path), error.strerror or str(error)) from error
-        check_regular(descriptor, path)  # it may have become a pipe since it was planned
+        descriptor = _descriptor(path)  # it may have become a pipe since it was planned
         found = LocalRanges(descriptor, path)
         try:
             check_state(name, FileState.of(os.fstat(descriptor)), state)
@@ -199,7 +190,7 @@ class LocalStore(Store):
             try:
                 found[name] = FileState.of(os.stat(f"{self.path}/{name}"))
             except OSError as error:
-                raise unreadable(self.place(name), error.strerror or str(error)) from error
+                raise unreadable(self.place(name), error.strerror) from error
         return found
 
     def buffer(self, files: int) -> int:
@@ -240,7 +231,7 @@ class LocalRanges(Ranges):
                     raise ends_early(self._path.name, offset + got, offset + nbytes)
                 got += more
         except OSError as error:
-            raise unreadable(str(self._path), error.strerror or str(error)) from error
+            raise unreadable(self._path, error.strerror) from error
 
     def close(self) -> None:
         os.close(self.descriptor)

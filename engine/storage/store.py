@@ -260,14 +260,10 @@ def ends_early(name: str, got: int, expected: int) -> EngineError:
     )
 
 
-def unreadable(place: str, why: str) -> EngineError:
-    return EngineError(
-        "E305",
-        "a checkpoint file cannot be read",
-        place=Place(place),
-        got=why,
-        fix="Check the file and its permissions, then run again.",
-    )
+def unreadable(place: Path | str, why: str | None) -> EngineError:
+    """E305 for a file that the system does not let be read."""
+    fix = "Check the file and its permissions."
+    return EngineError("E305", "a file cannot be read", place=Place(str(place)), got=why, fix=fix)
 
 
 def write_error(
