@@ -122,6 +122,7 @@ class FileHeader:
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
             equal content. Safetensors have none, nor have files from before the zip format; torch may omit them.
         left: names of its tensors that are not part of the model, and were not read.
+        replaced: names of tensors that are stored apart, while their place among the others is still there, unused.
         state: the state of the file when it was indexed; None if it is not a file.
     """
 
@@ -133,6 +134,7 @@ class FileHeader:
     state: State | None = None
     root: str | None = None  # the folder inside a torch zip: the name under which it was saved
     left: tuple[str, ...] = ()
+    replaced: tuple[str, ...] = ()
     says: Mapping[str, Any] = field(default_factory=dict)  # the requested values that are saved beside the tensors
 
     def only(self, wanted: Callable[[str], bool]) -> FileHeader:

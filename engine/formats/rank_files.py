@@ -8,26 +8,27 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from re import Pattern
 from sys import intern
-from typing import Any, BinaryIO
+from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.dtensor import Distributed, read_distributed
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, big_endian, damaged, shared, span, unsupported
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, damaged, shared, span, unsupported
+from engine.formats.legacy import load_legacy
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Instance, Refused, Storage, Tensor
-from engine.formats.unpickle import MAX_PICKLE, error_of, load_next, load_pickle
+from engine.formats.unpickle import error_of, load_pickle
 from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 
 _SHORT = 4096  # bytes: a shorter pickle is its own cache key, a longer one's is its digest
 LoadPickle = Callable[[bytes, str], Any]
-_MAGIC = 0x1950A86A20F9469CFC6C
-_TAR = (b"ustar", 257)  # torch's very first format
 
 
 class Pickles:
@@ -103,7 +104,30 @@ def read_rank_file(
     beside = {**value, **{str(key): one for key, one in saved.value.items() if nested and not _named(key, nested)}}
     known: dict[tuple[int, int], bool] = {}
     left = tuple(name for name, one in beside.items() if isinstance(one, Mapping) and _holds_tensors(one, known))
-    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left=left, says=said)
+    replaced = tuple(_replaced(tensors, saved.payload.values()))
+    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left, replaced, said)
+
+
+def _replaced(tensors: Sequence[TensorHeader], storages: Iterable[tuple[int, int]]) -> Iterator[str]:
+    """Tensors with a storage of their own, as large as a part of another storage, amid other tensors, that none uses.
+
+    A program that loads a file, assigns another tensor to a name and saves it again leaves such a part.
+    """
+    placed = sorted((one for one in tensors if one.nbytes), key=lambda one: one.offset)
+    begins = [one.offset for one in placed]
+    unused: Counter[int] = Counter()
+    alone: list[TensorHeader] = []
+    for start, nbytes in storages:
+        held = placed[bisect_left(begins, start) : bisect_left(begins, start + nbytes)]
+        if len(held) == 1:
+            alone += held
+            continue
+        ends = [start, *(one.offset + one.nbytes for one in held)]
+        unused.update(
+            begin - end for end, begin in zip(ends, [*(one.offset for one in held), start + nbytes], strict=True)
+        )
+    sizes = Counter(one.nbytes for one in alone)
+    yield from (one.name for one in alone if 0 < unused[one.nbytes] == sizes[one.nbytes])
 
 
 def _value_at(value: Any, path: str) -> Any:
@@ -239,63 +263,3 @@ def _not_a_state_dict(file: str, got: str) -> EngineError:
         expected="a mapping of names to tensors",
         fix="Is it a rank file of the model? Optimizer and scheduler files are not converted.",
     )
-
-
-def load_legacy(file: BinaryIO, name: str, size: int) -> tuple[Any, dict[str, tuple[int, int]], str]:
-    """The value, storage key → (offset, bytes) in the file, and an identity.
-
-    A plain pickle of a mapping or text, as configurations may be saved, has no storages.
-    """
-    limit = min(size, MAX_PICKLE)
-    start = file.read(_TAR[1] + 5)
-    file.seek(0)
-    if start[_TAR[1] :] == _TAR[0]:
-        raise EngineError(
-            "E303",
-            "a tar file, as torch saved before 2017",
-            place=Place(name),
-            fix="Load it once with an old torch and save it again.",
-        )
-    if start[:1] != b"\x80":
-        raise damaged(
-            name,
-            f"{size} bytes starting with {start[:4].hex(' ') or 'nothing'}",
-            expected="a file that torch.save wrote",
-        )
-    magic, _ = load_next(file, name, limit)
-    if magic != _MAGIC:
-        if isinstance(magic, (dict, str)):
-            return magic, {}, _identity(file, size, file.tell())
-        raise EngineError("E303", "a pickle, but not one that torch saved", place=Place(name), fix="Is it a rank file?")
-    load_next(file, name, limit)  # protocol version
-    system, _ = load_next(file, name, limit)
-    if isinstance(system, dict) and system.get("little_endian") is False:
-        raise big_endian(name)
-    value, storages = load_next(file, name, limit)
-    keys, _ = load_next(file, name, limit)
-    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
-        raise damaged(name, "its list of storages is not a list of different keys")
-    headers = position = file.tell()
-    payload: dict[str, tuple[int, int]] = {}
-    for key in keys:
-        file.seek(position)
-        raw = file.read(8)
-        storage = storages.get(key)
-        if len(raw) < 8 or storage is None:
-            raise damaged(name, f"storage {key[:40]} is not in the file")
-        (count,) = struct.unpack("<q", raw)
-        if count != storage.count:
-            raise damaged(name, f"storage {key[:40]} of {count} elements, its tensors say {storage.count}")
-        nbytes = count * ITEM_SIZES.get(storage.dtype or "U8", 0)
-        if nbytes == 0 < count:
-            raise unsupported("storage", storage.dtype, Place(name))
-        if position + 8 + nbytes > size:
-            raise damaged(name, f"storage {key[:40]} ends outside the file of {size} bytes")
-        payload[key] = (position + 8, nbytes)
-        position += 8 + nbytes
-    return value, payload, _identity(file, size, headers)
-
-
-def _identity(file: BinaryIO, size: int, headers: int) -> str:
-    file.seek(0)
-    return hashlib.sha256(struct.pack("<Q", size) + file.read(headers)).hexdigest()

@@ -165,9 +165,11 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     own = (name for name in checkpoint.grid.unknown if name != tokenizer)
     unknown = [name for name in own if not (crosses and BESIDE.fullmatch(name))]  # a run reports those
     left = sorted({name for file in checkpoint.files for name in file.left})
+    replaced = [f"{name} in {file.name}" for file in checkpoint.files for name in file.replaced]
     for what, names, most in (
         ("not part of the checkpoint, left alone", unknown, 12),
         ("not part of the model, not converted", left, 4),
+        ("another program replaced these tensors after training had saved them", replaced, 4),
     ):
         more = f" and {len(names) - most} more" if len(names) > most else ""
         if names:

@@ -10,6 +10,7 @@ from typing import Any
 from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
 from engine.checkpoint.grid import check_claims, folders_in, read_grid
 from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
+from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
@@ -78,6 +79,8 @@ def read_checkpoint(
         for (f, h), own in zip(files, said, strict=True)
     ]
     check_identities(claims)
+    if grid.mode.format == "torch":  # others have no buffers
+        check_order(headers)
     if layout.config_of_target:
         target = configuration
     return Checkpoint(given.place(), grid, headers, configuration, training, name, target)

@@ -1,0 +1,141 @@
+"""Tensors that another program exchanged or replaced inside a rank file, seen by the buffers that training saved.
+
+The fixtures are genuine: their tensors are views of the buffers of InternEvo's and Megatron's optimizers.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+from engine.checkpoint.order import check_order
+from engine.errors import EngineError
+from engine.formats.rank_files import read_rank_file
+from engine.storage.local import LocalStore
+from engine.storage.store import File
+from tests.support.frameworks import FIXTURES
+
+State = dict[str, torch.Tensor]
+LLAMA = FIXTURES / "internevo" / "llama_tp2_pp1_default"
+LAYER = "layers.{}.feed_forward.w{}.weight"
+
+
+def saved_again(folder: Path, change: Callable[[State], State | None], rank: int = 1, source: Path = LLAMA) -> Path:
+    shutil.copytree(source, folder)
+    (file,) = folder.rglob(f"model_tp{rank}_pp0.pt")
+    state = torch.load(file, weights_only=True)
+    torch.save(change(state) or state, file)
+    return file.parent
+
+
+def exchange(*pairs: tuple[str, str]) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        for one, other in pairs:
+            state[one], state[other] = state[other], state[one]
+
+    return change
+
+
+def reported(step: Path) -> list[str]:
+    return [one for one in engine.plan("llama", step).notices if "oracle.pt" not in one]
+
+
+NORMS = ("layers.3.attention_norm.weight", "layers.3.ffn_norm.weight")
+EXCHANGED = {
+    "gate and up": exchange((LAYER.format(2, 1), LAYER.format(2, 3))),
+    "gate and up of all layers": exchange(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(4))),
+    "keys and values": exchange(("layers.0.attention.wk.weight", "layers.0.attention.wv.weight")),
+    "two norms": exchange(NORMS),
+    "the same linear of two layers": exchange((LAYER.format(0, 2), LAYER.format(3, 2))),
+    "two layers": exchange(*((f"layers.0.{n}", f"layers.1.{n}") for n in (
+        "attention.wq.weight", "attention.wk.weight", "attention.wv.weight", "attention.wo.weight",
+        "feed_forward.w1.weight", "feed_forward.w2.weight", "feed_forward.w3.weight",
+        "attention_norm.weight", "ffn_norm.weight"))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_tensors_of_equal_shapes_that_exchanged_names_are_refused(name: str, tmp_path: Path) -> None:
+    step = saved_again(tmp_path / "step", EXCHANGED[name])
+    with pytest.raises(EngineError, match=r"model_tp1_pp0.pt` have exchanged names") as caught:
+        engine.plan("llama", step)
+    assert caught.value.code == "E306"
+
+
+def test_the_message_names_both_and_how_many_more(tmp_path: Path) -> None:
+    step = saved_again(tmp_path / "step", exchange(NORMS, (LAYER.format(2, 1), LAYER.format(2, 3))))
+    with pytest.raises(EngineError) as caught:
+        engine.plan("llama", step)
+    told = str(caught.value)
+    assert all(f"`{name}`" in told for name in (LAYER.format(2, 1), LAYER.format(2, 3))) and "1 more pair" in told
+
+
+def as_copies(state: State) -> State:
+    exchange((LAYER.format(2, 1), LAYER.format(2, 3)))(state)
+    return {name: one.clone() for name, one in state.items()}
+
+
+def last_again(state: State) -> None:
+    """As a program that renames some keys leaves them."""
+    for name in [name for name in state if name.endswith(("w2.weight", "wv.weight"))]:
+        state[name] = state.pop(name)
+
+
+HONEST: dict[str, Callable[[State], State | None]] = {
+    "copies, whose exchange cannot be seen": as_copies,
+    "keys in another order": last_again,
+    "keys in the order of the alphabet": lambda state: dict(sorted(state.items())),
+    "keys backwards": lambda state: dict(reversed(state.items())),
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_another_order_of_names_says_nothing(name: str, tmp_path: Path) -> None:
+    assert not reported(saved_again(tmp_path / "step", HONEST[name]))
+
+
+def test_letters_of_the_mlp_that_were_exchanged_on_purpose_are_converted(tmp_path: Path) -> None:
+    """Shapes show which is which: the file is as InternEvo before 2024-03 would have written it."""
+    letters = exchange(*((f"blocks.{at}.mlp.w2.weight", f"blocks.{at}.mlp.w3.weight") for at in range(4)))
+    source = FIXTURES / "internevo" / "v1_tp2_pp1_vocabsplit"
+    step = saved_again(tmp_path / "once", letters, 0, source)
+    (other,) = step.rglob("model_tp1_pp0.pt")
+    state = torch.load(other, weights_only=True)
+    letters(state)
+    torch.save(state, other)
+    assert engine.plan("internlm", step).decisions["mlp_letters"].choice == "w2_is_up"
+
+
+def test_megatrons_buffers_have_the_reverse_order() -> None:
+    folder = FIXTURES / "megatron" / "leg_t2_distopt" / "iter_0000010" / "mp_rank_01"
+    header = read_rank_file(File(LocalStore(folder), "model_optim_rng.pt"), nested=[re.compile("model")])
+    check_order([header])
+    held = {one.name: one for one in header.tensors}
+    one, other = (held[f"model.decoder.layers.{at}.mlp.linear_fc1.weight"] for at in (0, 1))
+    places = {one.name: other.offset, other.name: one.offset}
+    moved = (replace(each, offset=places.get(each.name, each.offset)) for each in header.tensors)
+    with pytest.raises(EngineError, match="have exchanged names"):
+        check_order([replace(header, tensors=tuple(moved))])
+
+
+REPLACED: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "scaled": lambda one: one * 2,
+    "of another training": torch.randn_like,
+    "its rows moved": lambda one: one.roll(1, 0),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_tensors_that_another_program_replaced_are_reported(name: str, tmp_path: Path) -> None:
+    key = LAYER.format(2, 3)
+    step = saved_again(tmp_path / "step", lambda state: state.update({key: REPLACED[name](state[key])}))
+    assert reported(step) == [
+        f"another program replaced these tensors after training had saved them: {key} in model_tp1_pp0.pt"
+    ]
