@@ -120,7 +120,11 @@ def verify_output(
         against = verify_source(plan, folder, blocks, meter)
         problems, unchecked = _settings(folder, plan, small)
         told, other = ([], []) if known is None else _making(known, plan)
-        found = found.and_also(*against.problems, *problems, *told, unchecked=[*unchecked, *other], source=against)
+        replaced = [f"{name} in {file.name}" for file in plan.files for name in file.replaced]
+        values = (*found.values, *listed("replaced in the source after training had saved it", replaced))
+        found = found.and_also(
+            *against.problems, *problems, *told, unchecked=[*unchecked, *other], source=against, values=values
+        )
     meter.finish()  # headers count as done: they are not read again
     if load:
         from engine.oracle.load_model import load_model

@@ -139,3 +139,11 @@ def test_tensors_that_another_program_replaced_are_reported(name: str, tmp_path:
     assert reported(step) == [
         f"another program replaced these tensors after training had saved them: {key} in model_tp1_pp0.pt"
     ]
+
+
+def test_verify_reports_replaced_tensors_of_the_source(tmp_path: Path) -> None:
+    key = LAYER.format(2, 3)
+    step = saved_again(tmp_path / "step", lambda state: state.update({key: -state[key]}))
+    engine.convert("llama", step, tmp_path / "hf")
+    found = engine.verify(tmp_path / "hf", src=step, mapping="llama")
+    assert found.values == (f"replaced in the source after training had saved it: {key} in model_tp1_pp0.pt",)
