@@ -105,17 +105,18 @@ def cut_sentence(side: Side, group: Group) -> str:
         copies = len(shards[0].replicas)
         return f"{copies} files hold it whole and must agree" if copies > 1 else "one file holds it whole"
     told = []
-    for position, (dim, axis) in enumerate(group.cut.dims):
+    for axis, position in group.cut.axes.items():
+        dim = dims[position]
         shares = _shares({s.ranks[position]: s.sizes[axis] for s in shards})
         told.append(f"{axis} is cut {'by the number in names' if dim == axis else f'over {dim}'}: {shares}")
     if group.cut.rows is not None:
         held: dict[int, int] = {}  # in one tensor, in pieces, or in slices
-        count = len(group.cut.dims)
+        count = len(group.cut.axes)
         for one in (one for one in shards if one.ranks[:count] == shards[0].ranks[:count]):
             rank, (low, high) = one.ranks[len(dims) - 1], one.window[group.cut.at]
             held[rank] = held.get(rank, 0) + high - low
         stored = ("rows", "columns")[group.cut.at]
-        slices = f"of slices by the number of {' and '.join(group.cut.outer)} " if group.cut.outer else ""
+        slices = f"of slices by the number of {' and '.join(dims[count:-1])} " if dims[count:-1] else ""
         told.append(f"storage {stored} {slices}are cut over {dims[-1]}, wherever that falls: {_shares(held)}")
     return "; ".join(told)
 

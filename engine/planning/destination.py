@@ -263,11 +263,9 @@ def _divisions(instance: Instance, file: FilePattern, destination: Destination) 
     stage = f"tensors of the {kind} stage must" if kind in destination.layout.even else None
     runs = "training runs only where it does"
     held = "each rank holds as many as the others"
-    found = [_Division(instance, axis, axis, held) for axis in instance.numbered]
-    found += [
-        _Division(instance, dim, axis, runs if axis in even else stage)
+    found = [
+        _Division(instance, dim, axis, held if dim in instance.numbered else runs if axis in even else stage)
         for dim, axis in cut.dims
-        if dim not in instance.numbered
     ]
     if cut.rows is not None:
         named = instance.rule.split[0] in STORED

@@ -19,12 +19,11 @@ class Cut:
     """How a tensor is cut over ranks.
 
     Attributes:
-        dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks.
+        dims: (rank dimension, axis) pairs; the axis is cut in the order of ranks, or of its own numbers in names.
         rows: the rank dimension that cuts storage rows, if any; `at` is the storage dimension that it cuts.
         recorded: whether each shard records which box it holds, of the tensor that remains after `dims`.
         lone: whether the tensor is stored undivided on a single rank (a row-parallel bias).
         pieces: how many tensors of each rank hold its rows; if several, coordinates end with the piece's number.
-        outer: axes by whose numbers in names the rows are cut before ranks cut them.
     """
 
     dims: tuple[tuple[str, str], ...] = ()
@@ -33,16 +32,25 @@ class Cut:
     recorded: bool = False
     at: int = 0
     pieces: int = 1
-    outer: tuple[str, ...] = ()
 
     def rank_dims(self) -> tuple[str, ...]:
         """The rank dimensions of a shard's coordinates in its group; the one that cuts rows is last."""
-        return (*(dim for dim, _ in self.dims), *self.outer, *((self.rows,) if self.rows is not None else ()))
+        return (*(dim for dim, _ in self.dims), *((self.rows,) if self.rows is not None else ()))
 
     @property
     def boxes(self) -> bool:
         """Whether only their records distinguish shards."""
         return self.recorded and self.rows is None
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether ranks cut storage rows wherever that falls, and `dims`, if any, the same rows before them."""
+        return self.rows is not None and not self.recorded
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes of which each shard has its own extent, with their positions in its coordinates."""
+        return {} if self.by_rows else {axis: at for at, (_, axis) in enumerate(self.dims)}
 
 
 GroupKey = tuple[str | int, ...]  # the instance's key, then the placeholder values; unique on each side
@@ -89,14 +97,14 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
         return Cut(recorded=True)
     cuts = file.cuts.get(instance.stage_class, {})
     rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
-    dims: list[tuple[str, str]] = [(axis, axis) for axis in instance.numbered]
+    dims = slices = [(axis, axis) for axis in instance.numbered]
     if not instance.rule.split:
         return Cut(tuple(dims), rows=rows, recorded=rows is not None)
     if instance.rule.split[0] in STORED and instance.rule.split[0] not in instance.axes.names():
         at = STORED.index(instance.rule.split[0])
         dim = next((dim for dim, role in cuts.items() if role in ("split", "rows")), None)
         if dim is not None and at < len(instance.axes.dims):
-            return Cut(rows=dim, at=at, outer=instance.numbered)
+            return Cut(tuple(slices), dim, at=at)
         return Cut(tuple(dims))
     present = set(instance.axes.names())
     lone = False
@@ -104,11 +112,11 @@ def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool 
         if role in ("recorded", "runtime"):
             continue
         if role == "rows":
-            return Cut(rows=dim, outer=instance.numbered)
+            return Cut(tuple(slices), dim)
         wanted = instance.rule.split if role == "split" else (role,)
         axis = next((a for a in wanted if a in present and a not in {a for _, a in dims}), None)
         if axis is not None:
-            dims.append((dim, axis))
+            dims = [*dims, (dim, axis)]
         elif role == "split" and dim in layout.lone_rank:
             lone = True
     return Cut(tuple(dims), rows, lone, rows is not None)
@@ -217,24 +225,26 @@ def undivided(group: Group) -> Group:
     cut, numbered = group.cut, group.instance.numbered
     out = [at for at, dim in enumerate(cut.rank_dims()) if dim in numbered]
     if any(ranks[at] for ranks in group.shards for at in out):
-        _check_outer(group)
+        if cut.by_rows:
+            _check_slices(group)
         return group
     if not out:
         return group
     dims = tuple(one for one in cut.dims if one[0] not in numbered)
     shards = {tuple(one for at, one in enumerate(ranks) if at not in out): s for ranks, s in group.shards.items()}
-    return replace(group, cut=replace(cut, dims=dims, outer=()), shards=shards)
+    return replace(group, cut=replace(cut, dims=dims), shards=shards)
 
 
-def _check_outer(group: Group) -> None:
-    cut, axes = group.cut, group.instance.axes
-    node = axes.dims[cut.at]
+def _check_slices(group: Group) -> None:
+    axes = group.instance.axes
+    node = axes.dims[group.cut.at]
     terms = node.terms if isinstance(node, Product) else (node,)
-    if tuple(map(str, terms[: len(cut.outer)])) != cut.outer:
-        told = ", ".join(cut.outer)
+    slices = [axis for _, axis in group.cut.dims]
+    if [*map(str, terms[: len(slices)])] != slices:
+        told = ", ".join(slices)
         raise EngineError(
             "E208",
-            f"{cut.rows} ranks cut slices of `{group.name}`, which do not follow each other in the whole tensor",
+            f"{group.cut.rows} ranks cut slices of `{group.name}`, which do not follow each other in the whole tensor",
             place=group.instance.rule.place,
             got=f"`{axes}`, in slices by the number of {told}",
             expected=f"{told} first in the dimension that ranks cut",

@@ -200,11 +200,11 @@ def _shards(
     """Shares by rank coordinates along a cut."""
     dims, extra, ranked = instance.axes.dims, destination.layout.uneven, destination.sizes_of(file)
     parts = {axis: shares(sizes[axis], ranked.get(dim, 1), extra) for dim, axis in cut.dims}
-    held = {**sizes, **{axis: sizes[axis] // ranked.get(axis, 1) for axis in cut.outer}}
+    held = {**sizes, **{axis: part[0] for axis, part in parts.items()}}  # rows are cut in slices of one size
     rows = [] if cut.rows is None else shares(extent(dims[cut.at], held), ranked.get(cut.rows, 1), extra)
 
     def share(ranks: Mapping[str, int]) -> _Share:
-        local = {**held, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}
+        local = {**sizes, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}
         shape = [extent(dim, local) for dim in dims]
         if cut.rows is not None:
             shape[cut.at] = rows[ranks[cut.rows]]

@@ -146,12 +146,12 @@ class Side:
         result: list[Shard] = []
         for ranks, replicas in group.shards.items():
             sizes, begin = dict(self.sizes), {}
-            for position, (_, axis) in enumerate(group.cut.dims):
+            for axis, position in group.cut.axes.items():
                 sizes[axis] = local[axis][ranks[position]]
                 begin[axis] = starts[axis][ranks[position]]
             header = replicas[0].header
             first = header.starts
-            if group.cut.rows is not None and not group.cut.recorded:
+            if group.cut.by_rows:
                 at = group.cut.at
                 first, row = (*first[:at], row, *first[at + 1 :]), row + header.shape[at]
             window = tuple((low, low + size) for low, size in zip(first, header.shape, strict=True))

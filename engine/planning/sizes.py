@@ -99,7 +99,7 @@ def solve(groups: Sequence[Group], known: Mapping[str, Fact], files: Sequence[Ra
 
 def extents(group: Group, sizes: Mapping[str, int]) -> dict[str, dict[int, int]]:
     """Local extents of each cut axis by rank, from the shards of a group whose sizes are solved."""
-    position = {axis: at for at, (_, axis) in reversed(list(enumerate(group.cut.dims)))}
+    position = group.cut.axes
     if not position:
         return {}
     others = {name: size for name, size in sizes.items() if name not in position}
@@ -147,10 +147,10 @@ class _Look:
         cut = self.group.cut
         self._check_shapes()
         sizes = self.state.values()
-        others = {name: size for name, size in sizes.items() if name not in {axis for _, axis in cut.dims}}
-        position = {axis: at for at, (_, axis) in reversed(list(enumerate(cut.dims)))}
+        position = cut.axes
+        others = {name: size for name, size in sizes.items() if name not in position}
         local: dict[str, dict[int, int]] = {axis: {} for axis in position}
-        least = 0 if self._by_rows else 1
+        least = 0 if cut.by_rows else 1
         done = True
         for node, size, ranks in self._equations():
             form = linear(node, others)
@@ -169,7 +169,7 @@ class _Look:
                 got = f"{size} rows from {self._where(ranks)}"
                 raise self._contradicts([ranks], unknown, got, f"a multiple of {factor}: `{node}` with {known}")
             if unknown not in local:
-                self._know(unknown, value, self._where(None if self._by_rows else ranks))
+                self._know(unknown, value, self._where(None if self.group.cut.by_rows else ranks))
                 others[unknown] = value
             elif ranks is not None:
                 before = local[unknown].setdefault(ranks[position[unknown]], value)
@@ -203,11 +203,6 @@ class _Look:
                     continue
                 raise self._contradicts([ranks], "shape", f"{shape_text(whole)} in {name}", expected)
 
-    @property
-    def _by_rows(self) -> bool:
-        """Whether storage rows are cut, even inside a unit: then the shards' rows add up to the whole dimension."""
-        return self.group.cut.rows is not None and not self.group.cut.recorded
-
     def _equations(self) -> Iterator[tuple[Node, int, Ranks | None]]:
         """Each storage dimension, its length, and its ranks; None for all together."""
         dims, at = self.group.instance.axes.dims, self.group.cut.at
@@ -215,11 +210,11 @@ class _Look:
             for number, names in enumerate(Axes(dims[:1]).pieces()):
                 held = (stored[0].header.shape[0] for ranks, stored in self._shards() if ranks[-1] == number)
                 yield Product(tuple(map(Axis, names))), sum(held), None
-        elif self._by_rows:
+        elif self.group.cut.by_rows:
             yield dims[at], sum(stored[0].header.shape[at] for stored in self.group.shards.values()), None
         for ranks, stored in self._shards():
             for dim, (node, size) in enumerate(zip(dims, stored[0].header.whole, strict=True)):
-                if not (self._by_rows and dim == at):
+                if not (self.group.cut.by_rows and dim == at):
                     yield node, size, ranks
 
     def _sum(self, axis: str, value: int) -> None:
@@ -236,8 +231,8 @@ class _Look:
     def _contradicts(self, odd: Sequence[Ranks | None], axis: str, got: str, expected: str) -> _Contradicts:
         group = self.group
         stored = group.first
-        cut = ", ".join(f"cut on {a} over {d}" for d, a in group.cut.dims) or (
-            f"rows cut over {' and '.join((*group.cut.outer, group.cut.rows))}" if group.cut.rows else "not cut"
+        cut = ", ".join(f"cut on {axis} over {group.cut.dims[at][0]}" for axis, at in group.cut.axes.items()) or (
+            f"rows cut over {' and '.join(group.cut.rank_dims())}" if group.cut.rows else "not cut"
         )
         rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
         some = [group.first if ranks is None else group.shards[ranks][0] for ranks in odd[:2]]

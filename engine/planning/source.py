@@ -98,12 +98,11 @@ class Source:
                 continue
             axes = group.instance.axes
             in_rows = (len(axes.dims), group.instance.pieces[0]) in alone and any(
-                axis in axes.names()[:1] and self.side.sizes[axis] == len(group.shards) for _, axis in group.cut.dims
+                axis in axes.names()[:1] and self.side.sizes[axis] == len(group.shards) for axis in group.cut.axes
             )
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             own |= {*group.instance.numbered}
-            cut = (*(axis for _, axis in group.cut.dims), *group.cut.outer)
-            at = [position for position, axis in enumerate(cut) if axis in own]
+            at = [position for position, (_, axis) in enumerate(group.cut.dims) if axis in own]
             found: dict[tuple[object, ...], list[int]] = {}
             for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
                 where = tuple([ranks[position] for position in at])

@@ -152,7 +152,7 @@ def test_megablocks_matrices_are_read_too(kind: str, tmp_path: Path) -> None:
         for file in step.glob("model_moe_*"):
             held = {name.replace("experts.0", "experts.1"): one for name, one in torch.load(file).items()}
             torch.save(held, file.with_name(file.name.replace("expert0", "expert1")))
-        refused(step, "E204", "`(expert ffn) hidden`, of which ffn and expert are cut")
+        refused(step, "E204", "`(expert ffn) hidden`, of which expert and ffn are cut")
 
 
 def test_a_slice_that_is_missing_or_in_anothers_place_is_refused(tmp_path: Path) -> None:
