@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from queue import LifoQueue
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
@@ -23,6 +23,7 @@ from engine.storage.sources import SourceFiles, check_unchanged
 
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
+Item = TypeVar("Item", covariant=True)
 
 PART_BYTES = 16 << 20  # of one output that one thread reads at a time
 THREADS = min(os.cpu_count() or 1, 8)  # that read from one plan at a time
@@ -180,6 +181,32 @@ class Readers:
             self.read_into(output, at, data)
             total.add(at, data)
         return Done(total.digest(tuple), total.checksum())
+
+
+class Reading(Mapping[str, Item]):
+    """What is read by name, made on access. A context manager that closes its readers."""
+
+    def __init__(self, readers: Readers, names: Mapping[str, Any], make: Callable[[Any], Item]) -> None:
+        self.readers, self._names, self._make = readers, names, make
+
+    def __getitem__(self, name: str) -> Item:
+        return self._make(self._names[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the source files, once all reads have finished."""
+        self.readers.close()
 
 
 def _close(opened: list[SourceFiles]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from math import prod
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from engine.assets.generation import generation_config, within
 from engine.errors import EngineError
@@ -14,31 +14,13 @@ from engine.move.values import check_transform
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
 from engine.run.manifest import tensor_key
-from engine.serve.readers import PART_BYTES, Readers
+from engine.serve.readers import PART_BYTES, Readers, Reading
 
 if TYPE_CHECKING:
     import torch
 
-Item = TypeVar("Item")
 
-
-class _Names(Mapping[str, Item], Generic[Item]):
-    """A mapping whose values are made on access."""
-
-    def __init__(self, outputs: Mapping[str, int], make: Callable[[int], Item]) -> None:
-        self._outputs, self._make = outputs, make
-
-    def __getitem__(self, name: str) -> Item:
-        return self._make(self._outputs[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._outputs)
-
-    def __len__(self) -> int:
-        return len(self._outputs)
-
-
-class Tensors(_Names["torch.Tensor"]):
+class Tensors(Reading["torch.Tensor"]):
     """The state dict that a run would write: a mapping of names to tensors.
 
     A tensor is read on access, after its replicas have been compared; it owns its memory and is not cached. A
@@ -54,9 +36,9 @@ class Tensors(_Names["torch.Tensor"]):
         for output in plan.outputs:
             check_transform(output)
         outputs = {tensor_key(plan, file.name, plan.outputs[i].name): i for file in plan.shards for i in file.outputs}
-        self.plan, self._readers = plan, Readers(plan)
-        super().__init__(outputs, self._tensor)
-        self.slices: Mapping[str, Slice] = _Names(outputs, self._slice)
+        super().__init__(Readers(plan), outputs, self._tensor)
+        self.plan = plan
+        self.slices: Mapping[str, Slice] = Reading(self.readers, outputs, self._slice)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -102,22 +84,12 @@ class Tensors(_Names["torch.Tensor"]):
     def __repr__(self) -> str:
         return f"<{len(self)} tensors of {self.plan.nbytes:,} bytes, read from {self.plan.folder}>"
 
-    def __enter__(self) -> Tensors:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def compare_all(self) -> None:
         """Compare all replicas now, instead of each when its tensor is read; E402 when some differ."""
-        self._readers.compare_all()
-
-    def close(self) -> None:
-        """Close the source files, once all reads have finished."""
-        self._readers.close()
+        self.readers.compare_all()
 
     def _slice(self, output: int) -> Slice:
-        return Slice(self._readers, output)
+        return Slice(self.readers, output)
 
     def _tensor(self, output: int) -> torch.Tensor:
         return self._slice(output)[...]

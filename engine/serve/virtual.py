@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -21,11 +21,11 @@ from engine.run.execute import Small, check_names
 from engine.run.journal import Done, identity_of
 from engine.run.manifest import NAME, encode_manifest, index_file, manifest, tensor_key
 from engine.run.schedule import layout_of
-from engine.serve.readers import Readers
+from engine.serve.readers import Readers, Reading
 from engine.storage.virtual import Stretch, VirtualFile, VirtualStore, copied
 
 
-class VirtualFolder(Mapping[str, VirtualFile]):
+class VirtualFolder(Reading[VirtualFile]):
     """The files that a run of a plan would write, by name. A context manager; any number of threads may read.
 
     Attributes:
@@ -50,34 +50,16 @@ class VirtualFolder(Mapping[str, VirtualFile]):
         small = make_small()
         check_names(plan, small.files)
         files = small.whole()
-        self.plan, self.readers = plan, Readers(plan, threads)
+        readers = Readers(plan, threads)
         self.notices = (*plan.notices, *small.notices)
         identity = identity_of(plan)
-        made = [_weights(self.readers, file, _short(identity, file.name)[:40]) for file in plan.shards]
+        made = [_weights(readers, file, _short(identity, file.name)[:40]) for file in plan.shards]
         made += [VirtualFile.of(name, data) for name, data in (files | index_file(plan)).items()]
-        made.append(_manifest(plan, self.readers, files, identity))
-        self._files = {one.name: one for one in sorted(made, key=lambda one: one.name)}
-        self.store = _store(plan, self._files)
+        made.append(_manifest(plan, readers, files, identity))
+        listed = {one.name: one for one in sorted(made, key=lambda one: one.name)}
+        super().__init__(readers, listed, lambda file: file)
+        self.plan, self.store = plan, _store(plan, listed)
         self.commit = _short(*((one.name, one.size, one.etag) for one in made))[:40]
-
-    def __getitem__(self, name: str) -> VirtualFile:
-        return self._files[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __enter__(self) -> VirtualFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the source files, once all reads have finished."""
-        self.readers.close()
 
 
 def weight_files(work: Work, etags: Mapping[str, str]) -> VirtualStore:

@@ -159,7 +159,7 @@ def test_what_is_no_index_is_refused(opened: Tensors, index: Any) -> None:
 
 def test_a_slice_reads_only_its_rows(opened: Tensors, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    readers = opened._readers
+    readers = opened.readers
     read = readers.read_into
 
     def counted(output: int, start: int, target: memoryview) -> None:
