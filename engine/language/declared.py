@@ -36,6 +36,11 @@ def expressions_of(tree: Any) -> Iterator[Expression]:
     return (value for value in values_in(tree) if isinstance(value, Expression))
 
 
+def paths_in(tree: Any) -> frozenset[str]:
+    """The dotted paths that expressions in a tree of literals read."""
+    return frozenset(path for one in expressions_of(tree) for path in compile_expression(one).paths)
+
+
 def every_expression(mapping: MappingFile) -> list[Expression]:
     """All expressions of a mapping."""
     choices = [v.choices for v in mapping.variants.values()]

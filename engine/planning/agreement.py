@@ -8,9 +8,9 @@ from itertools import islice, product
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.language.declared import expressions_of
+from engine.language.declared import paths_in
 from engine.language.documents import leaves, merged, plain, prefixes, value_at
-from engine.language.expressions import compile_expression, render_tree
+from engine.language.expressions import render_tree
 from engine.language.keys import Key, as_declared, find_key
 from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import Read, Side, read_config, shown, whole_side
@@ -92,8 +92,7 @@ def _lost(read: Read, forth: Mapping[str, Any], mapping: MappingFile) -> tuple[s
 
 
 def _options_in(tree: Any) -> list[str]:
-    paths = (path for one in expressions_of(tree) for path in compile_expression(one).paths)
-    return sorted({path.split(".")[1] for path in paths if path.startswith("options.")})
+    return sorted({path.split(".")[1] for path in paths_in(tree) if path.startswith("options.")})
 
 
 def _settings(tree: Any, value: Any, mapping: MappingFile) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place, printable
 from engine.formats.python_source import OTHERS, UNTOLD
-from engine.language.declared import expressions_of
+from engine.language.declared import paths_in
 from engine.language.documents import leaves, merged, prefixes, value_at
 from engine.language.expressions import compile_expression
 from engine.language.keys import Key, Limits, find_key, find_pattern
@@ -53,7 +53,7 @@ def source_side(mapping: MappingFile, layout: Layout) -> Side:
     # a dimension that reads its own name means the key of that name
     dims = {name for name, size in mapping.dims.items() if name not in compile_expression(size).paths}
     own = {*dims, *mapping.variants, *_OTHERS}
-    read = {path for path in _paths([dict(mapping.dims), variants, mapping.config]) if path.split(".")[0] not in own}
+    read = {path for path in paths_in([dict(mapping.dims), variants, mapping.config]) if path.split(".")[0] not in own}
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)
 
 
@@ -75,7 +75,7 @@ def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any
 def target_side(mapping: MappingFile) -> Side:
     """config.json, as `training_config` reads it; keys written to it must come back equal, so they count as read."""
     written = frozenset(dict(leaves(mapping.config)))
-    read = _paths(mapping.training_config) | written
+    read = paths_in(mapping.training_config) | written
     return Side(dict(mapping.keys.get("target", {})), read, "config.json", written)
 
 
@@ -87,10 +87,6 @@ def whole_side(mapping: MappingFile, layout: Layout) -> Side:
 def declared(mapping: MappingFile, layout: Layout, side: str) -> dict[str, Key]:
     """The layout's declarations of a side's keys, overridden by the mapping's."""
     return {**layout.keys.get(side, {}), **mapping.keys.get(side, {})}
-
-
-def _paths(tree: Any) -> frozenset[str]:
-    return frozenset(path for one in expressions_of(tree) for path in compile_expression(one).paths)
 
 
 def read_config(config: Mapping[str, Any], side: Side, *, expressed: bool = True) -> Read:

@@ -9,8 +9,7 @@ from typing import Any
 
 from engine.checkpoint.ranks import counts_of, stage_dims, written_dims
 from engine.errors import EngineError
-from engine.language.declared import expressions_of
-from engine.language.expressions import compile_expression
+from engine.language.declared import paths_in
 from engine.language.model import Layout, MappingFile, Mode
 from engine.language.names import pattern
 from engine.planning.destination import Destination, cut_layers, mode_of, ranks_of
@@ -68,8 +67,7 @@ def _slices(source: Source) -> dict[str, int]:
 
 def laid_out_as(other: Like, own: Like, mapping: MappingFile) -> Like:
     """The layout facts of another checkpoint, with those of the source's own tensors and model where they are known."""
-    paths = (path for one in expressions_of(mapping.config) for path in compile_expression(one).paths)
-    models = {path.split(".")[1] for path in paths if path.startswith("training.")}
+    models = {path.split(".")[1] for path in paths_in(mapping.config) if path.startswith("training.")}
     training = {**own.training, **{key: value for key, value in other.training.items() if key not in models}}
     return replace(other, choices=own.choices or other.choices, spelt=own.spelt or other.spelt, training=training)
 

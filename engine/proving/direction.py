@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from engine.errors import EngineError
-from engine.language.declared import expressions_of
+from engine.language.declared import expressions_of, paths_in
 from engine.language.expressions import OMIT, compile_expression, evaluate, render_tree
 from engine.language.model import Expression, Layout, MappingFile
 from engine.planning.config_keys import Side as Keys
@@ -42,7 +42,7 @@ class Direction:
     @cached_property
     def paths(self) -> list[str]:
         """The names that expressions read."""
-        return sorted({path for one in self.expressions for path in compile_expression(one).paths})
+        return sorted(paths_in(self.expressions))
 
     def closure(self, name: str) -> frozenset[str]:
         """The keys, options and tensors that a name depends on."""

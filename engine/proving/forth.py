@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from engine.language.declared import expressions_of
+from engine.language.declared import expressions_of, paths_in
 from engine.language.documents import leaves
 from engine.language.expressions import OMIT, compile_expression, names_in
 from engine.language.keys import as_declared, find_key
@@ -54,7 +54,7 @@ class Forth(Direction):
         grid = {name: values[0] for name, values in self.grid.items()}
         names = {**self.world.config, **self.world.choices, **self.world.sizes, **grid, "options": {}}
         written = dict(leaves(render_known(self.mapping.training_config, names)))
-        sized = {p for e in self.mapping.dims.values() for p in compile_expression(e).paths}
+        sized = paths_in(dict(self.mapping.dims))
         direct = {path: self.world.sizes[d] for d, e in self.mapping.dims.items()
                   if d in self.world.sizes and (path := plain_name(e)) is not None}  # fmt: skip
         base: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from itertools import product
 from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
 from engine.errors import EngineError, meant
-from engine.language.declared import axes_of, every_expression, expressions_of
+from engine.language.declared import axes_of, every_expression, expressions_of, paths_in
 from engine.language.documents import grouped, prefixes
 from engine.language.expressions import compile_expression, names_in
 from engine.language.keys import Key
@@ -136,7 +136,7 @@ def _unused(mapping: MappingFile) -> Iterator[Finding]:
     for variant in mapping.variants.values():
         if variant.name not in used and variant.name not in read and len(variant.choices) > 1:  # one is a question
             yield Finding(variant.place, f"variant `{variant.name}` is never used", "Remove it.", "warning")
-    paths = {path for expression in every_expression(mapping) for path in compile_expression(expression).paths}
+    paths = paths_in(every_expression(mapping))
     for option in mapping.options.values():
         if not any(path == f"options.{option.name}" or path.startswith(f"options.{option.name}.") for path in paths):
             yield Finding(option.place, f"option `{option.name}` is never used", "Remove it.", "warning")

@@ -141,26 +141,23 @@ class ObjectStore(Store):
         return self._look(name) is not None
 
     def open(self, name: str) -> OpenFile:
-        state = self._look(name)
-        if state is None:
-            raise unreadable(self.place(name), "no such object")
+        state = self._found(name, self._look(name))
         found = ObjectBytes(partial(self.get, name, state), state.size)
         return OpenFile(Positioned(state.size, found.read), state, found.at_hand)
 
     def ranges(self, name: str, state: State | None) -> Ranges:
-        found = state or self._look(name)
-        if found is None:
-            raise unreadable(self.place(name), "no such object")
+        found = self._found(name, state or self._look(name))
         return ObjectRanges(partial(self.get, name, found), found.size)
 
     def states(self, names: Sequence[str]) -> Mapping[str, State]:
         fresh = ObjectStore(self.url, self.options)
         looks = map(fresh._look, names) if self.listable else requests().map(fresh._look, names)
-        found = dict(zip(names, looks, strict=True))
-        for name, state in found.items():
-            if state is None:
-                raise unreadable(self.place(name), "no such object")
-        return {name: state for name, state in found.items() if state is not None}
+        return {name: self._found(name, state) for name, state in zip(names, looks, strict=True)}
+
+    def _found(self, name: str, state: State | None) -> State:
+        if state is None:
+            raise unreadable(self.place(name), "no such object")
+        return state
 
     def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
         """Put an object; False when it should be new and already exists, E403 when it cannot be put."""
