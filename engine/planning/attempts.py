@@ -37,6 +37,7 @@ class Checkpoint:
     config_name: str
     target_config: Mapping[str, Any] = field(default_factory=dict)  # the target's configuration, if it is given
     end: End = "training"
+    renamed: tuple[str, ...] = ()  # names that another program exchanged in all layers, and in which file
 
 
 def whole_checkpoint(

@@ -79,8 +79,7 @@ def read_checkpoint(
         for (f, h), own in zip(files, said, strict=True)
     ]
     check_identities(claims)
-    if grid.mode.format == "torch":  # others have no buffers
-        check_order(headers)
+    renamed = check_order(headers) if grid.mode.format == "torch" else ()  # others have no buffers
     if layout.config_of_target:
         target = configuration
-    return Checkpoint(given.place(), grid, headers, configuration, training, name, target)
+    return Checkpoint(given.place(), grid, headers, configuration, training, name, target, renamed=renamed)
