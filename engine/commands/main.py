@@ -10,6 +10,7 @@ import codecs
 import gc
 import io
 import json
+import logging
 import os
 import signal
 import sys
@@ -162,6 +163,7 @@ def main() -> NoReturn:
     gc.set_threshold(100_000, 20, 100)  # plans are large, with hardly any reference cycles
     if os.environ.get("ENGINE_DEBUG") != "1":
         warnings.simplefilter("ignore")  # of libraries: the engine reports what users must know
+        logging.disable()  # the same; what transformers logs holds values of configurations, as they are
         sys.excepthook = internal_error
     cli.main()
 

@@ -425,6 +425,12 @@ def test_a_key_of_a_configuration_adds_no_line_to_a_message(tmp_path: Path) -> N
     assert not any(line.strip().startswith("E000") for line in done.output.splitlines())
 
 
+def test_what_libraries_log_does_not_reach_the_terminal() -> None:
+    logs = "main.cli.main = lambda: logging.getLogger('transformers').error('\\x1b[31mforged')"
+    told = f"import logging; from engine.commands import main; {logs}; main.main()"
+    assert subprocess.run([sys.executable, "-c", told], capture_output=True, check=True).stderr == b""
+
+
 def test_names_of_folders_steer_no_terminal_and_can_be_copied_from_what_is_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
