@@ -13,6 +13,8 @@ from transformers import AutoConfig
 
 import engine
 from engine.errors import EngineError
+from engine.language.expressions import OMIT, render_tree
+from engine.language.mapping_file import load_mapping
 from engine.proving.meta_model import asked
 from tests.support.depth import sampled
 from tests.support.distributed import LLAMA, MOE, equal, model, save
@@ -287,3 +289,28 @@ def test_a_part_that_is_not_tied_as_the_whole_needs_a_transformers_that_ties_by_
     config = {"model_type": "smolvlm", "tie_word_embeddings": True, "text_config": {"tie_word_embeddings": part}}
     found = asked(config | {"architectures": ["SmolVLMForConditionalGeneration"]})
     assert (found.versions == ">=5") is since
+
+
+@sampled(3, "versions")
+@pytest.mark.parametrize(
+    ("said", "versions"),
+    [
+        ({"model_type": "t5", "tie_word_embeddings": True, "scale_decoder_outputs": False}, ">=5"),
+        ({"model_type": "t5", "tie_word_embeddings": True, "scale_decoder_outputs": True}, ""),
+        ({"model_type": "mt5", "tie_word_embeddings": True, "transformers_version": "4.57.6"}, "<5"),
+        ({"model_type": "mt5", "tie_word_embeddings": True, "transformers_version": "5.23.0"}, ">=5"),
+        ({"model_type": "mt5", "tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
+        ({"model_type": "pegasus", "tie_word_embeddings": False, "transformers_version": "5.23.0"}, ">=5"),
+        ({"model_type": "pegasus", "tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
+    ],
+    ids=str,
+)
+def test_what_releases_of_transformers_scale_or_tie_otherwise_is_said(said: dict[str, Any], versions: str) -> None:
+    assert render_tree(load_mapping("transformers").transformers, said) == versions
+
+
+def test_a_mixture_is_counted_where_transformers_4_counts_it_too() -> None:
+    """transformers 5 saves Qwen3's experts as `num_local_experts`, which 4 and llama.cpp's converter do not read."""
+    mapping, kind = load_mapping("transformers").config["num_experts"], {"num_local_experts": 6}
+    assert render_tree(mapping, kind | {"model_type": "qwen3_moe"}) == 6
+    assert render_tree(mapping, kind | {"model_type": "mixtral"}) is OMIT

@@ -114,6 +114,7 @@ def test_torchtitans_qwen3_is_read_and_written_with_its_norms_and_halves(old: bo
         {"rms_norm_eps": -1e-5},
         {"rope_theta": True},
         {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope_scaling": SCALED, "original_max_position_embeddings": 32},  # transformers 5 takes the latter
         {"is_causal": False},
         {"per_layer_config": {"0": {"head_dim": 2}}},
         {"layer_types": ["sliding_attention", "full_attention"]},
@@ -339,6 +340,7 @@ def test_angles_are_also_written_where_transformers_before_5_has_them(
     engine.convert(mapping, save(saved, tmp_path / "step", config), tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written["rope_theta"] == 5e5 and written["rope_parameters"] == config["rope_parameters"]
+    assert all(type(written["rope_parameters"][key]) is type(value) for key, value in angles.items())
     assert written.get("rope_scaling") == (config["rope_parameters"] if angles is SCALED else None)
     again = AutoConfig.from_pretrained(tmp_path / "out").rope_parameters
     assert {key: again[key] for key in config["rope_parameters"]} == config["rope_parameters"]
@@ -425,6 +427,7 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "E209"),
         ({"rope_scaling": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 10000.0}, "E218"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "E202"),
+        ({"original_max_position_embeddings": 32, "rope_scaling": SCALED}, "E218"),
         ({"pad_token_id": 40}, "E202"),
         ({"rms_norm_eps": 1e-5}, "E202"),  # its queries and keys have 1e-6
     ],
