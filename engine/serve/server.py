@@ -29,7 +29,6 @@ _THREADS = 16
 _CONNECTIONS = 256
 _HEADERS = 32 << 10  # bytes of a request's headers
 _TARGET = 8 << 10  # bytes of a request's path and query
-_GRACE = 3  # seconds that downloads have to finish when the server is stopped
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -37,10 +36,14 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """Time limits in seconds: `idle` for completing a request, `stalled` for accepting a piece of a file."""
+    """Time limits in seconds: `idle` for completing a request, `stalled` for accepting a piece of a file.
+
+    `grace` is what downloads have to finish when the server is stopped.
+    """
 
     idle: float = 15
     stalled: float = 60
+    grace: float = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +220,7 @@ class Server:
             proxy_headers=False,
             server_header=False,
             limit_concurrency=_CONNECTIONS,
-            timeout_graceful_shutdown=_GRACE,
+            timeout_graceful_shutdown=patience.grace,
         )
         self._server = uvicorn.Server(config)
 

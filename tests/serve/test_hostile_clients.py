@@ -66,7 +66,7 @@ def serving(made: Made, **patience: float) -> Iterator[Running]:
 
 @pytest.fixture(scope="module")
 def big() -> Iterator[Running]:
-    with serving(Made(), idle=1, stalled=1) as running:
+    with serving(Made(), idle=0.5, stalled=0.5) as running:
         yield running
 
 
@@ -159,16 +159,16 @@ def stalled(running: Running, path: bytes = BIG) -> socket.socket:
 
 def test_clients_that_take_nothing_hold_no_thread_and_are_closed() -> None:
     made = Made()
-    with serving(made, stalled=1) as running, ExitStack() as clients:
+    with serving(made, stalled=0.5, grace=0.2) as running, ExitStack() as clients:
         sleeping = [clients.enter_context(stalled(running)) for _ in range(40)]
-        time.sleep(0.5)
+        time.sleep(0.2)
         started = time.monotonic()
         for _ in range(20):
             assert running.ask("/a/b/resolve/main/big.bin", Range="bytes=0-9")[0] == 206
         assert time.monotonic() - started < 3
         deadline = time.monotonic() + 20
         while time.monotonic() < deadline and len([one for one in running.lines if one.problem]) < 40:
-            time.sleep(0.1)
+            time.sleep(0.02)
         assert [one.problem for one in running.lines if one.problem] == ["the client accepts no data"] * 40
         assert made.read < 40 * (20 << 20)
         for one in sleeping[:3]:
@@ -181,10 +181,9 @@ def test_nothing_is_read_for_a_client_that_went_away() -> None:
     with serving(made) as running:
         with stalled(running) as client:
             client.recv(1000)
-        time.sleep(0.5)
         assert running.logged(BIG.decode()).problem == "the client disconnected"
         before = made.read
-        time.sleep(0.3)
+        time.sleep(0.2)
         assert made.read == before < SIZE // 4
 
 
@@ -223,9 +222,9 @@ def test_a_mistake_of_the_server_is_one_line_and_the_next_request_is_answered() 
 
 
 def test_stopping_ends_downloads_that_hang() -> None:
-    with serving(Made(), stalled=60) as running:
+    with serving(Made(), stalled=60, grace=0.3) as running:
         client = stalled(running)
-        time.sleep(0.3)
+        client.recv(1, socket.MSG_PEEK)  # the download has begun
         started = time.monotonic()
     with client:
         assert time.monotonic() - started < 8

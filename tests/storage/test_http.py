@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,12 +55,22 @@ class Ranges(SimpleHTTPRequestHandler):
     do_HEAD = do_GET
 
 
-@pytest.fixture
-def web() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(STEP.parent))) as server:
+class Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of more connections at once each would wait a second
+
+
+@contextmanager
+def serving_files(folder: Path) -> Iterator[str]:
+    with Server(("127.0.0.1", 0), partial(Ranges, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
+
+
+@pytest.fixture
+def web() -> Iterator[str]:
+    with serving_files(STEP.parent) as url:
+        yield url
 
 
 @pytest.mark.parametrize("etags", [True, False])
@@ -93,15 +104,11 @@ def test_a_copy_of_a_step_is_served_when_the_step_is_gone(tmp_path: Path) -> Non
     """Entity tags of equal content are equal."""
     for name in ("100", "200"):
         shutil.copytree(STEP, tmp_path / "run" / name)
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Ranges, directory=str(tmp_path))) as server:
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        web = f"http://127.0.0.1:{server.server_address[1]}/run"
-        with serving([engine.api.Model("m", MAPPING, web)]) as hub:
-            whole = hub.ask("/m/resolve/main/model.safetensors")[2]
-            shutil.rmtree(tmp_path / "run" / "200")
-            status, _, body = hub.ask("/m/resolve/main/model.safetensors")
-            assert (status, body) == (200, whole)
-        server.shutdown()
+    with serving_files(tmp_path) as web, serving([engine.api.Model("m", MAPPING, f"{web}/run")]) as hub:
+        whole = hub.ask("/m/resolve/main/model.safetensors")[2]
+        shutil.rmtree(tmp_path / "run" / "200")
+        status, _, body = hub.ask("/m/resolve/main/model.safetensors")
+        assert (status, body) == (200, whole)
 
 
 @sampled(2)
