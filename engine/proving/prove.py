@@ -163,9 +163,9 @@ def _prove(
     layout = load_layout(mapping.layout, mapping.layout_place)
     combinations = combinations_of(mapping)
     checks = [check_rules(mapping, [choices for choices, _ in combinations])]
-    checks.append(check_meaning(mapping))
     if not checks[0].holds:
-        return checks[:1], [], ()
+        return checks, [], ()
+    checks.append(check_meaning(mapping))
     worlds = Worlds(mapping)
     possible = [(choices, most) for choices, most in combinations if worlds.used(choices, most=most) is not None]
     tried: list[Mutant] = []

@@ -14,6 +14,12 @@ from engine.proving.prove import shared_rules
 from tests.support.depth import SOAK
 
 
+# Families whose model transformers lacks.
+WITHOUT_CLASS = [
+    f"families/{name}.yaml" for name in ("internlm-moe", "internlm2-official", "moe-grouped", "moe-stacked")
+]
+
+
 def proved_together() -> list[list[str]]:
     """The names of bundled mappings, those with the same rules together, families first."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -44,6 +50,8 @@ def test_a_bundled_family_and_its_releases_are_proved(names: list[str]) -> None:
         assert meaning.holds, [failure.message for failure in meaning.failures]
     for proof in proofs:
         assert proof.holds, [failure.message for check in proof.checks for failure in check.failures]
+    (model,) = [check for check in proofs[0].checks if check.name == "model"]
+    assert (model.holds is None and "has no model of type" in model.told) == (names[0] in WITHOUT_CLASS)
     (trip,) = [check for check in proofs[0].checks if check.name == "round trip"]
     if trip.holds is None:
         assert names == ["families/transformers.yaml"]  # nothing can be written for it

@@ -74,7 +74,7 @@ def test_all_are_proved_side_by_side_releases_at_their_own_sizes_and_shared_rule
 ) -> None:
     """`tests/proving/test_bundled.py` proves all that there are; here some in processes of their own."""
     releases = ["meta-llama-2-7b.yaml", "meta-llama-3-8b.yaml", "meta-llama-3_1-8b.yaml"]
-    few = ["families/moe-grouped.yaml", *releases, "families/meta-llama.yaml"]
+    few = ["families/torchtitan-qwen3.yaml", *releases, "families/meta-llama.yaml"]
     monkeypatch.setattr(proving, "list_names", lambda: few)
     data = json.loads(invoke("--all", "--json").output)
     assert data["holds"] is True
@@ -86,8 +86,7 @@ def test_all_are_proved_side_by_side_releases_at_their_own_sizes_and_shared_rule
     assert three["round trip"]["told"] == "the rules of meta-llama, proved there"
     assert three["real sizes"]["told"].startswith("8.0 billion elements")
     assert later["real sizes"]["told"] == "the sizes of meta-llama-3-8b, proved there"
-    lacking = found["moe-grouped"]["model"]
-    assert lacking["holds"] is None and "no model of type internlm_moe" in lacking["told"]
+    assert found["torchtitan-qwen3"]["model"]["holds"] is True
 
 
 def test_an_element_that_two_targets_claim_is_named_on_both_sides(broken: Callable[..., Proof]) -> None:
