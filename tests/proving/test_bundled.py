@@ -13,7 +13,6 @@ from engine.proving.committed import check_meaning, committed, read_meaning
 from engine.proving.prove import shared_rules
 from tests.support.depth import SOAK
 
-
 # Families whose model transformers lacks.
 WITHOUT_CLASS = [
     f"families/{name}.yaml" for name in ("internlm-moe", "internlm2-official", "moe-grouped", "moe-stacked")
