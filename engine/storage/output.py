@@ -134,7 +134,7 @@ class OutputFolder:
             self._held.callback(remove_empty, missing)
             for folder in reversed(missing):  # mkdir(parents=True) recurses for each
                 folder.mkdir(exist_ok=True)
-            self._held.enter_context(OutputLock(self.final))
+            lock = self._held.enter_context(OutputLock(self.final))
             try:
                 found = _put_back(self.final)
                 self._check_free()  # a run that held the lock may just have finished
@@ -142,7 +142,7 @@ class OutputFolder:
                     resumable = [path for path in found if ".partial-" in path.name and is_folder(path)]
                     self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
                 for path in found:
-                    if path != self.partial:
+                    if path != self.partial and lock.locks:  # else another run may be writing there
                         remove(path)
                 self._check_unlinked()
                 self._check_room()

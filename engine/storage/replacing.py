@@ -21,6 +21,7 @@ _URL = re.compile(r"(s3|gs|az|https?):/")  # also as `Path` shortens it
 _LOOKED_AT = 1 << 20  # bytes at the start of a file, which show what it is
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): swaps two names atomically
 _AT_CWD = -100
+_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM)  # by a file system, such as Lustre or FAT
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -92,7 +93,7 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
                 shutil.copymode(path, partial)
             os.replace(partial, path)
         else:
-            os.link(partial, path)  # keeps a file that was created meanwhile
+            _link(partial, path)
     except FileExistsError:
         check_file_free(path, overwrite, ours)
         raise
@@ -100,6 +101,16 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
         raise write_error(path, error, "there") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _link(file: Path, path: Path) -> None:
+    """Put a file at a free path; one that was created there meanwhile is kept, where hard links are supported."""
+    try:
+        os.link(file, path)
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED or os.path.lexists(path):
+            raise
+        os.rename(file, path)
 
 
 def sync_folder(folder: Path) -> None:
@@ -169,12 +180,17 @@ def remove(path: Path) -> None:
 
 
 class OutputLock:
-    """An advisory lock on `.NAME.lock` beside an output, released by the kernel when its holder ends."""
+    """An advisory lock on `.NAME.lock` beside an output, released by the kernel when its holder ends.
+
+    Attributes:
+        locks: whether the file system has locks; if not, another run may be at work.
+    """
 
     def __init__(self, final: Path) -> None:
         self._path = final.with_name(f".{final.name}.lock")
         self._final = final
         self._descriptor = -1
+        self.locks = True
 
     def __enter__(self) -> OutputLock:
         while True:
@@ -184,6 +200,11 @@ class OutputLock:
             except BlockingIOError:
                 os.close(descriptor)
                 raise held(str(self._final), "Wait for it to end, or choose another --out.") from None
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    os.close(descriptor)
+                    raise
+                self.locks = False
             if self._is_current(descriptor):
                 self._descriptor = descriptor
                 return self

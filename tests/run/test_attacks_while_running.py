@@ -430,3 +430,23 @@ def test_every_flipped_bit_in_the_header_of_a_safetensors_file_is_refused_or_tol
             else:
                 assert [t.offset for t in read.tensors] == [t.offset for t in whole.tensors]
                 assert [t.nbytes for t in read.tensors] == [t.nbytes for t in whole.tensors]
+
+
+def test_a_file_system_without_locks_and_hard_links_is_written_too(
+    source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Lustre without `-o flock`, and FAT."""
+
+    def unsupported(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", unsupported)
+    monkeypatch.setattr("os.link", unsupported)
+    (other := out.with_name(".hf.partial-0123abcd")).mkdir()  # another run may be writing there
+    convert(source, out)
+    assert other.exists()
+    plan = source.parent / "plan.json"
+    engine.save_plan(plan, V1.mapping, source, settings=LETTERS)
+    assert engine.run_plan(plan, source.parent / "hf").content_id
+    with pytest.raises(EngineError):
+        engine.save_plan(plan, V1.mapping, source, settings=LETTERS)
