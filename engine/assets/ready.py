@@ -1,4 +1,7 @@
-"""A tokenizer that is in Hugging Face's form already: its files are checked and copied byte for byte."""
+"""A tokenizer that is in Hugging Face's form already: its files are checked, and copied byte for byte.
+
+Only settings that transformers 5 saved are written so that transformers 4 reads them too.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from engine.assets.chat import check_template
-from engine.assets.generation import TOKENS, check_tokens
+from engine.assets.chat import check_template, unmarked
+from engine.assets.generation import TOKENS, as_json, check_tokens
 from engine.checkpoint.hf_folder import BESIDE
 from engine.errors import EngineError, Place
 from engine.formats.configs import json_object
@@ -90,7 +93,32 @@ def read_ready(
             if isinstance(text := one.get("template") if isinstance(one, Mapping) else one, str):
                 check_template(text.encode(), Place(places[name]))
     count = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
+    if _SETTINGS in files:
+        template = files[TEMPLATES[0]].decode() if TEMPLATES[0] in files else None
+        settings = for_each_release(objects[_SETTINGS], template)
+        files |= {} if settings == objects[_SETTINGS] else {_SETTINGS: as_json(settings)}
     return files, [] if rows is None else fewer(count, "tokens", rows)
+
+
+def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[str, Any]:
+    """The settings of a tokenizer as transformers 4 and 5 read them alike.
+
+    Without `chat_template` in them, releases before 4.50 have no template, or take one of their own.
+
+    >>> for_each_release({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}, "{{ 1 }}")
+    {'tokenizer_class': 'PreTrainedTokenizerFast', 'additional_special_tokens': ['<a>'], 'chat_template': '{{ 1 }}'}
+    """
+    made = dict(settings)
+    if made.get("tokenizer_class") == "TokenizersBackend":  # the same class, which 4 does not know by this name
+        made["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(made.get("extra_special_tokens"), list):  # a mapping in 4
+        made["additional_special_tokens"] = [
+            *made.get("additional_special_tokens", []),
+            *made.pop("extra_special_tokens"),
+        ]
+    if template is not None and made.get("chat_template") is None:
+        made["chat_template"] = unmarked(template)
+    return made
 
 
 def fewer(count: int, what: str, rows: int) -> list[str]:

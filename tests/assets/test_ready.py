@@ -40,12 +40,21 @@ def convert(out: Path, tokenizer: Path | None = None, source: Path | None = None
     return engine.convert("transformers", source or source_of(MODEL), out, tokenizer=tokenizer, **how)
 
 
-def test_the_files_of_a_given_folder_are_copied_byte_for_byte(saved: Path, tmp_path: Path) -> None:
+def test_given_files_are_copied_byte_for_byte_but_for_settings_that_transformers_4_does_not_read(
+    saved: Path, tmp_path: Path
+) -> None:
     (saved / "README.md").write_text("of another model")
     report = convert(tmp_path / "out", saved, config=CONFIG)
     names = {one.name for one in saved.iterdir()} - {"README.md"}
     assert names == {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"}
-    assert all((tmp_path / "out" / name).read_bytes() == (saved / name).read_bytes() for name in names)
+    changed = {name for name in names if (tmp_path / "out" / name).read_bytes() != (saved / name).read_bytes()}
+    assert changed == {"tokenizer_config.json"}
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "m.content" in settings["chat_template"]
+    older = shutil.copytree(saved, tmp_path / "older")
+    (older / "tokenizer_config.json").write_text(json.dumps(settings))  # as transformers 4 saves them
+    convert(tmp_path / "again", older, config=CONFIG)
+    assert all((tmp_path / "again" / name).read_bytes() == (older / name).read_bytes() for name in names)
     assert [one for one in report.notices if "tokenizer" in one] == [
         "the tokenizer has 120 tokens, fewer than the embedding's 131 rows; make sure that it is this model's"
     ]
