@@ -87,6 +87,14 @@ def shape_text(shape: Sequence[int]) -> str:
     return " × ".join(map(str, shape)) or "a scalar"
 
 
+def first_of(names: Sequence[object], most: int) -> str:
+    """
+    >>> first_of(["a", "b", "c"], 2), first_of([1, 2], 2)
+    ('a, b, …', '1, 2')
+    """
+    return ", ".join(map(str, names[:most])) + (", …" if len(names) > most else "")
+
+
 def span(interval: tuple[int, int]) -> str:
     """
     >>> span((4, 7)), span((3, 4))

@@ -18,7 +18,7 @@ from engine.assets.ready import PER_BYTE, fewer, is_ready, names_of, read_ready,
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
-from engine.errors import EngineError, Place, rounded
+from engine.errors import EngineError, Place, first_of, rounded
 from engine.language.expressions import names_in, render_tree
 from engine.language.version import __version__
 from engine.planning.as_model import class_named
@@ -113,7 +113,7 @@ def _unread(given: Path | None, taken: str, near: list[list[str]]) -> list[str]:
     of_folder = given is not None and os.path.isdir(given)
     folders = [names_of(LocalStore(given), "")] if given is not None and of_folder else near
     beside = [name for names in folders for name in names if name != taken]
-    told = f"{', '.join(beside[:4])}{', …' if len(beside) > 4 else ''}"
+    told = first_of(beside, 4)
     if not beside:
         return []
     if not taken:
@@ -164,7 +164,7 @@ def _ready(
     """
     store, names = found
     taken = [name for name in names if name.rpartition("/")[2] not in own]
-    told = f"{', '.join(taken[:4])}{', …' if len(taken) > 4 else ''}"
+    told = first_of(taken, 4)
     rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
     try:
         files, notices = read_ready(store, names, rows, plan.config)

@@ -14,7 +14,7 @@ from typing import Any
 from engine.assets.chat import check_template, unmarked
 from engine.assets.generation import TOKENS, as_json, check_tokens
 from engine.checkpoint.hf_folder import BESIDE
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.formats.configs import json_object
 from engine.language.model import Layout
 from engine.storage.store import File, Store
@@ -74,7 +74,7 @@ def read_ready(
     }
     if _WHOLE not in files:
         raise _wrong(
-            f"the folder has no {_WHOLE}", store.place(), ", ".join(sorted(files)[:6]) or "no file of a tokenizer",
+            f"the folder has no {_WHOLE}", store.place(), first_of(sorted(files), 6) or "no file of a tokenizer",
             f"a tokenizer in Hugging Face's form, with {_WHOLE}",
             "Load it once with AutoTokenizer of transformers, and give the folder that its save_pretrained writes.",
         )  # fmt: skip

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from engine.errors import EngineError, Lines, Place
+from engine.errors import EngineError, Lines, Place, first_of
 from engine.formats.python_source import parsed
 from engine.language.expressions import render_tree
 from engine.planning.model import Plan
@@ -105,14 +105,14 @@ def _list(folder: Path) -> list[str]:
             raise _wrong(
                 folder,
                 f"the code lacks a file: there is no `{pattern}`",
-                got=", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "an empty folder",
+                got=first_of(names, 8) or "an empty folder",
                 expected=" and ".join(PATTERNS),
                 fix="Copy both from the official release of the model.",
             )
     if other := [name for name in names if _NAME.fullmatch(name) is None]:
         raise _wrong(
             folder,
-            f"the code has files that are not Python modules: {', '.join(other[:8])}",
+            f"the code has files that are not Python modules: {first_of(other, 8)}",
             got=f"{len(other)} of {len(names)} names",
             expected=" and ".join(PATTERNS),
             fix="Put the model's two files into a separate folder.",

@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from engine.checkpoint.folder import list_folder, side_by_side
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.formats.configs import read_json
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
@@ -122,7 +122,7 @@ def _read_shards(index: File) -> tuple[FileHeader, ...]:
             f"`{missing[0]}` is missing" + (f", and {len(missing) - 1} more" if len(missing) > 1 else ""),
             place=Place(index.place),
             got=f"{len(names) - len(missing)} of {len(names)} files that the index names",
-            expected=", ".join(missing[:8]) + (", …" if len(missing) > 8 else ""),
+            expected=first_of(missing, 8),
             fix="Copy the missing files into the folder: a download may have been interrupted.",
         )
     files = tuple(side_by_side(lambda name: _read_weights(index.beside(name)), names))
@@ -214,7 +214,7 @@ def _no_weights(folder: Store) -> EngineError:
         "E304",
         "the folder is not a Hugging Face checkpoint",
         place=Place(folder.place()),
-        got=(", ".join(names[:6]) + (", …" if len(names) > 6 else "")) or "an empty folder",
+        got=first_of(names, 6) or "an empty folder",
         expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
         fix="Give the folder that `from_pretrained` would take, or one weights file.",
     )

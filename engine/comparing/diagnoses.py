@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from os.path import commonpath
 from typing import TYPE_CHECKING, Any
 
+from engine.errors import first_of
 from engine.explaining.describe import fold, leaf
 from engine.language.documents import grouped
 from engine.language.names import numbers_in, without_numbers
@@ -162,7 +163,7 @@ def _orders(at: int, moved: Sequence[Verdict], verdicts: Sequence[Verdict]) -> I
         here, there = numbers_in(one.name), numbers_in(one.other or "")
         orders.setdefault(here[:at], {})[here[at]] = there[at]
     for order, places in grouped((tuple(sorted(order.items())), place) for place, order in orders.items()).items():
-        held = ", ".join(f"{here} holds {there}" for here, there in order[:8]) + (", …" if len(order) > 8 else "")
+        held = first_of([f"{here} holds {there}" for here, there in order], 8)
         names = [one.name for one in moved if numbers_in(one.name)[:at] in places]
         alike = [one.name for one in verdicts if len(numbers_in(one.name)) > at and numbers_in(one.name)[:at] in places]
         where = f",{_layers([name.partition('.experts.')[0] for name in names])}" if at else ""

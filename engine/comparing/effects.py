@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
+from engine.errors import first_of
 from engine.language.documents import same
 from engine.planning.config_keys import shown
 
@@ -109,4 +110,4 @@ def keys_of(name: str, here: bytes | None, there: bytes | None) -> str:
     except (ValueError, TypeError, AttributeError):
         return name
     told = [shown(key).strip('"') for key in keys if key != "chat_template"]
-    return f"{name} ({', '.join(told[:4])}{', …' if len(told) > 4 else ''})" if told else name if not keys else ""
+    return f"{name} ({first_of(told, 4)})" if told else name if not keys else ""

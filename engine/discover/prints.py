@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from engine.errors import first_of
 from engine.formats.headers import dense_strides
 from engine.move.tensors import Tensors, View, cast_bits, tiles
 
@@ -163,5 +164,5 @@ def _pieces_in_words(places: np.ndarray, offsets: np.ndarray) -> str | None:
     if len(pieces) == 1:
         by = -pieces[0][1]
         return f"elements in a row shifted by {abs(by):,}: {max(by, 0):,} holds {max(-by, 0):,}"
-    told = ", ".join(f"from {at:,} on hold {at + by:,} on" for at, by in pieces[:_MOST_NAMED])
-    return f"pieces of elements in a row in other places: those about {told}" + (", …" if len(pieces) > 4 else "")
+    told = first_of([f"from {at:,} on hold {at + by:,} on" for at, by in pieces[: _MOST_NAMED + 1]], _MOST_NAMED)
+    return f"pieces of elements in a row in other places: those about {told}"

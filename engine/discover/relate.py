@@ -33,6 +33,7 @@ from engine.discover.rows import (
 )
 from engine.discover.sides import MOST_UNITS, Sides, as_matrix, flat, reshaped
 from engine.discover.values import closeness, relate_rounding, relate_values
+from engine.errors import first_of
 from engine.language.names import numbers_in
 from engine.move.tensors import View, common_types
 
@@ -296,5 +297,5 @@ class Search:
         rest = f"; {missing:,} {noun}s are from elsewhere" if missing else ""
         if len(told) == 1:
             return Relation("part", f"{ranges(told[0][1], noun)} of {told[0][0]}{rest}", other=told[0][0]), missing
-        words = ", ".join(f"{moves(order, noun, every=True)} of {other}" for other, order in told[:MOST_NAMED])
-        return Relation("part", words + (", …" if len(told) > MOST_NAMED else "") + rest), missing
+        words = first_of([f"{moves(order, noun, every=True)} of {other}" for other, order in told], MOST_NAMED)
+        return Relation("part", words + rest), missing

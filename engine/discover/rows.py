@@ -12,7 +12,7 @@ from engine.discover.geometry import Units
 from engine.discover.levels import Kind, Relation
 from engine.discover.orders import divisors, read_order, runs_of
 from engine.discover.prints import Prints64
-from engine.errors import counted, span
+from engine.errors import counted, first_of, span
 from engine.move.tensors import Tensors, View, common_types, deviation, tiles, unlike
 from engine.planning.boxes import Interval
 
@@ -146,8 +146,7 @@ def listed(noun: str, runs: Sequence[Interval]) -> str:
     ('rows 4…6, 0', 'column 2')
     """
     alone = len(runs) == 1 and runs[0][1] - runs[0][0] == 1
-    told = ", ".join(map(span, runs[:MOST_NAMED])) + (", …" if len(runs) > MOST_NAMED else "")
-    return f"{noun}{'' if alone else 's'} {told}"
+    return f"{noun}{'' if alone else 's'} {first_of([span(run) for run in runs[: MOST_NAMED + 1]], MOST_NAMED)}"
 
 
 def ranges(order: np.ndarray, noun: str) -> str:
@@ -164,8 +163,9 @@ def moves(order: np.ndarray, noun: str, *, every: bool = False) -> str:
     'rows 2…3 hold 0…1'
     """
     moved = [(low, high, start) for low, high, start in runs_of(order) if start >= 0 and (every or start != low)]
-    told = [f"{span((low, high))} hold {span((start, start + high - low))}" for low, high, start in moved[:MOST_NAMED]]
-    return f"{noun}s {', '.join(told)}" + (", …" if len(moved) > MOST_NAMED else "")
+    few = moved[: MOST_NAMED + 1]
+    told = [f"{span((low, high))} hold {span((start, start + high - low))}" for low, high, start in few]
+    return f"{noun}s {first_of(told, MOST_NAMED)}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ import struct
 import zlib
 from typing import NamedTuple
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.formats.headers import big_endian, damaged
 from engine.formats.unpickle import MAX_PICKLE
 from engine.storage.store import OpenFile
@@ -106,7 +106,7 @@ class TorchZip:
                 "E303",
                 "a zip, but not one that torch saved",
                 place=Place(self._name),
-                got=", ".join(list(self._members)[:5]),
+                got=first_of(list(self._members), 5),
                 expected="one member NAME/data.pkl",
                 fix="TorchScript archives and other zips are not checkpoints.",
             )

@@ -10,7 +10,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
-from engine.errors import EngineError, meant
+from engine.errors import EngineError, first_of, meant
 
 _MOST_ENTRIES = 20_000  # files and folders that are looked at for mappings
 
@@ -88,7 +88,7 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
 def _no_file(path: Path) -> EngineError:
     """E002 for a path where nothing is, with what lies near it."""
     if path.is_dir():
-        inside = ", ".join(sorted(p.name for p in path.glob("*.yaml"))[:4])
+        inside = first_of(sorted(p.name for p in path.glob("*.yaml")), 4)
         return EngineError("E002", f"`{path}` is a folder", got=inside or "no YAML files in it",
                            expected="a mapping file", fix="Give one of its files.")  # fmt: skip
     if os.path.lexists(path):
@@ -100,7 +100,7 @@ def _no_file(path: Path) -> EngineError:
     return EngineError(
         "E002",
         f"there is no mapping file `{path}`",
-        got=f"in {where}: {', '.join(beside[:4]) or 'no YAML files'}" + (", …" if len(beside) > 4 else ""),
+        got=f"in {where}: {first_of(beside, 4) or 'no YAML files'}",
         fix=f"Did you mean `{path.with_name(near[0])}`?"
         if near
         else "Check the path. A bundled mapping goes by its name alone, like internlm2-7b.",

@@ -8,7 +8,7 @@ from math import prod
 from typing import Any
 
 from engine.checkpoint.ranks import counts_of, expected_files, points, stage_dims, written_dims
-from engine.errors import EngineError
+from engine.errors import EngineError, first_of
 from engine.language.axes import extent, leaves
 from engine.language.expressions import evaluate, whole_number
 from engine.language.model import FilePattern, Layout, Mode
@@ -197,7 +197,7 @@ def check_cuts(
                 for n in range(1, min(max(sizes.values()), _MOST_RANKS) + 1)
                 if all(other.misfit(n, sizes) is None for other in every)
             ]
-            told = ", ".join(map(str, fits[:12])) + (", …" if len(fits) > 12 else "")
+            told = first_of(fits, 12)
             raise EngineError(
                 "E214",
                 f"`{instance.sources[0].text}` cannot be cut over {count} {dim} ranks",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.checkpoint.hf_folder import BESIDE
-from engine.errors import EngineError, printable
+from engine.errors import EngineError, first_of, printable
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
@@ -179,5 +179,5 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
         told = ", ".join(f"{name} = {value}" for name, value in source.read.noted.items())
         notices.append(f"nothing reads these keys of {source.read.side.file}: {told}")
     if source.ignored and not crosses:
-        notices.append(f"not written, as the mapping ignores them: {', '.join(sorted(source.ignored)[:3])}, …")
+        notices.append(f"not written, as the mapping ignores them: {first_of(sorted(source.ignored), 3)}")
     return tuple(notices)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from engine.errors import EngineError, meant
+from engine.errors import EngineError, first_of, meant
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.search import list_names
@@ -40,7 +40,7 @@ def check_release(mapping: MappingFile, sizes: Mapping[str, int], *, strict: boo
     others = _releases_of(mapping, sizes)
     if not others and not strict:
         return found
-    told = ", ".join(others[:_MOST_NAMES]) + (", …" if len(others) > _MOST_NAMES else "")
+    told = first_of(others, _MOST_NAMES)
     raise EngineError(
         "E213",
         f"this is not release `{mapping.name}`" + (f": it has the sizes of {told}" if others else ""),

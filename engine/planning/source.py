@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.errors import EngineError, Place, printable
+from engine.errors import EngineError, Place, first_of, printable
 from engine.language.documents import completed
 from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
@@ -247,9 +247,9 @@ def _check_kind(
             rule.sources[:1] if checkpoint.end == "training" else [t.name for t in rule.targets]
             for rule in mapping.rules
         ]
-        wanted = [name for names_of in ends for name in names_of][:3]
-        got, fix = ", ".join(sorted(names)[:3]) + f", …{said}", "`engine inspect` shows which bundled mappings fit."
-        raise wrong(checkpoint.folder, got, ", ".join(wanted) + ", …", fix)
+        wanted = first_of([name for names_of in ends for name in names_of], 3)
+        fix = "`engine inspect` shows which bundled mappings fit."
+        raise wrong(checkpoint.folder, first_of(sorted(names), 3) + said, wanted, fix)
     if isinstance(kind, str) and mapping.model_types and kind not in mapping.model_types:
         told = f"model_type: {' or '.join(map(shown, mapping.model_types))}"
         fix = (

@@ -13,7 +13,7 @@ from math import prod
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, index_dims
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.language.expressions import whole_number
 from engine.language.model import FilePattern, Layout
 
@@ -169,7 +169,7 @@ class Indices:
         for axis, expression in layout.indices.items():
             numbers = sorted(self.homes(axis))
             total = local[axis] * prod(self._sizes[dim] for dim in self._dims[axis])
-            first = ", ".join(map(str, numbers[:8])) + (", …" if len(numbers) > 8 else "")
+            first = first_of(numbers, 8)
             if numbers != list(range(total)):
                 raise EngineError(
                     "E105",

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError
+from engine.errors import EngineError, first_of
 from engine.run.meter import Meter, Progress
 from engine.run.running import Running
 from engine.storage.json_text import as_data
@@ -184,4 +184,4 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
 
     meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
     unchecked = check_files([header.file for header in compiled.files], meter.advance)
-    return [f"no checksum was saved with {', '.join(unchecked[:4])}; not checked"] if unchecked else []
+    return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []

@@ -22,7 +22,7 @@ from typing import Any
 
 import xxhash
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.language.version import __version__
 from engine.move.reader import Reader
 from engine.planning.model import Plan, digest_of_plan
@@ -197,7 +197,7 @@ def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path)
 def _shown(before: Any, now: Any) -> str:
     if isinstance(before, dict) and isinstance(now, dict):
         names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        return ", ".join(sorted(names)[:4])
+        return first_of(sorted(names), 4)
     return f"{now}"[:80] + f", then {before}"[:80]
 
 
@@ -241,7 +241,7 @@ def compare_copied(plan: Plan, done: Mapping[int, Done], meter: Meter, outputs: 
                 raise EngineError(
                     "E407",
                     "the interrupted run cannot be resumed: the source files changed",
-                    place=Place(", ".join(list(names)[:4]), tensor=sources[0].header.name),
+                    place=Place(first_of(list(names), 4), tensor=sources[0].header.name),
                     got=f"other bytes than `{plan.outputs[index].name}` was copied from",
                     expected="the same as when it was started",
                     fix="Run without --resume to start over, or restore the files that it was started with.",

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.planning.model import Plan
 from engine.run.journal import Done
 from engine.run.schedule import Job, Unit
@@ -132,14 +132,14 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
         raise _not_together(
             store,
             "parts of different plans, or of different numbers of parts",
-            ", ".join(sorted(foreign or found)[:4]),
+            first_of(sorted(foreign or found), 4),
             "Use one saved plan and one number of parts; `engine clean` removes what is there.",
         )
     count = counts.pop() if counts else 0
     there = {one["part"][0] for one in found.values()}
     missing = [number for number in range(1, count + 1) if number not in there]
     if missing or not found:
-        told = f"{len(there)} of {count} parts; missing: {', '.join(map(str, missing[:8]))}" if found else "no part"
+        told = f"{len(there)} of {count} parts; missing: {first_of(missing, 8)}" if found else "no part"
         raise _not_together(store, "parts are missing", told, "Run the missing parts, then commit again.")
     done = {output: Done(*one) for marker in found.values() for output, one in marker["outputs"].items()}
     spans = sorted(span for marker in found.values() for span in marker["spans"])
@@ -168,7 +168,7 @@ def check_parts(plan: Plan, store: Target, told: Mapping[int, Done], found: Mapp
             raise _not_together(
                 store,
                 f"`{file.name}` is not what the parts wrote",
-                f"other bytes, or none, of {len(lost)} tensors: {', '.join(lost[:3])}",
+                f"other bytes, or none, of {len(lost)} tensors: {first_of(lost, 3)}",
                 "Something else changed it. Remove what is there with `engine clean`, and run the parts again.",
             )
 

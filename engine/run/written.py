@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from engine.errors import EngineError, Place, printable
+from engine.errors import EngineError, Place, first_of, printable
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import INDEX, METADATA, index_json, read_safetensors_metadata
@@ -66,7 +66,7 @@ class Ours:
         names = list(_below(store, names, {above for name in mine for above in _folders(name)}))
         others = [name for name in names if name not in mine or not _is_plain(store, name)]
         if others:
-            return f"files that the engine did not write: {', '.join(others[:4])}"
+            return f"files that the engine did not write: {first_of(others, 4)}"
         seen = [(name, state.told()) for name, state in store.states(names).items()]
         if seen == self._seen:
             return None

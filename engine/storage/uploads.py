@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from engine.errors import EngineError, Place, needs_extra
+from engine.errors import EngineError, Place, first_of, needs_extra
 from engine.storage.client import refused, requests
 from engine.storage.coalesce import share
 from engine.storage.objects import LOCK, MARK, ObjectStore
@@ -178,7 +178,7 @@ class Uploads:
         gone = set(upload.names()) - self._there()
         if gone:
             self._store.delete(self._name)
-            raise self._removed(", ".join(sorted(gone)[:4]))
+            raise self._removed(first_of(sorted(gone), 4))
 
     def _check_lock(self) -> None:
         if not self._lock.held:
