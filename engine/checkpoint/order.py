@@ -4,12 +4,13 @@ Training keeps the parameters of a rank in a few buffers, and torch saves tensor
 were. In all genuine files that share buffers, tensors of equal sizes follow each other there as their names do in the
 file: InternEvo's optimizer sorts parameters by size and keeps their order (`_partition_param_list` of its
 `hybrid_zero_optim.py`), Megatron's buffers have the reverse order. A program that exchanges two values under their
-names leaves the buffer as it was.
+names leaves the buffer as it was. One that exchanges two names writes them in another order than in other layers.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 
@@ -18,16 +19,19 @@ from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.documents import grouped
 
 _NUMBER = re.compile(r"(?<=[.])\d+(?=[.])")
+_TENSORS, _NAMES = 12, 6  # of a buffer, and of a layer: fewer may be in order by chance
+_LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last number, and the rest
 
 
 def check_order(headers: Sequence[FileHeader]) -> tuple[str, ...]:
     """Which names were exchanged in all layers of a file, by one layer: it may be a renaming on purpose.
 
-    It is only known if most tensors of a buffer are in order, and the others exchanged places in pairs.
+    It is only known if a buffer is in the order of sizes or names, except for tensors that exchanged places in pairs.
 
     Raises:
         EngineError: E306 for the first file in which other tensors of equal shapes exchanged names.
     """
+    _check_names(headers)
     told: list[str] = []
     for header in headers:
         found: list[tuple[str, str]] = []
@@ -37,18 +41,70 @@ def check_order(headers: Sequence[FileHeader]) -> tuple[str, ...]:
             else:
                 found += pairs
         if found:
-            one, other = found[0]
             more = f"; {counted(len(found) - 1, 'more pair')}" if len(found) > 1 else ""
-            raise EngineError(
-                "E306",
-                f"tensors of `{header.name}` have exchanged names",
-                place=Place(header.name, tensor=one),
-                got=f"`{one}` and `{other}`, each stored where the other belongs{more}",
-                expected="tensors of one buffer in the order of their names, as training saved them",
-                fix="Copy the file again. If they were exchanged on purpose, save it again with a copy of each tensor: "
+            raise _refused(
+                header,
+                *found[0],
+                f"each stored where the other belongs{more}",
+                "tensors of one buffer in the order of their names, as training saved them",
+                "If they were exchanged on purpose, save it again with a copy of each tensor: "
                 "`torch.save({name: tensor.clone() for name, tensor in state.items()}, file)`.",
             )
     return tuple(told)
+
+
+def _refused(header: FileHeader, one: str, other: str, got: str, expected: str, fix: str) -> EngineError:
+    return EngineError(
+        "E306",
+        f"tensors of `{header.name}` have exchanged names",
+        place=Place(header.name, tensor=one),
+        got=f"`{one}` and `{other}`, {got}",
+        expected=expected,
+        fix=f"Copy the file again. {fix}",
+    )
+
+
+def _check_names(headers: Sequence[FileHeader]) -> None:
+    """E306 for two tensors of equal shapes that are in each other's place among the names of their layer or expert.
+
+    At least half of the layers with these names must have them in one order; of few names, at least three quarters.
+    """
+    names = [tuple([one.name for one in header.tensors]) for header in headers]
+    known = {each: _listed(each) for each in {*names}}
+    orders = Counter(order for each in names for _, order in known[each])
+    usual = {frozenset(order): order for order, _ in reversed(orders.most_common())}
+    every = Counter[frozenset[str]]()
+    for order, count in orders.items():
+        every[frozenset(order)] += count
+    for header, each in zip(headers, names, strict=True):
+        for begin, order in known[each]:
+            wanted = usual[frozenset(order)]
+            if order == wanted or orders[wanted] < _share(len(order), every[frozenset(order)]):
+                continue
+            moved = {one: other for one, other in zip(order, wanted, strict=True) if one != other}
+            held = {name: one for one in header.tensors for name in [one.name.removeprefix(begin)]}
+            if all(moved.get(other) == one and _like(held[one], held[other]) for one, other in moved.items()):
+                one, other = sorted(begin + name for name in next(iter(moved.items())))
+                raise _refused(
+                    header,
+                    one,
+                    other,
+                    "each where others of its kind have the other",
+                    f"names in one order, as in {counted(orders[wanted] - 1, 'other place')}",
+                    "If they were exchanged on purpose, save it again with its names in the order that others have.",
+                )
+
+
+def _share(names: int, places: int) -> float:
+    """In how many places names must have one order, so that they do not have it by chance."""
+    return max(places / 2, 2) if names >= _NAMES else max(places * 3 / 4, 3)
+
+
+def _listed(names: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """For each part of names up to the last number, the rest of these names, in order."""
+    parts = (_LAST.match(name) for name in names)
+    found = grouped((part[1], part[2]) for part in parts if part is not None)
+    return [(begin, tuple(rest)) for begin, rest in found.items()]
 
 
 def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]:
@@ -87,7 +143,12 @@ def _exchanged(
         tensors: those of the file, in the order of names.
         numbers: the place of each name in that order.
     """
-    alike = [each for each in grouped((one.nbytes, numbers[one.name]) for one in buffer).values() if len(each) > 1]
+    sizes = [one.nbytes for one in buffer]
+    if len(sizes) < _TENSORS:
+        return []
+    alike = [[numbers[one.name] for one in buffer]]
+    if sizes == sorted(sizes, reverse=True):
+        alike = [*grouped((one.nbytes, numbers[one.name]) for one in buffer).values()]
 
     def misplaced(*, backwards: bool) -> set[tuple[int, int]]:
         ordered = (zip(each, sorted(each, reverse=backwards), strict=True) for each in alike)
@@ -96,6 +157,11 @@ def _exchanged(
     wrong = min(misplaced(backwards=False), misplaced(backwards=True), key=len)
     found = [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if one < wanted]
     in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
-    if not in_pairs or 2 * len(wrong) > sum(map(len, alike)):
-        return []
-    return found if all((one.shape, one.dtype) == (other.shape, other.dtype) for one, other in found) else []
+    most = len(buffer) // (2 if len(buffer) >= 2 * _TENSORS else 4)
+    return found if in_pairs and len(wrong) <= most and all(_like(*pair) for pair in found) else []
+
+
+def _like(one: TensorHeader, other: TensorHeader) -> bool:
+    """Whether two tensors of one shape are in the same layer, or are the same parameter of two."""
+    near = _NUMBER.findall(one.name) == _NUMBER.findall(other.name) != [] or _form(one.name) == _form(other.name)
+    return near and (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -77,6 +77,35 @@ def test_the_message_names_both_and_how_many_more(tmp_path: Path) -> None:
     assert all(f"`{name}`" in told for name in (LAYER.format(2, 1), LAYER.format(2, 3))) and "1 more pair" in told
 
 
+def renamed(*pairs: tuple[str, str]) -> Callable[[State], State]:
+    names = {one: other for pair in pairs for one, other in (pair, pair[::-1])}
+    return lambda state: {names.get(name, name): one.clone() for name, one in state.items()}
+
+
+RENAMED = {
+    "gate and up": renamed((LAYER.format(2, 1), LAYER.format(2, 3))),
+    "gate and up of all layers, in one file": renamed(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(4))),
+    "two norms": renamed(NORMS),
+}
+
+
+@pytest.mark.parametrize("name", RENAMED)
+def test_names_in_another_order_than_in_other_layers_or_files_are_refused(name: str, tmp_path: Path) -> None:
+    step = saved_again(tmp_path / "step", RENAMED[name])
+    with pytest.raises(EngineError, match=r"model_tp1_pp0.pt` have exchanged names"):
+        engine.plan("llama", step)
+
+
+def test_an_experts_names_in_another_order_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "internevo" / "moe_tp2_pp2_dp1", tmp_path / "step")
+    (file,) = (tmp_path / "step").rglob("model_moe_layer1_expert2_tp1.pt")
+    state = torch.load(file, weights_only=True)
+    names = sorted(state)
+    torch.save(renamed((names[0], names[2]))(state), file)
+    with pytest.raises(EngineError, match=r"E306 tensors of `model_moe_layer1_expert2_tp1.pt` have exchanged names"):
+        engine.plan("internlm-moe", file.parent, settings={"mlp_letters": "w2_is_down"})
+
+
 def as_copies(state: State) -> State:
     exchange((LAYER.format(2, 1), LAYER.format(2, 3)))(state)
     return {name: one.clone() for name, one in state.items()}
