@@ -14,7 +14,7 @@ from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, never_written, unmarked
 from engine.assets.generation import as_json, generation_config, within
 from engine.assets.model_card import model_card
-from engine.assets.ready import PER_BYTE, fewer, is_ready, names_of, read_ready, ready_beside
+from engine.assets.ready import GENERATION, PER_BYTE, fewer, is_ready, names_of, read_ready, ready_beside, together
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
@@ -65,7 +65,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     if plan.mapping.generation is not None:
         generation, left_out = within(plan.mapping.generation, rows)
         notices += left_out
-        files["generation_config.json"] = generation_config(generation, plan.config)
+        files[GENERATION] = generation_config(generation, plan.config)
     if model is not None and spec is not None:
         found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
         if plan.mapping.chat_template is not None:
@@ -78,7 +78,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
     elif ready is not None:
         copied, more, memory = _ready(plan, ready, files, required=tokenizer is not None)
-        files, notices = {**copied, **files}, [*notices, *more]
+        files, notices = together(copied, files, chat=plan.mapping.chat_template is not None), [*notices, *more]
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
@@ -159,11 +159,12 @@ def _ready(
 ) -> tuple[dict[str, bytes], list[str], int]:
     """Files in Hugging Face's form, notices, and the memory that checking them takes.
 
-    The mapping's `own` files are written instead of files of their names. Files that merely lie beside the weights are
+    The mapping's `own` files are written instead (see `together`). Files that merely lie beside the weights are
     left out, with the reason, where given ones would be refused.
     """
     store, names = found
-    taken = [name for name in names if name.rpartition("/")[2] not in own]
+    kept = set(own) if plan.mapping.chat_template is not None else set(own) - {GENERATION}
+    taken = [name for name in names if name.rpartition("/")[2] not in kept]
     told = first_of(taken, 4)
     rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
     try:

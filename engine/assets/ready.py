@@ -93,11 +93,28 @@ def read_ready(
             if isinstance(text := one.get("template") if isinstance(one, Mapping) else one, str):
                 check_template(text.encode(), Place(places[name]))
     count = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
-    if _SETTINGS in files:
-        template = files[TEMPLATES[0]].decode() if TEMPLATES[0] in files else None
-        settings = for_each_release(objects[_SETTINGS], template)
-        files |= {} if settings == objects[_SETTINGS] else {_SETTINGS: as_json(settings)}
     return files, [] if rows is None else fewer(count, "tokens", rows)
+
+
+def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: bool) -> dict[str, bytes]:
+    """The files of a tokenizer with the mapping's own.
+
+    Args:
+        chat: whether the mapping has a chat template, with which its own generation settings go; others come from the
+            tokenizer's, and what these do not say from the mapping's.
+    """
+    made = {**copied, **own}
+    if GENERATION in copied and not chat:
+        said = {key: value for key, value in json.loads(copied[GENERATION]).items() if value is not None}
+        settings = {**json.loads(own.get(GENERATION, b"{}")), **said}
+        made[GENERATION] = copied[GENERATION] if settings == said else as_json(settings)
+    if _SETTINGS in copied:
+        settings, template = json.loads(copied[_SETTINGS]), made.get(TEMPLATES[0])
+        if chat:
+            settings.pop("chat_template", None)
+        written = for_each_release(settings, None if template is None else template.decode())
+        made[_SETTINGS] = copied[_SETTINGS] if written == json.loads(copied[_SETTINGS]) else as_json(written)
+    return made
 
 
 def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[str, Any]:

@@ -90,10 +90,25 @@ def test_it_is_copied_where_the_mapping_describes_another_kind_that_is_not_there
     shutil.copytree(saved, step, dirs_exist_ok=True)
     report = engine.convert("llama", step, tmp_path / "out")
     told = next(one for one in report.notices if "tokenizer" in one)
-    assert told == "copied from beside the weights: chat_template.jinja, tokenizer.json, tokenizer_config.json"
+    assert told.startswith("copied from beside the weights: chat_template.jinja, generation_config.json, tokenizer")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (saved / "tokenizer.json").read_bytes()
     written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert written["eos_token_id"] == 2 and "temperature" not in written  # the mapping's
+    assert written == {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": 2, "temperature": 0.5}
+
+
+def test_where_generation_stops_is_as_said_beside_the_template_that_is_written(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "tokenizer")
+    changed("tokenizer_config.json", eos_token="w7")(folder)
+    source, file = FIXTURES / "internevo" / "llama_tp2_pp1_default", tmp_path / "chat.yaml"
+    engine.convert("llama", source, tmp_path / "out", tokenizer=folder)
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    about = "mapping: 1\nname: chat\nversion: 1.0.0\ndescription: A chat\nextends: families/llama.yaml\n"
+    file.write_text(f"{about}generation: {{eos_token_id: [2, 9]}}\nchat_template: internlm2-chat\n")
+    engine.convert(str(file), source, tmp_path / "own", tokenizer=saved)
+    assert json.loads((tmp_path / "own" / "generation_config.json").read_text())["eos_token_id"] == [2, 9]
+    templates = [json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())["chat_template"]]
+    templates.append((tmp_path / "own" / "chat_template.jinja").read_text())
+    assert all("<|im_start|>" in text for text in templates)
 
 
 def test_what_lies_beside_a_given_sentencepiece_model_is_told(saved: Path, model_file: Path, tmp_path: Path) -> None:
