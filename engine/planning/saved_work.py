@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.formats.headers import FileHeader, span
+from engine.formats.headers import ITEM_SIZES, FileHeader, span
 from engine.language.model import Layout
 from engine.language.rules import TRANSFORMS
 from engine.planning.boxes import Copy
@@ -140,8 +140,7 @@ class SavedWork:
 
     def compared_with(self, outputs: Collection[int]) -> set[int]:
         """Some outputs, and those to which the comparisons of their sources belong."""
-        held = {(name, file) for output in outputs for name, *files in self._data["outputs"][output][2:]
-                for file in files}  # fmt: skip
+        held = {(name, file) for o in outputs for name, *files in self._data["outputs"][o][2:] for file in files}
         return {*outputs} | {
             home
             for home, _, _, *places in self._data["checks"]
@@ -210,6 +209,7 @@ class _Sources:
             found = self._numbers[file, name] = len(self.tensors)
             told = self._names[name]
             header = zeros_of(told[0], tuple(told[1])) if file == self._zeros else self._held[file][told]
+            _check_whole(file, ITEM_SIZES[header.dtype], *header.shape)
             self.tensors.append(Stored(file, header, header.name))
         return found
 
@@ -229,6 +229,12 @@ class _Copies:
         ]
 
 
+def _check_whole(*numbers: Any) -> None:
+    """ValueError unless all are whole numbers from 0 on; JSON's 1.0, which passes a schema for 1, is none."""
+    if not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError(f"{numbers} are no whole numbers")
+
+
 def _check(output: Output, copies: Sequence[Copy], sources: Sequence[Stored]) -> None:
     """ValueError unless copies fill an output, and read nothing outside their sources."""
     filled = 0
@@ -238,8 +244,8 @@ def _check(output: Output, copies: Sequence[Copy], sources: Sequence[Stored]) ->
             (copy.source_offset, copy.source_strides, span(header.shape, header.strides)),
             (copy.target_offset, copy.target_strides, output.elements),
         ):
-            whole = all(type(n) is int and n >= 0 for n in (at, *copy.shape, *strides))
-            if not whole or at + span(copy.shape, strides) > end or header.dtype != output.read_dtype:
+            _check_whole(at, *copy.shape, *strides)
+            if at + span(copy.shape, strides) > end or header.dtype != output.read_dtype:
                 raise ValueError(f"{output.name} is filled from beyond a tensor")
         filled += copy.volume()
     if filled != output.elements:
@@ -262,13 +268,13 @@ def saved_work(
 
     def facts(kind: Row) -> tuple[Any, ...]:
         dtype, read_dtype, shape, rule, pattern, transform, dim, _ = kind
-        place = places.get(rule.partition(" + ")[0], "")
+        _check_whole(*shape, dim or 0)
         change = None if transform is None else tuple(transform)
         if change is not None and (change[0] not in TRANSFORMS or dim is None or dim >= len(shape)):
             raise ValueError(f"{pattern} is changed in no known way")
         if change is not None and change[0] == "add" and not math.isfinite(float(change[1])):
             raise ValueError(f"{pattern} is changed by no number")
-        return dtype, read_dtype, tuple(shape), rule, place, pattern, change, dim
+        return dtype, read_dtype, tuple(shape), rule, places.get(rule.partition(" + ")[0], ""), pattern, change, dim
 
     kinds = list(map(facts, data["kinds"]))
 
@@ -288,6 +294,7 @@ def saved_work(
         copies=nothing,
         shards=shards,
     )
+    _check_whole(*(one for file in shards for one in file.outputs))
     if sorted(one for file in shards for one in file.outputs) != list(range(len(outline.outputs))):
         raise ValueError("files do not hold each tensor once")
     return SavedWork(outline, data["scattered"], data, output)

@@ -154,11 +154,13 @@ def test_no_copies_of_a_saved_plan_break_a_part(to: str | None, plan: Path) -> N
     [
         ("files", 0, [0]),
         ("files", 1, "zip"),
+        ("outputs", 2, [0, 0.0, 2]),
         ("kinds", 5, ["normalize"]),
         ("kinds", 5, ["normalize", "vocab"]),
         ("outputs", 0, {}),
         ("checks", 3, []),
         ("checks", 3, [0, 0]),
+        ("checks", 3, [0, 0, 4]),  # the file of zeros, which has none of this name
     ],
 )
 def test_what_a_part_would_stumble_over_while_it_writes_is_no_saved_plan(
