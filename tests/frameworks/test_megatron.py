@@ -321,7 +321,12 @@ def test_a_setting_that_no_name_shows_is_refused_by_its_own(family: str, key: st
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("rotary_seq_len_interpolation_factor", 1), ("heterogeneous_block_specs", False)]
+    ("key", "value"),
+    [
+        ("rotary_seq_len_interpolation_factor", 1),
+        ("heterogeneous_block_specs", False),
+        ("moe_router_topk_scaling_factor", 1.0),
+    ],
 )
 def test_a_setting_that_changes_nothing_is_accepted(key: str, value: Any) -> None:
     """As positions that are divided by one in Megatron-LM's example of Qwen3."""
