@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,7 @@ from engine.errors import visible
 from engine.planning.given import amount
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
+    from jinja2 import Environment, Template
 
 
 def model_card(facts: Mapping[str, Any]) -> bytes:
@@ -20,8 +21,12 @@ def model_card(facts: Mapping[str, Any]) -> bytes:
         facts: `mapping`, `mapping_version`, `layout`, `ranks`, `decisions` and so on, as
             `engine.assets.bundle.card_facts` collects them. The line of a missing fact is left out.
     """
-    page = environment(Path(__file__).parent / "templates", strict=False).get_template("model_card.md.j2")
-    return visible(page.render(facts), "\n").encode()
+    return visible(_template().render(facts), "\n").encode()
+
+
+@cache  # compiling it takes longer than a small conversion
+def _template() -> Template:
+    return environment(Path(__file__).parent / "templates", strict=False).get_template("model_card.md.j2")
 
 
 def environment(folder: Path, *, escape: bool = False, strict: bool = True) -> Environment:
