@@ -33,6 +33,11 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One worker more than there are processors, as some tests wait; each takes a gigabyte and collects for itself."""
+    return min(len(os.sched_getaffinity(0)), 7) + 1
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item], config: pytest.Config) -> None:
     items[:], left = in_sample(items)
     config.hook.pytest_deselected(items=left)
