@@ -24,6 +24,9 @@ TEMPLATES = ("chat_template.jinja", "chat_template.json")
 PER_BYTE = 32  # bytes of memory for each byte of tokenizer.json while it is checked
 _WHOLE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LARGEST = 256 << 20  # bytes of a file
+_BACKEND = "TokenizersBackend"  # the class that does what tokenizer.json says; PreTrainedTokenizerFast in 4
+# Classes that add nothing to it in 5. In 4 they add bos and eos by flags that 5 does not save, or convert anew.
+_PLAIN = (_BACKEND, "LlamaTokenizer", "GemmaTokenizer")
 
 
 def names_of(store: Store, inside: str) -> list[str]:
@@ -122,15 +125,17 @@ def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[
 
     Without `chat_template` in them, releases before 4.50 have no template, or take one of their own.
 
-    >>> for_each_release({"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<a>"]}, "{{ 1 }}")
-    {'tokenizer_class': 'PreTrainedTokenizerFast', 'additional_special_tokens': ['<a>'], 'chat_template': '{{ 1 }}'}
+    >>> for_each_release({"tokenizer_class": "GPT2Tokenizer", "extra_special_tokens": ["<a>"]}, "{{ 1 }}")
+    {'tokenizer_class': 'GPT2Tokenizer', 'additional_special_tokens': ['<a>'], 'chat_template': '{{ 1 }}'}
     """
     made = dict(settings)
-    if made.get("tokenizer_class") == "TokenizersBackend":  # the same class, which 4 does not know by this name
+    by_5 = "backend" in made or made.get("tokenizer_class") == _BACKEND
+    if by_5 and made.get("tokenizer_class") in _PLAIN:
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
+        made.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds token_type_ids by default
     if isinstance(made.get("extra_special_tokens"), list):  # a mapping in 4
         made["additional_special_tokens"] = [
-            *made.get("additional_special_tokens", []),
+            *(made.get("additional_special_tokens") or []),
             *made.pop("extra_special_tokens"),
         ]
     if template is not None and made.get("chat_template") is None:

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
+from engine.assets.ready import for_each_release
 from engine.errors import EngineError
 from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, source_of
@@ -62,6 +63,19 @@ def test_given_files_are_copied_byte_for_byte_but_for_settings_that_transformers
     ids = [AutoTokenizer.from_pretrained(folder)(text)["input_ids"] for folder in (saved, tmp_path / "out")]
     assert ids[0] == ids[1] == [5, 7, 119, 118]
     assert "AutoTokenizer" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["TokenizersBackend", "LlamaTokenizer", "GemmaTokenizer"])
+def test_classes_that_transformers_4_would_give_other_bos_eos_and_inputs_are_written_as_plain_ones(kind: str) -> None:
+    saved = {"tokenizer_class": kind, "backend": "tokenizers", "extra_special_tokens": ["<a>"]}
+    assert for_each_release({**saved, "additional_special_tokens": None}, None) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "backend": "tokenizers",
+        "additional_special_tokens": ["<a>"],
+        "model_input_names": ["input_ids", "attention_mask"],
+    }
+    by_4 = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
+    assert for_each_release(by_4, None) == by_4
 
 
 def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_path: Path) -> None:
