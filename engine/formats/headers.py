@@ -122,7 +122,7 @@ class FileHeader:
         summed: whether that part holds a checksum of every tensor's bytes, so that equal identities mean
             equal content. Safetensors have none, nor have files from before the zip format; torch may omit them.
         left: names of its tensors that are not part of the model, and were not read.
-        replaced: names of tensors that are stored apart, while their place among the others is still there, unused.
+        replaced: names of tensors that are stored apart, while room for them among the others is still there, unused.
         state: the state of the file when it was indexed; None if it is not a file.
     """
 

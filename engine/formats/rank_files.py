@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import combinations
 from re import Pattern
 from sys import intern
 from typing import Any
@@ -28,6 +29,7 @@ from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 
 _SHORT = 4096  # bytes: a shorter pickle is its own cache key, a longer one's is its digest
+_SIZES = 12  # of tensors apart: all combinations of so few are tried
 LoadPickle = Callable[[bytes, str], Any]
 
 
@@ -108,26 +110,35 @@ def read_rank_file(
     return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left, replaced, said)
 
 
-def _replaced(tensors: Sequence[TensorHeader], storages: Iterable[tuple[int, int]]) -> Iterator[str]:
-    """Tensors with a storage of their own, as large as a part of another storage, amid other tensors, that none uses.
+def _replaced(tensors: Sequence[TensorHeader], storages: Iterable[tuple[int, int]]) -> list[str]:
+    """Tensors outside of the buffers that others share, if unused parts of these are as large as they are.
 
-    A program that loads a file, assigns another tensor to a name and saves it again leaves such a part.
+    A program that loads a file, assigns other tensors to names and saves it again leaves such parts. Tensors that it
+    took from another file come with the buffer that they share there, most of which is then unused.
     """
     placed = sorted((one for one in tensors if one.nbytes), key=lambda one: one.offset)
     begins = [one.offset for one in placed]
-    unused: Counter[int] = Counter()
+    buffers: list[tuple[float, list[TensorHeader], list[int]]] = []  # with the unused share
     alone: list[TensorHeader] = []
     for start, nbytes in storages:
         held = placed[bisect_left(begins, start) : bisect_left(begins, start + nbytes)]
         if len(held) == 1:
             alone += held
-            continue
-        ends = [start, *(one.offset + one.nbytes for one in held)]
-        unused.update(
-            begin - end for end, begin in zip(ends, [*(one.offset for one in held), start + nbytes], strict=True)
-        )
-    sizes = Counter(one.nbytes for one in alone)
-    yield from (one.name for one in alone if 0 < unused[one.nbytes] == sizes[one.nbytes])
+        elif held:
+            ends = [start, *(one.offset + one.nbytes for one in held)]
+            until = [*(one.offset for one in held), start + nbytes]
+            gaps = [begin - end for end, begin in zip(ends, until, strict=True)]
+            buffers.append((sum(gaps) / nbytes, held, gaps))
+    for most in (0.5, 1):
+        apart = alone + [one for share, held, _ in buffers if share > most for one in held]
+        sizes = Counter(one.nbytes for one in apart)
+        least = min(sizes, default=0)
+        room = sum(gap for share, _, gaps in buffers if share <= most for gap in gaps if gap >= least)
+        counts = range(len(sizes) if room else 0, 0 if len(sizes) <= _SIZES else len(sizes) - 1, -1)
+        for some in (set(some) for count in counts for some in combinations(sizes, count)):
+            if sum(size * sizes[size] for size in some) == room:
+                return [one.name for one in apart if one.nbytes in some]
+    return []
 
 
 def _value_at(value: Any, path: str) -> Any:

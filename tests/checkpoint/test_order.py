@@ -122,12 +122,16 @@ HONEST: dict[str, Callable[[State], State | None]] = {
     "keys in another order": last_again,
     "keys in the order of the alphabet": lambda state: dict(sorted(state.items())),
     "keys backwards": lambda state: dict(reversed(state.items())),
+    "an average beside them, of the same sizes": lambda state: {
+        **{name: one.clone() for name, one in state.items()},
+        "average": {name: one.clone() for name, one in state.items()},
+    },
 }
 
 
 @pytest.mark.parametrize("name", HONEST)
 def test_another_order_of_names_says_nothing(name: str, tmp_path: Path) -> None:
-    assert not reported(saved_again(tmp_path / "step", HONEST[name]))
+    assert not [one for one in reported(saved_again(tmp_path / "step", HONEST[name])) if "another program" in one]
 
 
 def test_an_exchange_in_all_layers_is_reported(tmp_path: Path) -> None:
@@ -186,3 +190,30 @@ def test_verify_reports_replaced_tensors_of_the_source(tmp_path: Path) -> None:
     engine.convert("llama", step, tmp_path / "hf")
     found = engine.verify(tmp_path / "hf", src=step, mapping="llama")
     assert found.values == (f"replaced in the source after training had saved it: {key} in model_tp1_pp0.pt",)
+
+
+def of_another_rank(part: str) -> Callable[[State], None]:
+    """Tensors of the other file, which are views of its buffer."""
+    (file,) = LLAMA.rglob("model_tp0_pp0.pt")
+    other = torch.load(file, weights_only=True)
+    return lambda state: state.update({name: one for name, one in other.items() if part in name})
+
+
+MANY = {
+    "a layer of another rank": (of_another_rank("layers.2."), 9),
+    "all norms of another rank, among them neighbours in the buffer": (of_another_rank("norm"), 9),
+    "most layers of another rank, so that fewer are its own": (of_another_rank("layers"), 3),
+    "most of the buffer, by copies": (
+        lambda state: state.update({name: -state[name] for name in state if "feed_forward" in name}),
+        12,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MANY)
+def test_any_number_of_replaced_tensors_is_reported(name: str, tmp_path: Path) -> None:
+    change, count = MANY[name]
+    step = saved_again(tmp_path / "step", change)
+    (file,) = step.rglob("model_tp1_pp0.pt")
+    header = read_rank_file(File(LocalStore(file.parent), file.name))
+    assert len(header.replaced) == count
