@@ -147,14 +147,7 @@ class Place:
     tensor: str | None = None
 
     def __str__(self) -> str:
-        parts = [self.file]
-        if self.line is not None:
-            parts.append(str(self.line))
-            if self.column is not None:
-                parts.append(str(self.column))
-        if self.tensor is not None:
-            parts.append(self.tensor)
-        return ":".join(parts)
+        return ":".join(str(part) for part in (self.file, self.line, self.column, self.tensor) if part is not None)
 
     def as_dict(self) -> dict[str, object]:
         """The same as data, for `--json`, without unknown parts."""

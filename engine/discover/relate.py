@@ -277,8 +277,7 @@ class Search:
                 break
             left = ~ours.plain[axis] if left is None else left
             order = np.where(left, lookup(here, there), -1)
-            count = int((order >= 0).sum())
-            if across < _SHORTEST or count < 2:
+            if across < _SHORTEST or (count := int((order >= 0).sum())) < 2:
                 continue
             own = len(here) == len(there) and bool((order[order >= 0] == np.flatnonzero(order >= 0)).all())
             if other == name and not own and count >= max(2, int(left.sum()) / 2):
