@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from engine.assets.chat import check_template, unmarked
@@ -21,9 +22,11 @@ from engine.storage.store import File, Store
 
 GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
+MORE = "additional_chat_templates"  # a folder of named templates, for example one for tools
 PER_BYTE = 32  # bytes of memory for each byte of tokenizer.json while it is checked
 _WHOLE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LARGEST = 256 << 20  # bytes of a file
+_INPUTS = ["input_ids", "attention_mask"]  # the default of 5; that of 4 has token_type_ids too
 _BACKEND = "TokenizersBackend"  # the class that does what tokenizer.json says; PreTrainedTokenizerFast in 4
 # Classes that add nothing to it in 5. In 4 they add bos and eos by flags that 5 does not save, or convert anew.
 _PLAIN = (_BACKEND, "LlamaTokenizer", "GemmaTokenizer")
@@ -31,7 +34,11 @@ _PLAIN = (_BACKEND, "LlamaTokenizer", "GemmaTokenizer")
 
 def names_of(store: Store, inside: str) -> list[str]:
     """The files of a tokenizer, template and generation settings in a folder of a store, by their names there."""
-    return [f"{inside}/{name}".lstrip("/") for name in store.names(inside) if BESIDE.fullmatch(name)]
+    found = [f"{inside}/{name}".lstrip("/") for name in store.names(inside) if BESIDE.fullmatch(name)]
+    more = f"{inside}/{MORE}".lstrip("/")
+    with suppress(OSError, EngineError):  # most have no such folder, and a web server does not list it
+        found += [f"{more}/{name}" for name in store.names(more) if name.endswith(".jinja")]
+    return found
 
 
 def ready_beside(store: Store, layout: Layout) -> list[list[str]]:
@@ -68,8 +75,8 @@ def read_ready(
             if file.state.size > _LARGEST:
                 raise _wrong("a file of the tokenizer is too large", store.place(name), f"{file.state.size} bytes",
                              f"at most {_LARGEST}", "Give the model's own tokenizer.")  # fmt: skip
-            files[name.rpartition("/")[2]] = file.read()
-    places = {name.rpartition("/")[2]: store.place(name) for name in names}
+            files[_called(name)] = file.read()
+    places = {_called(name): store.place(name) for name in names}
     objects = {
         name: json_object(data, places[name])
         for name, data in files.items()
@@ -88,8 +95,9 @@ def read_ready(
         )  # fmt: skip
     if GENERATION in files:
         check_tokens(objects[GENERATION], rows, Place(places[GENERATION]))
-    if TEMPLATES[0] in files:
-        check_template(files[TEMPLATES[0]], Place(places[TEMPLATES[0]]))
+    for name in files:
+        if name.endswith(".jinja"):
+            check_template(files[name], Place(places[name]))
     for name in (_SETTINGS, TEMPLATES[1]):
         inside = objects.get(name, {}).get("chat_template")
         for one in inside if isinstance(inside, list) else [inside]:  # several have names
@@ -106,24 +114,34 @@ def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: boo
         chat: whether the mapping has a chat template, with which its own generation settings go; others come from the
             tokenizer's, and what these do not say from the mapping's.
     """
-    made = {**copied, **own}
+    more = {Path(name).stem: text.decode() for name, text in copied.items() if name.startswith(MORE)}
+    made = {name: data for name, data in {**copied, **own}.items() if not name.startswith(MORE)}
     if GENERATION in copied and not chat:
         said = {key: value for key, value in json.loads(copied[GENERATION]).items() if value is not None}
         settings = {**json.loads(own.get(GENERATION, b"{}")), **said}
         made[GENERATION] = copied[GENERATION] if settings == said else as_json(settings)
-    if _SETTINGS in copied:
-        settings, template = json.loads(copied[_SETTINGS]), made.get(TEMPLATES[0])
+    if _WHOLE in copied:
+        config = json.loads(own.get("config.json", b"{}"))
+        old = json.loads(copied[_SETTINGS]) if _SETTINGS in copied else _plain(copied[_WHOLE], config)
+        settings = {**old}
+        template = made[TEMPLATES[0]].decode() if TEMPLATES[0] in made else None
         if chat:
             settings.pop("chat_template", None)
-        written = for_each_release(settings, None if template is None else template.decode())
-        made[_SETTINGS] = copied[_SETTINGS] if written == json.loads(copied[_SETTINGS]) else as_json(written)
+        elif more:  # one list, since other versions look for the folder elsewhere, or not at all
+            named = more if template is None else {"default": template, **more}
+            settings["chat_template"] = [{"name": name, "template": text} for name, text in named.items()]
+            made.pop(TEMPLATES[0], None)
+            template = None
+        written = for_each_release(settings, template)
+        if written != old or (old and _SETTINGS not in copied):
+            made[_SETTINGS] = as_json(written)
     return made
 
 
 def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[str, Any]:
     """The settings of a tokenizer as transformers 4 and 5 read them alike.
 
-    Without `chat_template` in them, releases before 4.50 have no template, or take one of their own.
+    Without `chat_template` in them, releases before 4.50 have no template, take one of their own, or another.
 
     >>> for_each_release({"tokenizer_class": "GPT2Tokenizer", "extra_special_tokens": ["<a>"]}, "{{ 1 }}")
     {'tokenizer_class': 'GPT2Tokenizer', 'additional_special_tokens': ['<a>'], 'chat_template': '{{ 1 }}'}
@@ -132,15 +150,39 @@ def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[
     by_5 = "backend" in made or made.get("tokenizer_class") == _BACKEND
     if by_5 and made.get("tokenizer_class") in _PLAIN:
         made["tokenizer_class"] = "PreTrainedTokenizerFast"
-        made.setdefault("model_input_names", ["input_ids", "attention_mask"])  # 4 adds token_type_ids by default
+        made.setdefault("model_input_names", _INPUTS)
     if isinstance(made.get("extra_special_tokens"), list):  # a mapping in 4
         made["additional_special_tokens"] = [
             *(made.get("additional_special_tokens") or []),
             *made.pop("extra_special_tokens"),
         ]
-    if template is not None and made.get("chat_template") is None:
+    if template is not None and made.get("chat_template") != template:  # newer ones read the file first
         made["chat_template"] = unmarked(template)
     return made
+
+
+def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings for a tokenizer.json alone: without any, 4 takes the class of a language model's type, which adds tokens
+    of its own. Other models may need what their class knows."""
+    if not any(str(name).endswith("CausalLM") for name in config.get("architectures") or ()):
+        return {}
+    special = {one["id"]: one["content"] for one in json.loads(data).get("added_tokens") or () if one.get("special")}
+    named = {key.removesuffix("_id"): special.get(config[key]) for key in TOKENS[:2] if type(config.get(key)) is int}
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": _INPUTS,
+        **{key: name for key, name in named.items() if name is not None},
+    }
+
+
+def _called(name: str) -> str:
+    """A file's name in the output.
+
+    >>> _called("huggingface/tokenizer.json"), _called("huggingface/additional_chat_templates/tool_use.jinja")
+    ('tokenizer.json', 'additional_chat_templates/tool_use.jinja')
+    """
+    folder, _, last = name.rpartition("/")
+    return f"{MORE}/{last}" if folder.rpartition("/")[2] == MORE else last
 
 
 def fewer(count: int, what: str, rows: int) -> list[str]:

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from engine.assets.ready import MORE
 from engine.comparing.effects import Difference, Grade, both, differing, effect_of, worded
-from engine.comparing.templates import MORE, compare_templates
+from engine.comparing.templates import compare_templates
 from engine.comparing.texts import MODELS, Files
 from engine.comparing.tokenizers import compare_tokenizers
 from engine.formats.configs import json_object

@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, TemplateError, nodes
 
 from engine.assets.chat import unmarked
+from engine.assets.ready import MORE
 from engine.comparing.effects import Difference, both
 from engine.comparing.texts import Files
 from engine.comparing.tokenizers import TOKENS
@@ -22,7 +23,6 @@ from engine.planning.config_keys import shown
 _REFUSED = "refused: "
 _SECONDS = 5  # that a conversation may take; any genuine template takes milliseconds
 _ENDLESS = f"{_REFUSED}no end within {_SECONDS} s"
-MORE = "additional_chat_templates"  # a folder of named templates, for example one for tools
 _TEMPLATE, _JSON, _SETTINGS = "chat_template.jinja", "chat_template.json", "tokenizer_config.json"
 
 

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
-from engine.assets.ready import for_each_release
+from engine.assets.ready import for_each_release, names_of, together
 from engine.errors import EngineError
+from engine.storage.local import LocalStore
 from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, source_of
 from tests.support.shards import Model, save
@@ -35,6 +36,14 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loaded.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.5}))
     return folder
+
+
+def test_a_folder_of_named_templates_is_read(tmp_path: Path) -> None:
+    (tmp_path / "hf" / "additional_chat_templates").mkdir(parents=True)
+    for name in ("tokenizer.json", "additional_chat_templates/tool_use.jinja", "additional_chat_templates/notes.txt"):
+        (tmp_path / "hf" / name).write_text("")
+    expected = ["hf/tokenizer.json", "hf/additional_chat_templates/tool_use.jinja"]
+    assert names_of(LocalStore(tmp_path), "hf") == expected
 
 
 def convert(out: Path, tokenizer: Path | None = None, source: Path | None = None, **how: Any) -> engine.Report:
@@ -76,6 +85,43 @@ def test_classes_that_transformers_4_would_give_other_bos_eos_and_inputs_are_wri
     }
     by_4 = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True}
     assert for_each_release(by_4, None) == by_4
+
+
+def test_a_template_in_two_places_and_named_ones_are_written_as_every_release_reads_them() -> None:
+    files = {
+        "tokenizer.json": b"{}",
+        "tokenizer_config.json": b'{"chat_template": "old"}',
+        "chat_template.jinja": b"new",
+    }
+    made = together(files, {}, chat=False)
+    assert (made["chat_template.jinja"], json.loads(made["tokenizer_config.json"])) == (
+        b"new",
+        {"chat_template": "new"},
+    )
+    more = {**files, "additional_chat_templates/tool_use.jinja": b"tools"}
+    assert json.loads(together(more, {}, chat=False).pop("tokenizer_config.json"))["chat_template"] == [
+        {"name": "default", "template": "new"},
+        {"name": "tool_use", "template": "tools"},
+    ]
+    assert sorted(together(more, {}, chat=False)) == ["tokenizer.json", "tokenizer_config.json"]
+    assert together(more, {"chat_template.jinja": b"own"}, chat=True).keys() == files.keys()
+
+
+def test_a_language_models_tokenizer_json_alone_gets_no_tokens_of_the_models_class_in_transformers_4() -> None:
+    added = [{"id": 7, "content": "<begin>", "special": True}, {"id": 8, "content": "plain", "special": False}]
+    files = {"tokenizer.json": json.dumps({"added_tokens": added}).encode()}
+    own = {
+        "config.json": json.dumps(
+            {"architectures": ["LlamaForCausalLM"], "bos_token_id": 7, "eos_token_id": 8}
+        ).encode()
+    }
+    assert json.loads(together(files, own, chat=False)["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "bos_token": "<begin>",
+    }
+    other = {"config.json": b'{"architectures": ["BertModel"]}'}
+    assert together(files, other, chat=False) == {**files, **other}
 
 
 def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_path: Path) -> None:
