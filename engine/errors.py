@@ -295,7 +295,5 @@ class Errors:
         """Raise what was collected: one error as itself, several as `EngineErrors`."""
         once = {(error.code, str(error.place), error.message): error for error in self.found}
         listed = sorted(once.values(), key=lambda e: (e.place.line or 0, e.place.column or 0) if e.place else (0, 0))
-        if len(listed) == 1:
-            raise listed[0]
         if listed:
-            raise EngineErrors(listed[:_MOST_ERRORS])
+            raise listed[0] if len(listed) == 1 else EngineErrors(listed[:_MOST_ERRORS])
