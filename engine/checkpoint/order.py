@@ -19,6 +19,7 @@ from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.documents import grouped
 
 _NUMBER = re.compile(r"(?<=[.])\d+(?=[.])")
+_DIGITS, _WIDTH = re.compile(r"\d+"), 8  # so that layer 10 follows layer 9
 _TENSORS, _NAMES = 12, 6  # of a buffer, and of a layer: fewer may be in order by chance
 _LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last number, and the rest
 
@@ -108,7 +109,10 @@ def _listed(names: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Pairs of tensors that exchanged names, by these names without numbers."""
+    """Pairs of tensors that exchanged names, by these names without numbers; none if a program sorted the names."""
+    names = [_DIGITS.sub(lambda digits: digits[0].zfill(_WIDTH), one.name) for one in header.tensors]
+    if names == sorted(names):
+        return {}
     numbers = {one.name: at for at, one in enumerate(header.tensors)}
     pairs = (pair for buffer in _buffers(header.tensors) for pair in _exchanged(buffer, header.tensors, numbers))
     return grouped(((_form(one.name), _form(other.name)), (one.name, other.name)) for one, other in pairs)

@@ -134,6 +134,12 @@ def test_another_order_of_names_says_nothing(name: str, tmp_path: Path) -> None:
     assert not [one for one in reported(saved_again(tmp_path / "step", HONEST[name])) if "another program" in one]
 
 
+def test_sorted_names_of_a_middle_stage_are_not_told_as_an_exchange(tmp_path: Path) -> None:
+    state = torch.load(LLAMA / "model_tp1_pp0.pt", weights_only=True)
+    torch.save({name: state[name] for name in sorted(state) if "layers" in name}, tmp_path / "model_tp1_pp0.pt")
+    assert check_order([read_rank_file(File(LocalStore(tmp_path), "model_tp1_pp0.pt"))]) == ()
+
+
 def test_an_exchange_in_all_layers_is_reported(tmp_path: Path) -> None:
     """It may be a renaming on purpose, as of the letters of an MLP whose linears all have one shape."""
     everywhere = exchange(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(4)))
