@@ -96,7 +96,7 @@ def describe_rules(plan: Plan) -> list[dict[str, Any]]:
             {
                 "rule": first.rule,
                 "place": first.place,
-                "target": folded(text, [plan.copies.outputs[index][0].fixed for index in outputs]),
+                "target": folded(text, [_numbers(plan, index) for index in outputs]),
                 "shape": list(shape),
                 "dtype": dtype,
                 "count": len(outputs),
@@ -108,6 +108,14 @@ def describe_rules(plan: Plan) -> list[dict[str, Any]]:
             }
         )
     return result
+
+
+def _numbers(plan: Plan, index: int) -> Mapping[str, int]:
+    """The layer, expert, … of an output, and the number in its name if that is a slice's."""
+    output = plan.outputs[index]
+    parts, named = output.name.split("."), pattern(output.pattern)  # the name may have a prefix
+    found = next(filter(None, (named.match(".".join(parts[at:])) for at in range(len(parts)))), {})
+    return {**found, **plan.copies.outputs[index][0].fixed}
 
 
 Label = tuple[tuple[str, int], ...]  # distinguishes a source from an output's other sources: (("tp", 1),)

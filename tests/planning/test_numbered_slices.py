@@ -17,6 +17,7 @@ import torch.distributed.checkpoint
 from safetensors.torch import load_file
 
 import engine
+from engine import api
 from engine.errors import EngineError
 from tests.support.depth import crossed
 
@@ -110,6 +111,22 @@ def test_training_gets_its_own_slices_again(source: Path, tmp_path: Path) -> Non
         same(experts_of(folder), experts_of(source))
         for file in source.glob("model_*p*.pt"):  # the names of every slice, in files of the same names
             assert torch.load(file).keys() == torch.load(folder / file.name).keys()
+
+
+@pytest.mark.parametrize("job", ["reverse", "reshard"])
+def test_a_saved_plan_of_slices_writes_what_the_job_writes(job: str, tmp_path: Path) -> None:
+    engine.convert(MAPPING, ROWS, tmp_path / "hf")
+    src = tmp_path / "hf" if job == "reverse" else ROWS
+    how: dict[str, Any] = {"ranks": "expert=2,wp=2", "mode": "isp_wp"}
+    saved, parts = tmp_path / "plan.json", tmp_path / "parts"
+    plan = api.save_plan(saved, MAPPING, src, job=job, **how)
+    rules = [rule["target"] for rule in api.describe_plan(plan)["rules"]]
+    assert "blocks.{0…1}.mlp.moe_layer.experts.wrapped_experts.{0…1}.w1.weight" in rules
+    for number in (1, 2):
+        api.part(saved, f"{number}/2", parts)
+    api.commit(saved, parts)
+    getattr(engine, job)(MAPPING, src, tmp_path / "back", **how)
+    assert all(one.read_bytes() == (parts / one.name).read_bytes() for one in (tmp_path / "back").glob("model_*.pt"))
 
 
 def test_slices_that_experts_do_not_divide_into_are_refused(tmp_path: Path) -> None:
