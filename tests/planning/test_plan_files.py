@@ -200,6 +200,14 @@ def test_a_saved_plan_excludes_what_it_already_says(saved: Path, more: tuple[str
     assert "--plan" in done.output
 
 
+def test_saving_a_plan_tells_of_a_tokenizer_that_running_it_refuses(checkpoint: Path, tmp_path: Path) -> None:
+    """Parts are written before `commit` reads the tokenizer, which may be given another one."""
+    (checkpoint / "tokenizer.model").write_bytes(b"of no model")
+    done = invoke("plan", "-m", MAPPING, "-s", checkpoint, "-o", tmp_path / "plan")
+    told = " ".join(done.output.split())
+    assert done.exit_code == 0 and "running this plan is refused:" in told and "--tokenizer" in told, told
+
+
 @pytest.mark.parametrize("option", ["--tokenizer", "--code"])
 def test_what_goes_beside_a_model_has_no_use_where_rank_files_are_written(
     option: str, checkpoint: Path, tmp_path: Path
