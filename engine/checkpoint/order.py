@@ -83,7 +83,7 @@ def _check_names(headers: Sequence[FileHeader]) -> None:
             if order == wanted or orders[wanted] < _share(len(order), every[frozenset(order)]):
                 continue
             moved = {one: other for one, other in zip(order, wanted, strict=True) if one != other}
-            held = {name: one for one in header.tensors for name in [one.name.removeprefix(begin)]}
+            held = {one.name[len(begin) :]: one for one in header.tensors if one.name.startswith(begin)}
             if all(moved.get(other) == one and _like(held[one], held[other]) for one, other in moved.items()):
                 one, other = sorted(begin + name for name in next(iter(moved.items())))
                 raise _refused(
