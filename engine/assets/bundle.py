@@ -69,7 +69,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     if model is not None and spec is not None:
         found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
         if plan.mapping.chat_template is not None:
-            notices += never_written(template, generation, found.names)
+            notices += never_written(template, generation, dict(enumerate(found.names)))
         memory = predicted_memory(model)
         if len(found.data) < APART:
             files.update(convert_understood(found, spec, Place(str(model))))
@@ -77,7 +77,9 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
             later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
         notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
     elif ready is not None:
-        copied, more, memory = _ready(plan, ready, files, required=tokenizer is not None)
+        copied, more, memory, names = _ready(plan, ready, files, required=tokenizer is not None)
+        if plan.mapping.chat_template is not None:
+            more += never_written(template, generation, names)
         files, notices = together(copied, files, chat=plan.mapping.chat_template is not None), [*notices, *more]
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
@@ -156,26 +158,29 @@ def _find_tokenizer(
 
 def _ready(
     plan: Plan, found: _Ready, own: Mapping[str, bytes], required: bool
-) -> tuple[dict[str, bytes], list[str], int]:
-    """Files in Hugging Face's form, notices, and the memory that checking them takes.
+) -> tuple[dict[str, bytes], list[str], int, dict[int, str]]:
+    """Files in Hugging Face's form, notices, the memory that checking them takes, and the tokens by id.
 
     The mapping's `own` files are written instead (see `together`). Files that merely lie beside the weights are
     left out, with the reason, where given ones would be refused.
     """
     store, names = found
-    kept = set(own) if plan.mapping.chat_template is not None else set(own) - {GENERATION}
+    chat = plan.mapping.chat_template is not None
+    kept = set(own) if chat else set(own) - {GENERATION}
+    renamed = (plan.mapping.tokenizer or {}).get("rename") or {} if chat else {}
     taken = [name for name in names if name.rpartition("/")[2] not in kept]
     told = first_of(taken, 4)
     rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
     try:
-        files, notices = read_ready(store, names, rows, plan.config)
+        files, ids = read_ready(store, names, rows, plan.config, renamed)
     except EngineError as error:
         if required:
             raise
         got = "" if error.got is None else f", got {error.got}"
-        return {}, [f"not written: {told}: {error.message}{got}; give the model's own with --tokenizer"], 0
-    memory = PER_BYTE * max(map(len, files.values()))
-    return files, notices if required else [f"copied from beside the weights: {told}", *notices], memory
+        return {}, [f"not written: {told}: {error.message}{got}; give the model's own with --tokenizer"], 0, {}
+    notices = [] if required else [f"copied from beside the weights: {told}"]
+    notices += [] if rows is None else fewer(max(ids.values()) + 1, "tokens", rows)
+    return files, notices, PER_BYTE * max(map(len, files.values())), {index: token for token, index in ids.items()}
 
 
 def title(plan: Plan) -> str:

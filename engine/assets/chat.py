@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +54,20 @@ def check_template(data: bytes, place: Place) -> None:
         ) from error
 
 
-def never_written(template: str, generation: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def never_written(template: str, generation: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
     """A notice if a template writes none of the tokens at which generation stops.
 
     Args:
-        names: the tokens, indexed by id.
+        names: the tokens by id.
 
-    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, ["<s>", "</s>", "[UNUSED]"])
+    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, {1: "</s>", 2: "[UNUSED]"})
     ['the chat template never writes `[UNUSED]`, id 2, at which generation stops; see `rename` of the tokenizer']
-    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, ["<s>", "</s>", "<e>"])
+    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, {1: "</s>", 2: "<e>"})
     []
     """
     ends = generation.get("eos_token_id")
     ids = ends if isinstance(ends, list) else [ends]
-    known = {one: names[one] for one in ids if isinstance(one, int) and 0 <= one < len(names)}
+    known = {one: names[one] for one in ids if isinstance(one, int) and one in names}
     if not known or "eos_token" in template or any(name in template for name in known.values()):
         return []
     last = max(known)

@@ -56,14 +56,15 @@ def is_ready(names: list[str]) -> bool:
 
 
 def read_ready(
-    store: Store, names: list[str], rows: int | None, config: Mapping[str, Any]
-) -> tuple[dict[str, bytes], list[str]]:
-    """The files by their names without folders, once they are known to be whole and to fit the model; and notices.
+    store: Store, names: list[str], rows: int | None, config: Mapping[str, Any], renamed: Mapping[str, str]
+) -> tuple[dict[str, bytes], dict[str, int]]:
+    """The files by their names without folders, once they are known to be whole and to fit the model; and its tokens.
 
     Args:
         names: as `names_of` gives them.
         rows: the rows of the model's embedding; a tokenizer has no ids beyond them.
         config: config.json: its `bos_token_id` and `eos_token_id` must be, or contain, the tokenizer's.
+        renamed: tokens by id that the mapping's chat template is written with.
 
     Raises:
         EngineError: E501 for a tokenizer that is not whole, that only its own code can load, or of another model; E502
@@ -103,8 +104,13 @@ def read_ready(
         for one in inside if isinstance(inside, list) else [inside]:  # several have names
             if isinstance(text := one.get("template") if isinstance(one, Mapping) else one, str):
                 check_template(text.encode(), Place(places[name]))
-    count = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
-    return files, [] if rows is None else fewer(count, "tokens", rows)
+    ids = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
+    for number, token in renamed.items():
+        if ids.get(token) != int(number):
+            got = next((f"`{one}`" for one, index in ids.items() if index == int(number)), "no such token")
+            raise _wrong("the tokenizer lacks a token of the mapping's chat template", places[_WHOLE],
+                         f"{got} as id {number}", f"`{token}`", "Give the chat model's own tokenizer.")  # fmt: skip
+    return files, ids
 
 
 def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: bool) -> dict[str, bytes]:
@@ -197,8 +203,8 @@ def fewer(count: int, what: str, rows: int) -> list[str]:
 
 def _check_ids(
     data: bytes, place: str, rows: int | None, objects: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-) -> int:
-    """The number of ids; E501 unless the library loads it, ids are embedding rows, and bos and eos the model's."""
+) -> dict[str, int]:
+    """The tokens' ids; E501 unless the library loads it, ids are embedding rows, and bos and eos the model's."""
     from tokenizers import Tokenizer
 
     fix = "Give the model's own tokenizer with --tokenizer."
@@ -232,7 +238,7 @@ def _check_ids(
         if known and isinstance(text, str) and text in ids and ids[text] not in known:
             raise _wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
                          place, f"{ids[text]}", f"{json.dumps(found[0])}, the `{key}`", fix)  # fmt: skip
-    return most
+    return ids
 
 
 def check_prefix(data: bytes) -> None:

@@ -164,11 +164,15 @@ def test_where_generation_stops_is_as_said_beside_the_template_that_is_written(s
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
     about = "mapping: 1\nname: chat\nversion: 1.0.0\ndescription: A chat\nextends: families/llama.yaml\n"
     file.write_text(f"{about}generation: {{eos_token_id: [2, 9]}}\nchat_template: internlm2-chat\n")
-    engine.convert(str(file), source, tmp_path / "own", tokenizer=saved)
+    report = engine.convert(str(file), source, tmp_path / "own", tokenizer=saved)
+    assert any("the chat template never writes `w9`, id 9" in one for one in report.notices)
     assert json.loads((tmp_path / "own" / "generation_config.json").read_text())["eos_token_id"] == [2, 9]
     templates = [json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())["chat_template"]]
     templates.append((tmp_path / "own" / "chat_template.jinja").read_text())
     assert all("<|im_start|>" in text for text in templates)
+    file.write_text(f'{about}tokenizer: {{rename: {{9: "<|im_end|>"}}}}\nchat_template: internlm2-chat\n')
+    with pytest.raises(EngineError, match="lacks a token of the mapping's chat template"):
+        engine.convert(str(file), source, tmp_path / "lacks", tokenizer=saved)
 
 
 def test_what_lies_beside_a_given_sentencepiece_model_is_told(saved: Path, model_file: Path, tmp_path: Path) -> None:
