@@ -150,22 +150,28 @@ def _exchanged(
     sizes = [one.nbytes for one in buffer]
     if len(sizes) < _TENSORS:
         return []
-    alike = [[numbers[one.name] for one in buffer]]
+    groups = [[numbers[one.name] for one in buffer]]
     if sizes == sorted(sizes, reverse=True):
-        alike = [*grouped((one.nbytes, numbers[one.name]) for one in buffer).values()]
+        groups = [*grouped((one.nbytes, numbers[one.name]) for one in buffer).values()]
 
     def misplaced(*, backwards: bool) -> set[tuple[int, int]]:
-        ordered = (zip(each, sorted(each, reverse=backwards), strict=True) for each in alike)
+        ordered = (zip(each, sorted(each, reverse=backwards), strict=True) for each in groups)
         return {(one, wanted) for each in ordered for one, wanted in each if one != wanted}
 
     wrong = min(misplaced(backwards=False), misplaced(backwards=True), key=len)
     found = [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if one < wanted]
     in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
     most = len(buffer) // (2 if len(buffer) >= 2 * _TENSORS else 4)
-    return found if in_pairs and len(wrong) <= most and all(_like(*pair) for pair in found) else []
+    alone = len(found) == 1  # programs that order parameters otherwise exchange more than one pair
+    alike = all(_like(*pair, anywhere=alone) for pair in found)
+    return found if in_pairs and len(wrong) <= most and alike else []
 
 
-def _like(one: TensorHeader, other: TensorHeader) -> bool:
-    """Whether two tensors of one shape are in the same layer, or are the same parameter of two."""
-    near = _NUMBER.findall(one.name) == _NUMBER.findall(other.name) != [] or _form(one.name) == _form(other.name)
+def _like(one: TensorHeader, other: TensorHeader, *, anywhere: bool = False) -> bool:
+    """Whether two tensors of one shape are in the same layer, or are the same parameter of two, or are `anywhere`."""
+    near = (
+        anywhere
+        or _NUMBER.findall(one.name) == _NUMBER.findall(other.name) != []
+        or _form(one.name) == _form(other.name)
+    )
     return near and (one.shape, one.dtype) == (other.shape, other.dtype)

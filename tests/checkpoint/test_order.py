@@ -53,6 +53,8 @@ EXCHANGED = {
     "gate and up of most layers": exchange(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(3))),
     "keys and values": exchange(("layers.0.attention.wk.weight", "layers.0.attention.wv.weight")),
     "two norms": exchange(NORMS),
+    "gate of one layer and up of another": exchange((LAYER.format(0, 1), LAYER.format(3, 3))),
+    "a layer's norm and the last": exchange((NORMS[0], "norm.weight")),
     "the same linear of two layers": exchange((LAYER.format(0, 2), LAYER.format(3, 2))),
     "two layers": exchange(*((f"layers.0.{n}", f"layers.1.{n}") for n in (
         "attention.wq.weight", "attention.wk.weight", "attention.wv.weight", "attention.wo.weight",
