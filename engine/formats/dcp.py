@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError, Place
+from engine.formats.dcp_places import places_of
 from engine.formats.headers import FileHeader, Part, TensorHeader, damaged
 from engine.formats.rank_files import LoadPickle, Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
@@ -232,7 +233,7 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
     tensors, stored = told.get("state_dict_metadata"), told.get("storage_data")
     if type(tensors) is not dict or type(stored) is not dict:
         raise Refused("E301", "a Metadata without state_dict_metadata or storage_data")
-    places = _places(stored)
+    places = places_of(stored)
     entries: list[Entry] = []
     values: dict[str, tuple[str, int, int]] = {}
     for name, one in tensors.items():
@@ -266,35 +267,3 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
             entries.append(Entry(name, dtype, whole, starts, shape, *place))
     entries.sort(key=lambda e: (e.file, e.offset))
     return Directory(tuple(entries), values, identity)
-
-
-def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]]:
-    """(name, start of the box) → file, offset and length; a Python object has no start."""
-    places: dict[tuple[str, tuple[int, ...] | None], tuple[str, int, int]] = {}
-    for index, info in stored.items():
-        key, place = attributes(index, "MetadataIndex"), attributes(info, "_StorageInfo")
-        name, at = key.get("fqn"), key.get("offset")
-        file, offset, length = (place.get(word) for word in ("relative_path", "offset", "length"))
-        if type(name) is not str or type(offset) is not int or type(length) is not int:
-            raise Refused("E301", "an entry without name, offset or length")
-        if type(file) is not str or not file.isprintable() or "/" in file or file in ("", ".", ".."):
-            raise Refused("E301", f"`{name}` is in a file named {file!r}, outside the folder"[:200])
-        if not 0 <= offset < 1 << 62 or not 0 <= length < 1 << 62:
-            raise Refused("E301", f"`{name}` lies at byte {offset}, {length} long")
-        if transforms := place.get("transform_descriptors"):
-            told = ", ".join(map(str, transforms)) if type(transforms) is list else "?"
-            raise EngineError(
-                "E303",
-                "the checkpoint was saved through extensions that transform its bytes, so values can only be "
-                "found by decoding everything",
-                place=Place(file, tensor=name),
-                got=told[:100],
-                expected="bytes as torch saves them",
-                fix="With the package zstandard installed, torch decodes `stream.zstd`, in memory for the whole "
-                "checkpoint: `python -m torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER whole.pt`, then "
-                "the same with `torch_to_dcp whole.pt NEW`. An extension of your own needs your own program.",
-            )
-        where = (name, None if at is None else ints(at))
-        if places.setdefault(where, (file, offset, length)) != (file, offset, length):
-            raise Refused("E301", f"`{name}` at {at} is listed twice")
-    return places

@@ -210,6 +210,38 @@ def test_a_directory_that_does_not_fit_its_files_is_refused(
     assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == code
 
 
+def _exchange(one: tuple[str, str], other: tuple[str, str]) -> Callable[[Any], None]:
+    """Exchange where two boxes lie, each given by the end of its tensor's name and its file."""
+
+    def change(value: Any) -> None:
+        first, second = (
+            next(k for k, v in value.storage_data.items() if k.fqn.endswith(name) and v.relative_path == file)
+            for name, file in (one, other)
+        )
+        places = value.storage_data
+        places[first], places[second] = places[second], places[first]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (("layers.1.mlp.gate_proj.weight", "__1_0.distcp"), ("layers.1.mlp.up_proj.weight", "__1_0.distcp")),
+        (("layers.0.mlp.up_proj.weight", "__0_0.distcp"), ("layers.0.mlp.up_proj.weight", "__2_0.distcp")),
+    ],
+    ids=["two tensors of a rank", "two ranks of a tensor"],
+)
+def test_boxes_that_exchanged_places_in_the_directory_are_refused(
+    one: tuple[str, str], other: tuple[str, str], copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """torch lists the entries of a file as it wrote them; it would read the exchanged ones without a word."""
+    folder = copy("fsdp2tp2-f32-model")
+    changed(folder, _exchange(one, other))
+    error = refused("fsdp2tp2-f32-model", folder, tmp_path)
+    assert error.code == "E306" and one[1] in str(error.got) and other[1] in str(error.got)
+
+
 def _laughs() -> bytes:
     """A short pickle that lists the same boxes of a hundred thousand tensors, a hundred thousand each."""
     value = metadata(DCP / "odd4" / "step-10")
