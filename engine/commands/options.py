@@ -178,9 +178,9 @@ def given(ctx: click.Context) -> dict[str, str]:
 _TOGETHER = {
     **{(command, "parts"): ("--executor",) for command in ("run", "reverse", "reshard")},
     **{(command, "overwrite"): ("--out",) for command in ("plan", "new")},
-    **{(command, name): ("--mapping",) for command in ("verify", "compare") for name in ("config", "dtype")},
+    **{("verify", name): ("--mapping",) for name in ("config", "dtype")},
+    **{("compare", name): ("--mapping",) for name in ("dtype", "settings")},
     ("verify", "settings"): ("--mapping", "--logits"),
-    ("compare", "settings"): ("--mapping",),
 }
 
 

@@ -93,7 +93,8 @@ def mode_of(layout: Layout, name: str | None, sizes: Mapping[str, int] | None = 
 
 def ranks_of(layout: Layout, mode: Mode, dims: Sequence[str], sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
-    cut = {dim for dim, count in sizes.items() if count > 1}
+    slices = {*dims} - {*written_dims(mode.files[0])}  # which the mapping numbers in names, whatever the mode
+    cut = {dim for dim, count in sizes.items() if count > 1} - slices
     others = [m.name for m in layout.modes if m.only_read is None and cut <= set(written_dims(m.files[0]))]
     for dim, count in sizes.items():
         if count < 1:

@@ -135,6 +135,8 @@ def test_slices_that_experts_do_not_divide_into_are_refused(tmp_path: Path) -> N
         engine.plan_reverse(MAPPING, tmp_path / "hf", ranks="expert=3")
     with pytest.raises(EngineError, match=r"E001(.|\n)*no expert ranks"):
         engine.plan_reverse("families/internlm-moe.yaml", tmp_path / "hf", ranks="expert=2")
+    with pytest.raises(EngineError, match=r"E001(.|\n)*no wp ranks(.|\n)*or give --mode isp or --mode isp_wp"):
+        engine.plan_reverse(MAPPING, tmp_path / "hf", ranks="expert=2,wp=2")
     mapping = own(tmp_path / "own.yaml", "name: grouped_w2, axes: (expert ffn) hidden")
     with pytest.raises(EngineError, match=r"E214(.|\n)*expert=2 and --tp 2, which cut `expert ffn`"):
         engine.plan_reverse(mapping, tmp_path / "hf", ranks="expert=2,tp=2")
