@@ -127,9 +127,11 @@ def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: boo
         settings = {**json.loads(own.get(GENERATION, b"{}")), **said}
         made[GENERATION] = copied[GENERATION] if settings == said else as_json(settings)
     if _WHOLE in copied:
-        config = json.loads(own.get("config.json", b"{}"))
-        old = json.loads(copied[_SETTINGS]) if _SETTINGS in copied else _plain(copied[_WHOLE], config)
+        config, old = json.loads(own.get("config.json", b"{}")), json.loads(copied.get(_SETTINGS, b"{}"))
         settings = {**old}
+        if settings.get("tokenizer_class") is None:
+            settings.pop("tokenizer_class", None)
+            settings = {**_plain(copied[_WHOLE], config), **settings}
         template = made[TEMPLATES[0]].decode() if TEMPLATES[0] in made else None
         if chat:
             settings.pop("chat_template", None)
@@ -139,7 +141,7 @@ def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: boo
             made.pop(TEMPLATES[0], None)
             template = None
         written = for_each_release(settings, template)
-        if written != old or (old and _SETTINGS not in copied):
+        if written != old:
             made[_SETTINGS] = as_json(written)
     return made
 
@@ -168,8 +170,8 @@ def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[
 
 
 def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings for a tokenizer.json alone: without any, 4 takes the class of a language model's type, which adds tokens
-    of its own. Other models may need what their class knows."""
+    """Settings for a tokenizer.json that no class is named for: 4 takes that of a language model's type, which adds
+    tokens of its own. Other models may need what their class knows."""
     if not any(str(name).endswith("CausalLM") for name in config.get("architectures") or ()):
         return {}
     special = {one["id"]: one["content"] for one in json.loads(data).get("added_tokens") or () if one.get("special")}

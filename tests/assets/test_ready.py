@@ -120,6 +120,12 @@ def test_a_language_models_tokenizer_json_alone_gets_no_tokens_of_the_models_cla
         "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": "<begin>",
     }
+    some = {**files, "tokenizer_config.json": b'{"bos_token": null, "tokenizer_class": null}'}
+    assert json.loads(together(some, own, chat=False)["tokenizer_config.json"]) == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "bos_token": None,
+    }
     other = {"config.json": b'{"architectures": ["BertModel"]}'}
     assert together(files, other, chat=False) == {**files, **other}
 
