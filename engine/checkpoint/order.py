@@ -24,17 +24,20 @@ _TENSORS, _NAMES = 12, 6  # of a buffer, and of a layer: fewer may be in order b
 _LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last number, and the rest
 
 
-def check_order(headers: Sequence[FileHeader]) -> tuple[str, ...]:
+def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple[str, ...]:
     """Which names were exchanged in all layers of a file, by one layer: it may be a renaming on purpose.
 
     It is only known if a buffer is in the order of sizes or names, except for tensors that exchanged places in pairs.
+
+    Args:
+        buffers: whether tensors that lie end to end are views of one buffer.
 
     Raises:
         EngineError: E306 for the first file in which other tensors of equal shapes exchanged names.
     """
     _check_names(headers)
     told: list[str] = []
-    for header in headers:
+    for header in headers if buffers else ():
         found: list[tuple[str, str]] = []
         for forms, pairs in _by_form(header).items():
             if _everywhere(header, forms, pairs):

@@ -79,7 +79,7 @@ def read_checkpoint(
         for (f, h), own in zip(files, said, strict=True)
     ]
     check_identities(claims)
-    renamed = check_order(headers) if grid.mode.format == "torch" else ()  # others have no buffers
+    renamed = check_order(headers, buffers=grid.mode.format == "torch")
     if layout.config_of_target:
         target = configuration
     return Checkpoint(given.place(), grid, headers, configuration, training, name, target, renamed=renamed)

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +241,21 @@ def test_boxes_that_exchanged_places_in_the_directory_are_refused(
     changed(folder, _exchange(one, other))
     error = refused("fsdp2tp2-f32-model", folder, tmp_path)
     assert error.code == "E306" and one[1] in str(error.got) and other[1] in str(error.got)
+
+
+def test_boxes_that_exchanged_names_in_the_directory_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """The order of a layer's names in a file is then another than in other layers and files."""
+
+    def change(value: Any) -> None:
+        held = {k.fqn: k for k, v in value.storage_data.items() if v.relative_path == "__1_0.distcp"}
+        one, other = (held[f"model.model.layers.1.mlp.{name}_proj.weight"] for name in ("gate", "up"))
+        names = {one: replace(one, fqn=other.fqn), other: replace(other, fqn=one.fqn)}
+        value.storage_data = {names.get(k, k): v for k, v in value.storage_data.items()}
+
+    folder = copy("fsdp2tp2-f32-model")
+    changed(folder, change)
+    error = refused("fsdp2tp2-f32-model", folder, tmp_path)
+    assert error.code == "E306" and "`__1_0.distcp` have exchanged names" in error.message
 
 
 def _laughs() -> bytes:
