@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from engine.errors import EngineError, Place, counted
 from engine.formats.headers import FileHeader, TensorHeader
@@ -112,13 +112,24 @@ def _listed(names: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Pairs of tensors that exchanged names, by these names without numbers; none if a program sorted the names."""
-    names = [_DIGITS.sub(lambda digits: digits[0].zfill(_WIDTH), one.name) for one in header.tensors]
-    if names == sorted(names):
+    """Pairs of tensors that exchanged names, by these names without numbers; none if names are in no training's order.
+
+    Programs sort names, or put some of them back at the end.
+    """
+    if _moved([one.name for one in header.tensors]):
         return {}
     numbers = {one.name: at for at, one in enumerate(header.tensors)}
     pairs = (pair for buffer in _buffers(header.tensors) for pair in _exchanged(buffer, header.tensors, numbers))
     return grouped(((_form(one.name), _form(other.name)), (one.name, other.name)) for one, other in pairs)
+
+
+def _moved(names: Sequence[str]) -> bool:
+    """Whether names are sorted, or not layer by layer, or the layers' are in several orders."""
+    padded = [_DIGITS.sub(lambda digits: digits[0].zfill(_WIDTH), name) for name in names]
+    layers = [name[: number.end()] if (number := _NUMBER.search(name)) else name for name in names]
+    orders = {order for _, order in _listed(names)}
+    apart, several = len([*groupby(layers)]) > len({*layers}), len(orders) > len({*map(frozenset, orders)})
+    return apart or several or padded == sorted(padded)
 
 
 def _form(name: str) -> str:
