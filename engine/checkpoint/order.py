@@ -74,6 +74,7 @@ def _check_names(headers: Sequence[FileHeader]) -> None:
     At least half of the layers with these names must have them in one order; of few names, at least three quarters.
     """
     names = [tuple([one.name for one in header.tensors]) for header in headers]
+    names = [() if _apart(each) else each for each in names]
     known = {each: _listed(each) for each in {*names}}
     orders = Counter(order for each in names for _, order in known[each])
     usual = {frozenset(order): order for order, _ in reversed(orders.most_common())}
@@ -126,10 +127,14 @@ def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]
 def _moved(names: Sequence[str]) -> bool:
     """Whether names are sorted, or not layer by layer, or the layers' are in several orders."""
     padded = [_DIGITS.sub(lambda digits: digits[0].zfill(_WIDTH), name) for name in names]
-    layers = [name[: number.end()] if (number := _NUMBER.search(name)) else name for name in names]
     orders = {order for _, order in _listed(names)}
-    apart, several = len([*groupby(layers)]) > len({*layers}), len(orders) > len({*map(frozenset, orders)})
-    return apart or several or padded == sorted(padded)
+    return _apart(names) or len(orders) > len({*map(frozenset, orders)}) or padded == sorted(padded)
+
+
+def _apart(names: Sequence[str]) -> bool:
+    """Whether the names of some layer are not one after the other, as a program leaves those that it puts back."""
+    layers = [name[: number.end()] if (number := _NUMBER.search(name)) else name for name in names]
+    return len([*groupby(layers)]) > len({*layers})
 
 
 def _form(name: str) -> str:

@@ -152,6 +152,17 @@ def test_names_put_back_at_the_end_of_a_small_stage_say_nothing(end: str, tmp_pa
     assert check_order([read_rank_file(File(LocalStore(tmp_path), "model_tp1_pp0.pt"))]) == ()
 
 
+def test_names_of_one_shape_put_back_at_the_end_are_not_exchanged_ones(tmp_path: Path) -> None:
+    """On four ranks all linears of this MLP are square; a program changed the second one of two layers."""
+    shutil.copytree(FIXTURES / "internevo" / "v1_tp4_pp1", tmp_path / "step")
+    for file in (tmp_path / "step").glob("model_tp*.pt"):
+        state = torch.load(file, weights_only=True)
+        for name in ("blocks.2.mlp.w2.weight", "blocks.3.mlp.w2.weight"):
+            state[name] = state.pop(name).clone()
+        torch.save({name: one.clone() for name, one in state.items()}, file)
+    engine.plan("internlm", tmp_path / "step", settings={"mlp_letters": "w2_is_down"})
+
+
 def test_an_exchange_in_all_layers_is_reported(tmp_path: Path) -> None:
     """It may be a renaming on purpose, as of the letters of an MLP whose linears all have one shape."""
     everywhere = exchange(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(4)))
