@@ -126,15 +126,20 @@ def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]
 
 def _moved(names: Sequence[str]) -> bool:
     """Whether names are sorted, or not layer by layer, or the layers' are in several orders."""
-    padded = [_DIGITS.sub(lambda digits: digits[0].zfill(_WIDTH), name) for name in names]
     orders = {order for _, order in _listed(names)}
-    return _apart(names) or len(orders) > len({*map(frozenset, orders)}) or padded == sorted(padded)
+    return _apart(names) or len(orders) > len({*map(frozenset, orders)}) or _is_sorted(names)
 
 
 def _apart(names: Sequence[str]) -> bool:
     """Whether the names of some layer are not one after the other, as a program leaves those that it puts back."""
     layers = [name[: number.end()] if (number := _NUMBER.search(name)) else name for name in names]
     return len([*groupby(layers)]) > len({*layers})
+
+
+def _is_sorted(names: Sequence[str]) -> bool:
+    """Whether names are in the order of the alphabet, with numbers as text or by their values."""
+    padded = [_DIGITS.sub(lambda digits: digits[0].zfill(_WIDTH), name) for name in names]
+    return [*names] == sorted(names) or padded == sorted(padded)
 
 
 def _form(name: str) -> str:
@@ -172,6 +177,8 @@ def _exchanged(
     groups = [[numbers[one.name] for one in buffer]]
     if sizes == sorted(sizes, reverse=True):
         groups = [*grouped((one.nbytes, numbers[one.name]) for one in buffer).values()]
+    if all(_is_sorted([tensors[one].name for one in each]) for each in groups):
+        return []  # as a program leaves them that sorts by names, or by sizes and names
 
     def misplaced(*, backwards: bool) -> set[tuple[int, int]]:
         ordered = (zip(each, sorted(each, reverse=backwards), strict=True) for each in groups)
