@@ -129,12 +129,13 @@ def _replaced(tensors: Sequence[TensorHeader], storages: Iterable[tuple[int, int
             until = [*(one.offset for one in held), start + nbytes]
             gaps = [begin - end for end, begin in zip(ends, until, strict=True)]
             buffers.append((sum(gaps) / nbytes, held, gaps))
-    for most in (0.5, 1):
+    for most in (0.5, 1):  # first, buffers of which little is used count as another file's
         apart = alone + [one for share, held, _ in buffers if share > most for one in held]
         sizes = Counter(one.nbytes for one in apart)
         least = min(sizes, default=0)
         room = sum(gap for share, _, gaps in buffers if share <= most for gap in gaps if gap >= least)
         counts = range(len(sizes) if room else 0, 0 if len(sizes) <= _SIZES else len(sizes) - 1, -1)
+        # as many sizes as possible whose tensors fill the unused parts exactly
         for some in (set(some) for count in counts for some in combinations(sizes, count)):
             if sum(size * sizes[size] for size in some) == room:
                 return [one.name for one in apart if one.nbytes in some]

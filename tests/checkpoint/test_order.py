@@ -9,6 +9,8 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 import engine
 from engine.checkpoint.order import check_order
 from engine.errors import EngineError
+from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.formats.rank_files import read_rank_file
 from engine.storage.local import LocalStore
 from engine.storage.store import File
@@ -246,3 +249,26 @@ def test_any_number_of_replaced_tensors_is_reported(name: str, tmp_path: Path) -
     (file,) = step.rglob("model_tp1_pp0.pt")
     header = read_rank_file(File(LocalStore(file.parent), file.name))
     assert len(header.replaced) == count
+
+
+def header_of(names: list[tuple[str, tuple[int, ...]]], stored: list[tuple[str, tuple[int, ...]]]) -> FileHeader:
+    """A file with these tensors of bfloat16, in one buffer in the order of `stored`."""
+    ends = accumulate(2 * prod(shape) for _, shape in stored)
+    begins = {name: end - 2 * prod(shape) for (name, shape), end in zip(stored, ends, strict=True)}
+    tensors = [TensorHeader(name, "BF16", shape, dense_strides(shape), begins[name]) for name, shape in names]
+    return FileHeader(File(LocalStore(Path()), "model_tp0_pp0.pt"), 0, tuple(tensors), "")
+
+
+def test_what_a_program_sorted_by_sizes_and_names_says_nothing() -> None:
+    """There the head is before the embedding. It would be so too if these two alone exchanged names."""
+    layer = [("attention.wqkv", (12, 8)), ("attention.wo", (8, 8)), ("feed_forward.w1", (16, 8)),
+             ("feed_forward.w3", (16, 8)), ("attention_norm", (8,)), ("ffn_norm", (8,))]  # fmt: skip
+    layers = [(f"layers.{at}.{name}.weight", shape) for at in range(2) for name, shape in layer]
+    names = [("tok_embeddings.weight", (32, 8)), *layers, ("norm.weight", (8,)), ("output.weight", (32, 8))]
+    by_size = sorted(names, key=lambda one: -prod(one[1]))
+    check_order([header_of(names, by_size)])
+    check_order([header_of(names, sorted(names, key=lambda one: (-prod(one[1]), one[0])))])
+    other = {f"layers.1.feed_forward.{one}.weight": f"layers.1.feed_forward.{two}.weight"
+             for one, two in (("w1", "w3"), ("w3", "w1"))}  # fmt: skip
+    with pytest.raises(EngineError, match="have exchanged names"):
+        check_order([header_of(names, [(other.get(name, name), shape) for name, shape in by_size])])
