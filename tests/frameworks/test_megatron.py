@@ -326,6 +326,10 @@ def test_a_setting_that_no_name_shows_is_refused_by_its_own(family: str, key: st
         ("rotary_seq_len_interpolation_factor", 1),
         ("heterogeneous_block_specs", False),
         ("moe_router_topk_scaling_factor", 1.0),
+        ("no_rope_freq", [0, 0]),
+        ("moe_router_num_groups", 1),
+        ("moe_router_group_topk", 1),
+        ("moe_expert_capacity_factor", -1.0),
     ],
 )
 def test_a_setting_that_changes_nothing_is_accepted(key: str, value: Any) -> None:
