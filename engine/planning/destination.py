@@ -95,18 +95,21 @@ def ranks_of(layout: Layout, mode: Mode, dims: Sequence[str], sizes: Mapping[str
     """Ranks for every dimension of a mode's files; E001 for a dimension it does not have."""
     slices = {*dims} - {*written_dims(mode.files[0])}  # which the mapping numbers in names, whatever the mode
     cut = {dim for dim, count in sizes.items() if count > 1} - slices
-    others = [m.name for m in layout.modes if m.only_read is None and cut <= set(written_dims(m.files[0]))]
+    having = {one.name: written_dims(one.files[0]) for one in layout.modes if one.only_read is None}
+    others = [f"--mode {name}" for name, ranks in having.items() if cut <= {*ranks}]
     for dim, count in sizes.items():
         if count < 1:
             raise EngineError("E001", f"there must be at least one {dim} rank", got=str(count), expected="1 or more")
-        if dim not in dims and count > 1:
-            raise EngineError(
-                "E001",
-                f"mode `{mode.name}` of layout `{layout.name}` has no {dim} ranks",
-                got=f"{dim} {count}",
-                expected=", ".join(dims),
-                fix=f"Leave {dim} out" + (f", or give --mode {' or --mode '.join(others)}." if others else "."),
-            )
+    if extra := [dim for dim, count in sizes.items() if dim not in dims and count > 1]:
+        known = {**having, mode.name: dims}
+        leave = f"Leave {extra[0]} out" if len(extra) == 1 else "Give ranks that one mode has"
+        raise EngineError(
+            "E001",
+            f"mode `{mode.name}` of layout `{layout.name}` has no {' or '.join(extra)} ranks",
+            got=", ".join(f"{dim} {sizes[dim]}" for dim in extra),
+            expected="; ".join(f"{', '.join(ranks)} in mode {name}" for name, ranks in known.items()),
+            fix=leave + (f", or give {' or '.join(others)}." if others else "."),
+        )
     return {dim: sizes.get(dim, 1) for dim in dims}
 
 

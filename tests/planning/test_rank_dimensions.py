@@ -16,6 +16,7 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
 from engine.language.model import Expression, RankMap
+from engine.planning.destination import mode_of, ranks_of
 from engine.planning.stages import in_order
 from engine.planning.zeros import ZEROS
 from tests.support.depth import sampled
@@ -160,6 +161,22 @@ def test_ranks_that_cannot_be_are_refused(
         engine.reverse(mapping, whole, tmp_path / "ranks", ranks=ranks)  # type: ignore[arg-type]
     assert caught.value.code == code
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "fix"),
+    [
+        ({"wp": 2}, "Leave wp out."),
+        ({"pp": 2, "ep": 2}, "Give ranks that one mode has, or give --mode torch_pp_ep."),
+        ({"ep": 2, "dp": 2}, "Give ranks that one mode has."),
+    ],
+)
+def test_ranks_that_a_mode_does_not_have_are_told_with_those_of_every_mode(ranks: dict[str, int], fix: str) -> None:
+    layout = load_layout("megatron")
+    with pytest.raises(EngineError) as caught:
+        ranks_of(layout, mode_of(layout, "torch", ranks), ("tp",), ranks)
+    assert caught.value.fix == fix
+    assert "tp in mode torch; tp, pp in mode torch_pp; tp, ep in mode torch_ep;" in str(caught.value)
 
 
 def test_an_index_that_gives_a_number_twice_is_refused(mapping: str, whole: Path, tmp_path: Path) -> None:
