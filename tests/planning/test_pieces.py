@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections import OrderedDict
 from collections.abc import Callable
@@ -183,10 +184,12 @@ def test_internlms_own_linears_with_biases_are_converted_and_written_back(rotary
     assert read_pickled_mapping(File(LocalStore(back), "model_config.pt"))["enable_qkv_fusion"] is False
 
 
-@pytest.mark.parametrize("layout", [{"mode": "isp", "wp": 2}, {"mode": "isp_wp", "wp": 4}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "biases"), [({"mode": "isp", "wp": 2}, True), ({"mode": "isp_wp", "wp": 4}, False)], ids=str
+)
 @pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_gate_and_up_as_halves_of_each_ranks_rows_are_told_apart(
-    kind: str, layout: dict[str, Any], tmp_path: Path
+    kind: str, layout: dict[str, Any], biases: bool, tmp_path: Path
 ) -> None:
     """Under isp, a rank of `mlp_layer_fusion` has rows of one linear, which it saves as two by lengths alone."""
     step, hf, back = tmp_path / "step", tmp_path / "hf", tmp_path / "back"
@@ -194,7 +197,13 @@ def test_gate_and_up_as_halves_of_each_ranks_rows_are_told_apart(
     expected = save(model, step, **layout)
     files = [path for path in sorted(step.glob("model_*.pt")) if path.name != "model_config.pt"]
     states = [torch.load(path, weights_only=True) for path in files]
-    for name in [name for name in states[0] if name.endswith("w1.weight")]:
+    for name in [name for name in states[0] if biases and re.search("w[123].weight", name)]:
+        own = re.sub(r".*[.](\d+)[.].*(w\d).*", r"model.layers.\1.mlp.\2_proj.bias", name)
+        own = own.replace("w1", "gate").replace("w2", "down").replace("w3", "up")
+        expected[own] = torch.randn(sum(len(state[name]) for state in states)).bfloat16()
+        for state, held in zip(states, expected[own].chunk(len(states)), strict=True):
+            state[name.replace("weight", "bias")] = held
+    for name in [name for name in states[0] if re.search("w1.(weight|bias)", name)]:
         names = (name, name.replace("w1", "w3"))
         rows = torch.cat([state[one] for one in names for state in states])
         for state, held in zip(states, rows.chunk(len(states)), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,6 +144,17 @@ def test_a_shape_that_the_model_does_not_have_is_shown_beside_its_own(broken: Ca
     line, turned = f"target: {name}", f"targets: [{{name: {name}, axes: ffn hidden}}]"
     proof = broken("meta-llama", (line, turned))
     assert "`model.layers.0.mlp.down_proj.weight` is 45 × 24, the model's is 24 × 45, and 3 like it" in told(proof)
+
+
+@pytest.mark.parametrize("family", ["internlm", "internlm2"])
+def test_no_model_is_made_up_with_biases_of_only_some_linears_of_an_mlp(family: str) -> None:
+    mapping = load_mapping(family)
+    worlds = Worlds(mapping)
+    for choices, most in combinations_of(mapping):
+        names = {one.sources[0].text for one in worlds.used(choices, most=most) or ()}
+        linears = {name for name in names if re.search(r"w\d[.]weight|fused_w1_w3[.]weight", name)}
+        biases = {name.replace("bias", "weight") for name in names if re.search(r"w\d[.]bias|w1_w3[.]bias", name)}
+        assert biases in (set(), linears), choices
 
 
 def test_a_configuration_that_is_not_read_back_alike_fails_the_round_trip(
