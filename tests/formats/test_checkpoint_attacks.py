@@ -225,17 +225,31 @@ def test_a_flipped_bit_beside_the_payload_never_moves_a_tensor(tmp_path: Path) -
     assert refused > 100
 
 
-def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x/data.pkl", state_dict())
-        archive.writestr("x/data/0", b"\0" * 32)
+LOCAL, DIRECTORY = b"PK\x03\x04", b"PK\x01\x02"
+
+
+@pytest.mark.parametrize(
+    ("at", "form", "values", "told"),
+    [
+        ((LOCAL, 0), "4s", (b"PK\x03\x05",), "no local header"),
+        ((LOCAL, 8), "<H", (8,), "differs between its local header"),
+        ((LOCAL, 28), "<H", (1,), "of unclear length"),
+        ((DIRECTORY, 0), "4s", (b"PK\x01\x03",), "begins with"),
+        ((DIRECTORY, 8), "<H", (0x2000,), "encrypted"),
+        ((DIRECTORY, 10), "<H", (8,), "is compressed"),
+        ((DIRECTORY, 20), "<I", (7,), "is compressed"),
+        ((DIRECTORY, 20), "<2I", (1 << 10, 1 << 10), "they overlap"),
+        ((DIRECTORY, 34), "<H", (2,), "on disk 2"),
+    ],
+)
+def test_a_zip_that_torch_would_not_write_is_refused(
+    at: tuple[bytes, int], form: str, values: tuple[Any, ...], told: str, tmp_path: Path
+) -> None:
+    path = rank_file(tmp_path, state_dict())
     raw = bytearray(path.read_bytes())
-    size = raw.index(b"PK\x01\x02") + 20  # of the first member in the directory, compressed and not
-    larger = struct.unpack_from("<I", raw, size)[0] + 16
-    struct.pack_into("<II", raw, size, larger, larger)
+    struct.pack_into(form, raw, raw.rindex(at[0]) + at[1], *values)
     path.write_bytes(raw)
-    assert "overlap" in str(refusal(read_rank_file, path))
+    assert told in str(refusal(read_rank_file, path))
 
 
 def test_a_storage_smaller_than_its_tensors_say_is_refused(tmp_path: Path) -> None:

@@ -119,6 +119,8 @@ def test_the_shard_that_the_attacks_start_from_is_read(saved: Callable[..., Path
         (set_state("_local_shards.0.metadata.shard_sizes", [1, 2]), "E301"),
         (set_state("_local_shards", []), "E301"),
         (set_state("_local_shards", laughs()), "E301"),
+        (set_state("_local_shards", 7), "E301"),
+        (set_state("_init_rrefs", 7), "E301"),
         (set_state("_local_shards.0.tensor", torch.ones(3, 2)), "E301"),
         (set_state("_local_shards.0.tensor", torch.ones(2, 2).half()), "E301"),
         (set_state("_local_shards.0.tensor", "text"), "E301"),

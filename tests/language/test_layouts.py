@@ -4,10 +4,11 @@ from pathlib import Path
 import pytest
 
 from engine.checkpoint.grid import read_grid
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
 from engine.language.model import RefusedFile
+from engine.language.names import check_file_name
 from engine.language.search import bundled
 
 INTERNEVO = (bundled("mappings") / "layouts" / "internevo.yaml").read_text()
@@ -109,3 +110,18 @@ def test_a_layout_cannot_name_a_file_outside_its_folder(where: str, tmp_path: Pa
         load_layout(str(evil))
     assert caught.value.code == "E104"
     assert "leaves its folder" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "folders"),
+    [("", False), (".engine-lock", False), ("a\nb.pt", False), ("a\\b.pt", False), ("x" * 201, False),
+     ("a/b.pt", False), (".metadata", False), ("a/b/c.pt", True), ("../b.pt", True), ("a/.metadata", True)],
+)  # fmt: skip
+def test_a_name_of_a_file_that_is_not_plain_is_refused(name: str, folders: bool) -> None:
+    with pytest.raises(EngineError, match="leaves its folder, or is not valid"):
+        check_file_name(name, Place("own.yaml"), folders=folders)
+
+
+@pytest.mark.parametrize("name", ["x" * 200, "mp_rank_00/model_optim_rng.pt", ".metadata"])
+def test_a_file_may_lie_in_a_folder_inside_where_the_layout_says_so(name: str) -> None:
+    check_file_name(name, Place("own.yaml"), folders=True)

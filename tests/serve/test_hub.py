@@ -13,6 +13,7 @@ import pytest
 
 import engine
 from engine import api
+from engine.serve.hub import refusal
 from tests.support.serving import MAPPING, STEP, Running
 
 FILE = "/org/name/resolve/main/model-00001-of-00003.safetensors"
@@ -273,3 +274,10 @@ def test_requests_are_logged(run: Path, serve: Callable[..., Any]) -> None:
         line = running.logged("/a/b/resolve/main/config.json")
         assert (line.method, line.status, line.client, line.problem) == ("GET", 200, "127.0.0.1", None)
         assert line.bytes > 100 and line.seconds > 0
+
+
+def test_a_reason_is_one_short_line_whatever_it_quotes() -> None:
+    response = refusal(409, "caf\u00e9\r\nX-Forged: 1 " + "x" * 1000)
+    told = response.headers["X-Error-Message"]
+    assert told.isascii() and told.isprintable() and told.startswith("caf?") and len(told) == 400
+    assert isinstance(response.body, bytes) and len(json.loads(response.body)["error"]) == 400
