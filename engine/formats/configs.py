@@ -16,11 +16,11 @@ from engine.formats.python_source import MAX_SOURCE, literals
 from engine.formats.rank_files import read_torch_file
 from engine.formats.standins import DType, Instance, Opaque, OtherClass
 from engine.formats.torch_files import encode_directory, encode_torch
+from engine.formats.unpickle import MOST_BITS
 from engine.storage.json_text import parse_json
 from engine.storage.store import File
 
 _DEEPEST = 64
-_MOST_BITS = 4096
 _MOST_YAML = 1 << 18  # bytes
 _MOST_VALUES = 100_000  # shared values are counted each time
 
@@ -86,7 +86,8 @@ def read_python_source(file: File) -> dict[str, Any]:
     """
     if file.name.endswith(".py"):
         with file.open() as opened:
-            source: Any = opened.read(MAX_SOURCE).decode("utf-8", "replace")
+            raw = opened.read(MAX_SOURCE + 1)
+        source: Any = raw.decode("utf-8", "replace") if len(raw) <= MAX_SOURCE else None
     else:
         source = _unpickle(file)
     if not isinstance(source, str) or len(source) > MAX_SOURCE:
@@ -143,7 +144,7 @@ def plain(value: Any, name: str) -> Any:
             return [told(item, depth + 1) for item in sorted(value, key=repr)]
         if isinstance(value, Instance) and value.kind.name == "Namespace" and isinstance(value.state, dict):
             return told(value.state, depth)
-        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        if isinstance(value, int) and value.bit_length() > MOST_BITS:
             raise damaged(name, f"a number of {value.bit_length()} bits")
         if isinstance(value, DType):
             return f"torch.{value.name}"

@@ -14,6 +14,7 @@ _MOST_STATEMENTS = 2000
 _DEEPEST = 50
 _MOST_VALUES = 100_000  # of one name; shared values are counted each time
 _LONGEST = 100_000  # characters of one text
+_LARGEST = 1 << 64  # no number that is written out, or computed with, is larger
 _ANY = "*"  # stands for every name
 _LOST = object()  # the value of an item that is not known
 _ANYTHING = frozenset(("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules"))  # reach all names
@@ -219,6 +220,8 @@ class _Value:
         deeper = depth + 1
         match node:
             case ast.Constant(value=str() | int() | float() | None as value):
+                if isinstance(value, int) and value >= _LARGEST:
+                    raise _Unknown
                 return value
             case ast.Name(id=name):
                 self.lacks |= name in self._program.lacking
@@ -275,7 +278,7 @@ def _arithmetic(op: ast.operator, left: Any, right: Any) -> Any:
     """The result of an operator on two numbers or texts, of bounded size."""
     if isinstance(left, str) and isinstance(right, str) and isinstance(op, ast.Add) and len(left + right) <= _LONGEST:
         return left + right
-    if not all(isinstance(side, int | float) and abs(side) < 1 << 64 for side in (left, right)):
+    if not all(isinstance(side, int | float) and abs(side) < _LARGEST for side in (left, right)):
         raise _Unknown
     if isinstance(op, ast.Pow) and not (0 <= right <= 64 and abs(left) <= 1024):
         raise _Unknown

@@ -35,6 +35,7 @@ from engine.formats.standins import (
 )
 
 MAX_PICKLE = 64 << 20  # bytes; a state dict of a hundred thousand tensors takes half of it
+MOST_BITS = 4096  # of a number: Python shows none of more than 4300 digits
 # What the machine raises on bytes that are not a pickle of the kinds above.
 _MALFORMED = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, OverflowError, LookupError,
@@ -205,6 +206,18 @@ def _build(machine: _Machine) -> None:
         raise Refused("E301", f"attributes for a {type(machine.stack[-1]).__name__}")
 
 
+def _number(opcode: int) -> Callable[[_Machine], None]:
+    """The inherited action, which appends a number of any size."""
+    load: Any = pickle._Unpickler.dispatch[opcode]
+
+    def bounded(machine: _Machine) -> None:
+        load(machine)
+        if (bits := machine.stack[-1].bit_length()) > MOST_BITS:
+            raise Refused("E301", f"a number of {bits} bits")
+
+    return bounded
+
+
 def _refuse(name: str) -> Callable[[_Machine], None]:
     def refuse(machine: _Machine) -> None:
         raise Refused("E302", f"pickle opcode {name}")
@@ -223,6 +236,7 @@ _ACTIONS: dict[int, Any] = {
     pickle.REDUCE[0]: _reduce,
     pickle.NEWOBJ[0]: _newobj,
     pickle.BUILD[0]: _build,
+    **{opcode: _number(opcode) for opcode in (pickle.INT[0], pickle.LONG[0], pickle.LONG4[0])},
     pickle.FRAME[0]: lambda machine: machine.read(8),
     **{
         getattr(pickle, name)[0]: _refuse(name)

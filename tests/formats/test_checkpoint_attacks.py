@@ -20,9 +20,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
+from engine.formats.configs import read_config
 from engine.formats.python_source import UNTOLD, literals
 from engine.formats.rank_files import Pickles
 from engine.formats.unpickle import load_pickle
+from engine.storage.local import local_file
 from tests.support.readers import read_pickled_mapping, read_rank_file, read_safetensors
 
 
@@ -260,6 +262,32 @@ def test_a_storage_smaller_than_its_tensors_say_is_refused(tmp_path: Path) -> No
 def test_a_storage_described_in_two_ways_is_refused(tmp_path: Path) -> None:
     pickled = state_dict(after=text(b"b") + TENSOR.replace(b"FloatStorage", b"HalfStorage") + b"s")
     assert "two ways" in str(refusal(read_rank_file, rank_file(tmp_path, pickled)))
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        b"I0x" + b"f" * 2000 + b"\n", b"I-0x" + b"f" * 2000 + b"\n", b"L0x" + b"f" * 2000 + b"L\n",
+        pickle.dumps(1 << 9000, 2)[2:-1], pickle.dumps(-1 << 20_000, 2)[2:-1],
+    ],
+)  # fmt: skip
+def test_a_number_too_large_to_be_shown_is_refused(number: bytes) -> None:
+    """As a key, an item of a set or an offset it would be written into an error."""
+    assert "bits" in str(refusal(lambda _: load_pickle(b"\x80\x02" + number + b".", "x"), Path()))
+    assert load_pickle(pickle.dumps([1 << 4000, -1 << 4000, True], 2), "x") == [1 << 4000, -1 << 4000, True]
+
+
+def test_a_number_too_large_to_be_shown_is_not_told_by_a_training_config() -> None:
+    assert literals(f"n = 0x{'f' * 4000}\nm = -0x{'f' * 4000}\nk = {1 << 63}") == {
+        "k": 1 << 63, UNTOLD: {"m": True, "n": True}
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("letter", ["#", "\u00e9"])
+def test_of_a_training_config_that_is_too_long_nothing_is_told(letter: str, tmp_path: Path) -> None:
+    """Not its first part either: what follows may set a name again."""
+    (tmp_path / "config.py").write_text("N = 1\n#" + letter * (1 << 20) + "\nN = 2\n")
+    assert read_config(local_file(tmp_path / "config.py"), "python_source") == {}
 
 
 def test_the_digest_of_a_pickle_that_was_read_is_no_pickle() -> None:
