@@ -19,6 +19,9 @@ from safetensors.torch import load_file
 import engine
 from engine import api
 from engine.errors import EngineError
+from engine.formats.configs import read_pickled_mapping
+from engine.storage.local import LocalStore
+from engine.storage.store import File
 from tests.support.depth import crossed
 
 GENUINE = Path(__file__).parents[1] / "fixtures" / "internevo_2025"
@@ -86,6 +89,15 @@ def test_experts_of_each_expert_rank_come_apart_in_order(source: Path, tmp_path:
 @pytest.mark.parametrize(("groups", "ranks"), crossed([1, 2, 4], [1, 2, 5]))
 def test_any_number_of_expert_and_weight_ranks_gives_the_same_experts(groups: int, ranks: int, tmp_path: Path) -> None:
     same(converted(regrouped(ROWS, tmp_path / "step", groups, ranks), tmp_path / "hf"), experts_of(ROWS))
+
+
+def test_gate_and_up_of_slices_are_columns_of_one_matrix_where_they_are_fused(tmp_path: Path) -> None:
+    """Weight ranks cut its rows, and InternEvo saves the first columns as `w1`: each rank's rows of it."""
+    step = regrouped(ROWS, tmp_path / "step", 2, 2)
+    config = read_pickled_mapping(File(LocalStore(ROWS), "model_config.pt"))
+    torch.save({**config, "dtype": torch.float32, "mlp_layer_fusion": True}, step / "model_config.pt")
+    (step / "config_file.pt").unlink()
+    same(converted(step, tmp_path / "hf"), experts_of(ROWS))
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -14,6 +14,9 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from engine.formats.configs import read_pickled_mapping
+from engine.storage.local import LocalStore
+from engine.storage.store import File
 from tests.support.depth import deep, examples, sampled
 from tests.support.families import Experts, model_of, save_family
 from tests.support.family_cases import llamas, metas, mixtures, told
@@ -108,6 +111,26 @@ def test_experts_on_ranks_of_their_own_convert_and_come_back(
     with pytest.raises(EngineError) as caught:
         engine.plan(model.mapping, tmp_path / "step")
     assert caught.value.code == "E207"
+
+
+def test_gate_and_up_of_experts_as_halves_of_each_ranks_rows_are_told_apart(tmp_path: Path) -> None:
+    """As InternEvo saves `mlp_layer_fusion` where weight ranks cut experts that are linears of their own."""
+    model, step = model_of("moe", hidden=16, ffn=24), tmp_path / "step"
+    expected = save_family(model, step, mode="isp_wp", wp=2, own=2, said="expert_weight=dict(size=2), ")
+    for file in step.glob("model_moe_*_wp0.pt"):
+        paths = (file, file.with_name(file.name.replace("wp0", "wp1")))
+        states = [torch.load(path) for path in paths]
+        names = sorted(name for name in states[0] if "w2" not in name)
+        rows = torch.cat([state[name] for name in names for state in states])
+        for path, state, held in zip(paths, states, rows.chunk(2), strict=True):
+            torch.save(state | dict(zip(names, map(torch.clone, held.chunk(2)), strict=True)), path)
+    config = read_pickled_mapping(File(LocalStore(step), "model_config.pt"))
+    torch.save({**config, "dtype": torch.bfloat16, "mlp_layer_fusion": True}, step / "model_config.pt")
+    engine.convert(model.mapping, step, tmp_path / "hf", settings=told(model))
+    same(load_file(tmp_path / "hf" / "model.safetensors"), expected)
+    engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", like=step, settings=told(model))
+    engine.convert(model.mapping, tmp_path / "back", tmp_path / "again", settings=told(model))
+    same(load_file(tmp_path / "again" / "model.safetensors"), expected)
 
 
 def test_the_weight_ranks_of_written_experts_are_what_the_configuration_says(tmp_path: Path) -> None:
