@@ -98,6 +98,12 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
     """E306 for two slices that are bit-identical, except constants and very small ones."""
     header = plan.sources[slices.sources[0]].header
     size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
+
+    def same(one: int, two: int) -> bool:
+        copies = (blocks([_whole(plan, source)], size, BLOCK_BYTES // item) for source in (one, two))
+        pairs = zip(*copies, strict=True)
+        return all(_same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs)
+
     seen: dict[bytes, int] = {}
     equal: list[tuple[int, int]] = []
     for source in slices.sources if size >= _FEW else ():
@@ -110,22 +116,38 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
         one = seen.setdefault(sample, source)
         if one == source or sample == sample[:item] * (len(sample) // item):
             continue
-        limit = BLOCK_BYTES // item
-        pairs = zip(*(blocks([_whole(plan, s)], size, limit) for s in (one, source)), strict=True)
-        if all(_same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs):
+        if same(one, source):
             equal.append((one, source))
-    if not equal or (slices.in_rows and _in_rows(slices.sources, dict((twin, one) for one, twin in equal))):
+    if not equal:
         return
+    got = f"bit-identical slices of {' × '.join(map(str, header.shape))}"
+    if slices.in_rows and _in_rows(slices.sources, dict((twin, one) for one, twin in equal)):
+        after = _next(plan, slices)
+        at = {source: place for place, source in enumerate(slices.sources)}
+        if all(same(*(after.sources[at[source]] for source in pair)) for pair in equal):
+            return
+        got += f", while those of `{after.name}` differ"
     one, source = equal[0]
     name, twin = (plan.files[plan.sources[s].file].name for s in (one, source))
     raise EngineError(
         "E306",
         f"`{twin}` and `{name}` hold the same slice of `{slices.name}`",
         place=Place(twin, tensor=plan.sources[source].header.name),
-        got=f"bit-identical slices of {' × '.join(map(str, header.shape))}",
+        got=got,
         expected="another slice on each rank: this tensor is cut",
         fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
     )
+
+
+def _next(plan: Work, slices: Slices) -> Slices:
+    """The tensor that repeats its slices if this one does: keys and values of all layers do, or none."""
+
+    def form(one: Slices) -> tuple[object, ...]:
+        header = plan.sources[one.sources[0]].header
+        return one.in_rows, len(one.sources), header.shape, header.dtype
+
+    alike = [one for one in plan.slices if form(one) == form(slices)]
+    return alike[(alike.index(slices) + 1) % len(alike)]
 
 
 def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:

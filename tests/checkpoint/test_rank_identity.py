@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import zipfile
 from itertools import pairwise
@@ -77,6 +78,21 @@ def test_slices_of_queries_that_are_copied_in_pairs_are_no_repeated_heads(tmp_pa
     for one, other in ((0, 1), (2, 3)):
         torch.save({**states[other], name: states[one][name].clone()}, folder / f"model_tp{other}_pp0.pt")
     error = refused(V2, folder)
+    assert error.code == "E306" and "same slice" in str(error)
+
+
+@pytest.mark.parametrize("names", ["[.]wk[.]", "1.*[.]w[kv][.]"], ids=["keys alone", "one layer alone"])
+def test_keys_that_are_copied_in_pairs_are_no_repeated_heads_if_other_keys_or_values_are_not(
+    names: str, tmp_path: Path
+) -> None:
+    model = Model("v2", layers=2, groups=4, bias=False, fused=False)
+    folder = made(model, tmp_path / "step", tp=4)
+    engine.plan(model.mapping, folder, settings=settings_of(model))
+    states = [torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True) for rank in range(4)]
+    for one, other in ((0, 1), (2, 3)):
+        copied = {name: value.clone() for name, value in states[one].items() if re.search(names, name)}
+        torch.save({**states[other], **copied}, folder / f"model_tp{other}_pp0.pt")
+    error = refused(model, folder)
     assert error.code == "E306" and "same slice" in str(error)
 
 
