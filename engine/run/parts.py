@@ -182,6 +182,7 @@ def _read(store: Store, name: str) -> dict[str, Any]:
         outputs = {int(output): tuple(entry) for output, entry in told["outputs"].items()}
         spans = [tuple(one) for one in told["spans"]]
         sound = all(tuple(map(type, one)) == (str, int) for one in outputs.values())
+        sound &= [*map(type, told["part"])] == [int, int]
         if isinstance(told["work"], str) and sound and all([*map(type, one)] == [int, int, int, str] for one in spans):
             return {**told, "outputs": outputs, "spans": spans}
     except (ValueError, LookupError, TypeError, AttributeError, EngineError):

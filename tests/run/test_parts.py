@@ -257,7 +257,8 @@ def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
     told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
     told["spans"] = [[0, 0, 8, "0" * 32]]
-    for name, damage in mutated({**told, "outputs": dict(list(told["outputs"].items())[:2])}):
+    told["outputs"] = dict(list(told["outputs"].items())[:2])
+    for name, damage in [*mutated(told), ("a count like 1.0", json.dumps({**told, "part": [1, 1.0]}).encode())]:
         marker.write_bytes(damage)
         with pytest.raises(EngineError) as caught:
             read_markers(compiled, told["work"], LocalStore(marker.parent))
