@@ -15,7 +15,7 @@ from engine.formats.dcp import read_dcp, read_dcp_value
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import Pickles, read_rank_file
 from engine.formats.safetensors import read_safetensors, read_sharded_safetensors
-from engine.language.model import Layout, Mode
+from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
 from engine.storage.store import File, Store
 
@@ -149,27 +149,11 @@ def read_configuration(
     """
     if given is not None and layout.config_of_target:
         return given.name, read_config(given, "json")
-    for place in layout.configs:
-        file = File(folder, place.file)
-        if not file.exists:
-            continue
-        if place.format != "dcp":
-            value: Any = read_config(file, place.format)
-            keys = place.key.split(".") if place.key is not None else []
-            if keys and isinstance(value, dict) and keys[0] not in value:
-                continue
-        else:
-            name, _, inside = (place.key or "").partition(":")
-            try:
-                value = plain(read_dcp_value(folder, name), place.file)
-            except KeyError:
-                continue
-            keys = inside.split(".") if inside else []
-        extra = _below(value, keys[:-1], place.file) if place.beside else {}
-        told = {key: extra[key] for key in place.beside if key in extra}
+    found = ((place.file, held) for place in layout.configs if (held := _held(folder, place)) is not None)
+    for file, value in found:
         if layout.config_of_target:
-            _check_alone(folder, layout, place.file, value)
-        return place.file, {**_below(value, keys, place.file), **told}
+            _check_alone(file, value, found)
+        return file, value
     if (layout.config_of_target and not needed) or (layout.config_from_target and (given is not None or not needed)):
         return layout.config_file if given is None else given.name, {}
     raise no_configuration(folder, layout)
@@ -179,24 +163,44 @@ def read_configuration(
 _NO_MATTER = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype")
 
 
-def _check_alone(folder: Store, layout: Layout, first: str, value: Mapping[str, Any]) -> None:
-    """E218 when two of the layout's places hold different configurations: which one is the model's?"""
-    for place in layout.configs:
-        file = File(folder, place.file)
-        if place.file == first or not file.exists:
+def _check_alone(first: str, value: Mapping[str, Any], others: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
+    """E218 when another of the layout's places holds another configuration: which one is the model's?"""
+    for file, other in others:
+        if file == first:
             continue
-        other = read_config(file, place.format)
         keys = {*value, *other}.difference(_NO_MATTER)
         differ = sorted(key for key in keys if value.get(key) != other.get(key))
         if differ:
             raise EngineError(
                 "E218",
-                f"`{differ[0]}` is not the same in {first} and {place.file}",
-                place=Place(place.file),
+                f"`{differ[0]}` is not the same in {first} and {file}",
+                place=Place(file),
                 got=repr(other.get(differ[0]))[:100],
                 expected=f"{value.get(differ[0])!r:.100}, as in {first}",
                 fix="Either may be the model's. Give the right one with --config, or move the other away.",
             )
+
+
+def _held(folder: Store, place: ConfigFile) -> dict[str, Any] | None:
+    """The configuration in one of the layout's places; None when there is none."""
+    file = File(folder, place.file)
+    if not file.exists:
+        return None
+    if place.format != "dcp":
+        value: Any = read_config(file, place.format)
+        keys = place.key.split(".") if place.key is not None else []
+        if keys and isinstance(value, dict) and keys[0] not in value:
+            return None
+    else:
+        name, _, inside = (place.key or "").partition(":")
+        try:
+            value = plain(read_dcp_value(folder, name), place.file)
+        except KeyError:
+            return None
+        keys = inside.split(".") if inside else []
+    extra = _below(value, keys[:-1], place.file) if place.beside else {}
+    told = {key: extra[key] for key in place.beside if key in extra}
+    return {**_below(value, keys, place.file), **told}
 
 
 def no_configuration(folder: Store, layout: Layout) -> EngineError:

@@ -17,9 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
 import engine
+from engine.checkpoint import folder as folders
 from engine.errors import EngineError
 from engine.formats import dcp
 from engine.formats.dcp import read_dcp_directory, read_dcp_value
+from engine.language.layout_file import load_layout
+from engine.language.model import ConfigFile
 from engine.storage.local import LocalStore
 from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, logits_off, source_of, weights
@@ -406,6 +409,22 @@ def test_two_configurations_beside_the_weights_that_disagree_are_refused(tmp_pat
     (folder / "config.json").write_text(json.dumps(json.loads(text) | told))
     report = engine.convert("transformers", folder, tmp_path / "out")
     assert not any("huggingface" in notice for notice in report.notices)
+
+
+@pytest.mark.parametrize("held", [None, {"a": 1}, {"a": 2}])
+def test_a_second_configuration_may_be_in_a_distributed_checkpoint(
+    held: dict[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = load_layout("torch-dcp")
+    layout = replace(layout, configs=(*layout.configs, ConfigFile(".metadata", "dcp", "args:model")))
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    (tmp_path / ".metadata").touch()
+    monkeypatch.setattr(folders, "read_dcp_value", lambda *_: {"model": held} if held else {}[""])
+    if held == {"a": 2}:
+        with pytest.raises(EngineError, match="is not the same"):
+            folders.read_configuration(LocalStore(tmp_path), layout)
+    else:
+        assert folders.read_configuration(LocalStore(tmp_path), layout) == ("config.json", {"a": 1})
 
 
 def test_a_configuration_without_a_class_is_that_of_its_model_type(tmp_path: Path) -> None:
