@@ -115,6 +115,7 @@ def test_torchtitans_qwen3_is_read_and_written_with_its_norms_and_halves(old: bo
         {"rope_theta": True},
         {"rope_theta": 5e5, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         {"rope_scaling": SCALED, "original_max_position_embeddings": 32},  # transformers 5 takes the latter
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
         {"is_causal": False},
         {"per_layer_config": {"0": {"head_dim": 2}}},
         {"layer_types": ["sliding_attention", "full_attention"]},
@@ -428,6 +429,7 @@ def test_xtuners_experts_are_taken_apart(tmp_path: Path) -> None:
         ({"rope_scaling": {"rope_theta": 5.0, "rope_type": "default"}, "rope_theta": 10000.0}, "E218"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}}, "E202"),
         ({"original_max_position_embeddings": 32, "rope_scaling": SCALED}, "E218"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "E209"),
         ({"pad_token_id": 40}, "E202"),
         ({"rms_norm_eps": 1e-5}, "E202"),  # its queries and keys have 1e-6
     ],
