@@ -65,6 +65,15 @@ def titan(state: dict[str, torch.Tensor], *, old: bool) -> dict[str, torch.Tenso
     return made
 
 
+def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As torchtitan saved its fused linear from April to June 2026: each group's queries, its key and its value."""
+    made = dict(state)
+    for name in [name for name in state if name.endswith("wq.weight")]:
+        parts = [made.pop(name.replace("wq", word)).unflatten(0, (2, -1)) for word in ("wq", "wk", "wv")]
+        made[name.replace("wq", "wqkv")] = torch.cat(parts, 1).flatten(0, 1)
+    return made
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["torchtitan 0.2", "torchtitan 0.3"])
 def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Path) -> None:
     state = model(LLAMA)
@@ -72,6 +81,9 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
     folder = save(saved, tmp_path / "step-3", LLAMA | ({"rope_scaling": SCALED} if old else {}))
     engine.convert("torchtitan-llama", folder, tmp_path / "out")
     assert equal(tmp_path / "out", state)
+    if not old:
+        engine.convert("torchtitan-llama", save(fused(saved), tmp_path / "fused", LLAMA), tmp_path / "again")
+        assert equal(tmp_path / "again", state)
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["torchtitan 0.2", "torchtitan 0.3"])
@@ -87,6 +99,9 @@ def test_torchtitans_qwen3_is_read_and_written_with_its_norms_and_halves(old: bo
     }
     engine.convert("torchtitan-qwen3", save(saved, tmp_path / "step-3", config), tmp_path / "out")
     assert equal(tmp_path / "out", state)
+    if not old:
+        engine.convert("torchtitan-qwen3", save(fused(saved), tmp_path / "fused", config), tmp_path / "one")
+        assert equal(tmp_path / "one", state)
     engine.reverse("torchtitan-qwen3", tmp_path / "out", tmp_path / "back")
     engine.convert("torchtitan-qwen3", tmp_path / "back", tmp_path / "again")
     assert equal(tmp_path / "again", state)
