@@ -170,7 +170,11 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
         ("not part of the checkpoint, left alone", unknown, 12),
         ("not part of the model, not converted", left, 4),
         ("another program replaced these tensors after training had saved them", replaced, 4),
-        ("another program exchanged names in all layers after training had saved them", checkpoint.renamed, 4),
+        (
+            "each stored where the other belongs, in all layers: another program exchanged or moved names",
+            checkpoint.renamed,
+            4,
+        ),
     ):
         more = f" and {len(names) - most} more" if len(names) > most else ""
         if names:

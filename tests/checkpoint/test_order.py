@@ -171,7 +171,7 @@ def test_an_exchange_in_all_layers_is_reported(tmp_path: Path) -> None:
     everywhere = exchange(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(4)))
     (told,) = reported(saved_again(tmp_path / "step", everywhere))
     assert told == (
-        "another program exchanged names in all layers after training had saved them: "
+        "each stored where the other belongs, in all layers: another program exchanged or moved names: "
         f"{LAYER.format(0, 1)} and {LAYER.format(0, 3)} in model_tp1_pp0.pt"
     )
 
