@@ -1,0 +1,141 @@
+"""InternEvo's other models: Qwen2, its mixture, Qwen3's mixture and Mixtral.
+
+The fixtures were saved by InternEvo's own code of May 2025, with the logits of its own forward pass.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from engine.errors import EngineError
+from engine.formats.configs import read_pickled_mapping
+from engine.storage.local import LocalStore
+from engine.storage.store import File
+from tests.support.depth import sampled
+from tests.support.frameworks import FIXTURES
+
+GENUINE = FIXTURES / "internevo_2025"
+MODELS = {
+    "qwen2_tp2": "internevo-qwen2",
+    "qwen2_moe_isp_wp2_ep2": "internevo-qwen2-moe",
+    "qwen3_moe_isp_wp2_ep2": "internevo-qwen3-moe",
+    "mixtral_tp2": "internevo-mixtral",
+}
+WEIGHTS = "model.safetensors"
+CASES = pytest.mark.parametrize(("fixture", "mapping"), MODELS.items(), ids=list(MODELS))
+
+
+def rank_files(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    paths = (one for one in sorted(folder.glob("model_*.pt")) if one.name != "model_config.pt")
+    return {one.name: dict(torch.load(one, weights_only=False)) for one in paths}
+
+
+def configured(fixture: str, folder: Path, **changed: Any) -> Path:
+    """A copy of a fixture whose configuration has other values; None takes a key away.
+
+    config_file.pt, which would contradict it, is left out.
+    """
+    shutil.copytree(GENUINE / fixture, folder, ignore=shutil.ignore_patterns("config_file.pt"))
+    config = dict(read_pickled_mapping(File(LocalStore(folder), "model_config.pt")))
+    config |= changed
+    said = {key: value for key, value in config.items() if value is not None}
+    (folder / "model_config.pt").unlink()
+    torch.save(said, folder / "model_config.pt")
+    return folder
+
+
+@CASES
+def test_transformers_computes_internevos_own_logits(fixture: str, mapping: str, tmp_path: Path) -> None:
+    import transformers
+
+    engine.convert(mapping, GENUINE / fixture, tmp_path / "hf")
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    kind = getattr(transformers, config.architectures[0])
+    model, loaded = kind.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
+    assert not any(loaded.values())
+    oracle = torch.load(GENUINE / fixture / "oracle.pt", weights_only=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model(oracle["input_ids"]).logits, oracle["logits"], atol=1e-5, rtol=0)
+
+
+@CASES
+def test_it_comes_back_bit_for_bit(fixture: str, mapping: str, tmp_path: Path) -> None:
+    engine.convert(mapping, GENUINE / fixture, tmp_path / "hf")
+    engine.reverse(mapping, tmp_path / "hf", tmp_path / "back", like=GENUINE / fixture)
+    engine.convert(mapping, tmp_path / "back", tmp_path / "again")  # experts may be on other ranks there
+    assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "hf" / WEIGHTS).read_bytes()
+    ours, theirs = rank_files(tmp_path / "back"), rank_files(GENUINE / fixture)
+    for name in (one for one in theirs if "expert" not in one):
+        assert ours[name].keys() == theirs[name].keys()
+        assert all(torch.equal(ours[name][key], tensor) for key, tensor in theirs[name].items())
+
+
+@CASES
+def test_no_other_mapping_fits_even_without_the_training_configuration(
+    fixture: str, mapping: str, tmp_path: Path
+) -> None:
+    step = configured(fixture, tmp_path / "step")
+    assert [one.name for one in engine.inspect(step).fitting] == [mapping]
+
+
+@sampled(3)
+@pytest.mark.parametrize(
+    ("fixture", "changed", "code", "told"),
+    [
+        ("qwen2_tp2", {"use_sliding_window": True}, "E209", "use_sliding_window"),
+        ("qwen2_tp2", {"norm_head": True}, "E209", "normalised"),
+        ("qwen2_moe_isp_wp2_ep2", {"num_shared_experts": 0}, "E218", "num_shared_experts"),
+        ("qwen2_moe_isp_wp2_ep2", {"moe_type": "GShard"}, "E209", "moe_type"),
+        ("qwen2_moe_isp_wp2_ep2", {"moe_layer_kwargs": {"routed_scaling_factor": 2.5}}, "E209", "scale"),
+        ("qwen2_moe_isp_wp2_ep2", {"mlp_layer_fusion": True}, "E202", "mlp_layer_fusion"),
+        ("qwen2_moe_isp_wp2_ep2", {"top_k": 5}, "E218", "no size"),
+        ("qwen3_moe_isp_wp2_ep2", {"layer_norm_epsilon": 1e-5}, "E209", "epsilon"),
+        ("qwen3_moe_isp_wp2_ep2", {"layer_norm_epsilon": None}, "E202", "epsilon"),
+        ("qwen3_moe_isp_wp2_ep2", {"num_shared_experts": 1}, "E209", "shared"),
+        ("mixtral_tp2", {"top_k": 1, "moe_type": "GShard"}, "E202", "probability"),
+        ("mixtral_tp2", {"moe_layer_kwargs": {"normalize_expert_weights": False}}, "E209", "add up to 1"),
+        ("mixtral_tp2", {"moe_type": "MegaBlock"}, "E209", "moe_type"),
+    ],
+)
+def test_what_the_target_would_compute_otherwise_is_refused(
+    fixture: str, changed: dict[str, Any], code: str, told: str, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        engine.plan(MODELS[fixture], configured(fixture, tmp_path / "step", **changed))
+    assert caught.value.code == code and told in str(caught.value), str(caught.value)
+
+
+def without_biases(state: dict[str, torch.Tensor]) -> None:
+    for name in [one for one in state if one.endswith(".bias")]:
+        del state[name]
+
+
+def with_a_bias_of_wo(state: dict[str, torch.Tensor]) -> None:
+    for layer in range(2):
+        state[f"model.layers.{layer}.attention.wo.bias"] = torch.zeros(32)
+
+
+@pytest.mark.parametrize("change", [without_biases, with_a_bias_of_wo])
+def test_a_qwen2_has_biases_of_queries_keys_and_values_and_no_others(
+    change: Callable[[dict[str, torch.Tensor]], None], tmp_path: Path
+) -> None:
+    shutil.copytree(GENUINE / "qwen2_tp2", tmp_path / "step")
+    for name, state in rank_files(tmp_path / "step").items():
+        change(state)
+        torch.save(state, tmp_path / "step" / name)
+    with pytest.raises(EngineError, match="attention_biases") as caught:
+        engine.plan("internevo-qwen2", tmp_path / "step")
+    assert caught.value.code == "E202"
+
+
+def test_a_mixture_without_said_weights_is_normalised_as_internevo_does(tmp_path: Path) -> None:
+    for name, said in (("plain", {}), ("told", {"normalize_expert_weights": False})):
+        step = configured("qwen2_moe_isp_wp2_ep2", tmp_path / name, moe_layer_kwargs=said)
+        assert engine.plan("internevo-qwen2-moe", step).config["norm_topk_prob"] is not bool(said)
