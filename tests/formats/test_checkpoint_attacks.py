@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import struct
 import tracemalloc
 import zipfile
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
+from engine.formats import rank_files
 from engine.formats.configs import read_config
 from engine.formats.python_source import UNTOLD, literals
 from engine.formats.rank_files import Pickles
@@ -288,6 +291,54 @@ def test_of_a_training_config_that_is_too_long_nothing_is_told(letter: str, tmp_
     """Not its first part either: what follows may set a name again."""
     (tmp_path / "config.py").write_text("N = 1\n#" + letter * (1 << 20) + "\nN = 2\n")
     assert read_config(local_file(tmp_path / "config.py"), "python_source") == {}
+
+
+@pytest.mark.parametrize(
+    "made", [{1, 2, "c"}, frozenset((1, None)), {"a": {1.5}}, set(), OrderedDict(a=1), Counter("aab")]
+)
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_containers_are_what_they_were_in_every_protocol(made: Any, protocol: int) -> None:
+    assert load_pickle(pickle.dumps(made, protocol), "x") == made
+
+
+@pytest.mark.parametrize(
+    ("pickled", "told"),
+    [
+        (b"\x80\x04](K\x01\x90.", "no set"),
+        (b"\x80\x04\x8f(]\x90.", "a key is a list"),
+        (b"\x80\x04(]\x91.", "a key is a list"),
+        (b"\x80\x02ccollections\nCounter\n]\x85R.", "no mapping"),
+        (b"\x80\x02ccollections\nOrderedDict\n]\x85R.", "with arguments"),
+        (b"\x80\x02c__builtin__\nset\n}\x85R.", "a set of many items"),
+        (b"\x80\x02]K\x01K\x02s.", "items for a list"),
+        (b"\x80\x02}K\x01a.", "items for a dict"),
+        (b"\x80\x02K\x01}b.", "attributes for a int"),
+        (b"\x80\x02K\x01)R.", "a call of a int"),
+        (b"\x80\x02K\x01)\x81.", "an object of a int"),
+    ],
+)
+def test_a_pickle_that_builds_what_it_cannot_is_refused(pickled: bytes, told: str) -> None:
+    assert told in str(refusal(lambda _: load_pickle(pickled, "x"), Path()))
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [({"model": 7}, "int under the key model"), ({"model": {3: torch.ones(2)}}, "not text: 3"),
+     ({"other": {"a": torch.ones(2)}}, "keys other"), ({"model": {}}, "without tensors")],
+)  # fmt: skip
+def test_a_file_without_tensors_under_its_key_is_refused(value: Any, told: str, tmp_path: Path) -> None:
+    torch.save(value, tmp_path / "x.pt")
+    nested = [re.compile("model")]
+    assert told in str(
+        refusal(lambda path: rank_files.read_rank_file(local_file(path), nested=nested), tmp_path / "x.pt")
+    )
+
+
+@pytest.mark.parametrize("keys", [("a",), ["a", "a"], [1], "a"])
+def test_an_old_file_with_another_list_of_storages_is_refused(keys: Any, tmp_path: Path) -> None:
+    parts = (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, {}, keys)
+    (tmp_path / "x.pt").write_bytes(b"".join(pickle.dumps(one, 2) for one in parts))
+    assert "list of different keys" in str(refusal(read_rank_file, tmp_path / "x.pt"))
 
 
 def test_the_digest_of_a_pickle_that_was_read_is_no_pickle() -> None:

@@ -127,3 +127,40 @@ def test_a_pickle_that_only_looks_like_a_dtensor_is_refused(tmp_path: Path) -> N
     with pytest.raises(EngineError) as caught:
         read_rank_file(local_file(tmp_path / "x.pt"))
     assert caught.value.code == "E302"
+
+
+def held(**changed: Any) -> Any:
+    """The state of a DTensor on a mesh of two by two, changed."""
+    state = distributed(
+        plain("DeviceMesh", mesh=RANKS, _coordinate_on_dim=[0, 0]), (SHARD, SHARD), (2, 5), (7, 5)
+    ).state
+    return {**state[1], **changed}
+
+
+@pytest.mark.parametrize(
+    ("state", "told"),
+    [
+        (None, "without its state"),
+        ((1, {}), "without its state"),
+        ({}, "no DTensorSpec"),
+        (held(_local_tensor=None), "without a local tensor"),
+        (held(_spec=plain("DTensorSpec", tensor_meta=None)), "without the shape of the whole"),
+        (
+            held(_spec=plain("DTensorSpec", tensor_meta=Instance(PlainClass("TensorMeta"), ((9, 5),)))),
+            "in its metadata",
+        ),
+        (held(_spec=plain("DTensorSpec", tensor_meta=Instance(PlainClass("TensorMeta"), ((7, 5),)))), "no DeviceMesh"),
+    ],
+)
+def test_a_state_that_torch_would_not_write_is_refused(state: Any, told: str) -> None:
+    with pytest.raises(Refused, match=told) as caught:
+        read_distributed(Distributed("F32", (7, 5), state))
+    assert caught.value.code == "E301"
+
+
+@pytest.mark.parametrize("shape", ["4", (1,) * 65, (4.0,), (-4,)])
+def test_a_mesh_of_a_shape_that_cannot_be_is_refused(shape: Any) -> None:
+    mesh = plain("DeviceMesh", _layout=plain("_MeshLayout", shape=shape), _coordinate_on_dim=[0])
+    with pytest.raises(Refused) as caught:
+        read_distributed(distributed(mesh, (SHARD,), (2, 5), (7, 5)))
+    assert caught.value.code == "E301"
