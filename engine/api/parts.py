@@ -161,6 +161,9 @@ def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[Co
     return execute(compiled, compiled.folder, final, small, how, started, parts=saved.digest)
 
 
+_NUMBERED = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_COUNT", "JOB_COMPLETION_INDEX")
+
+
 def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     """A part as a user names it, or as Slurm and Kubernetes number the tasks of an array.
 
@@ -182,11 +185,12 @@ def part_of(text: str, environment: Mapping[str, str] = os.environ) -> Part:
     elif number is None and "JOB_COMPLETION_INDEX" in given:
         number = int(given["JOB_COMPLETION_INDEX"]) + 1
     if found is None or number is None or count is None:
+        here = ", ".join(f"{name}={environment[name]:.20}" for name in _NUMBERED if name in environment)
         raise EngineError(
             "E001",
             "the number of the part is not given",
-            got=text or "nothing, and neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX",
-            expected="K/N, or N in a Slurm array or a Kubernetes Indexed Job",
+            got=text or here or "nothing, and neither SLURM_ARRAY_TASK_ID nor JOB_COMPLETION_INDEX",
+            expected="K/N; N alone in a Kubernetes Indexed Job, and nothing or N in a Slurm array",
             fix="The first of eight parts is 1/8.",
         )
     return Part(int(number), int(count))

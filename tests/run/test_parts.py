@@ -364,6 +364,8 @@ def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch
         part_of("", {**array, "SLURM_ARRAY_TASK_MIN": "one"})
     with pytest.raises(EngineError, match="E001"):
         part_of("4", {"JOB_COMPLETION_INDEX": "9" * 5000})
+    with pytest.raises(EngineError, match=r"got +JOB_COMPLETION_INDEX=3"):  # of how many?
+        part_of("", {"JOB_COMPLETION_INDEX": "3"})
 
 
 @given(st.lists(st.lists(st.integers(0, 100), max_size=6), min_size=1, max_size=5), st.integers(1, 9), st.booleans())
