@@ -491,6 +491,12 @@ def test_deepspeeds_partitions_are_told_with_its_own_program(tmp_path: Path) -> 
     (folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt").touch()
     with pytest.raises(EngineError, match=r"zero_to_fp32\.py"):
         engine.inspect(folder)
+    universal = tmp_path / "global_step10_universal"
+    (universal / "zero" / "norm.weight").mkdir(parents=True)
+    for name in ("mp_rank_00_model_states.pt", "zero/norm.weight/fp32.pt"):
+        (universal / name).touch()
+    with pytest.raises(EngineError, match=r"without `_universal`"):
+        engine.inspect(universal)
 
 
 def test_directories_that_ranks_wrote_without_collectives_are_read(tmp_path: Path) -> None:
