@@ -192,7 +192,7 @@ class Upload:
         """Make all files visible; the one named `last` after all others, and only if it does not exist.
 
         The last parts of files may still be in flight, unless old files are replaced. If one fails, what became
-        visible is removed; unless `last` exists or the output is whole: then the same work was completed
+        visible is removed; unless `last` or the whole output is there, from the same work: then it was completed
         elsewhere.
 
         Raises:
@@ -223,9 +223,8 @@ class Upload:
         """Remove what this run made visible, as far as the store allows."""
         for name in names:
             with suppress(EngineError, FileNotFoundError):
-                if {last, self._mark}.isdisjoint(self._store.names()) and self._store.attribute(
-                    name, MARK
-                ) == self._work:
+                *ends, own = (self._store.attribute(one, MARK) for one in (last, self._mark, name))
+                if own == self._work and self._work not in ends:
                     self._store.delete(name)
 
     def abort(self) -> None:

@@ -286,11 +286,12 @@ def test_a_name_that_is_another_ones_is_refused(name: str, bucket: Bucket) -> No
     assert bucket.contents("") == {}
 
 
-def test_an_output_that_came_meanwhile_is_not_overwritten(bucket: Bucket) -> None:
+@pytest.mark.parametrize("when", ["partNumber", "config.json"])
+def test_an_output_that_came_meanwhile_is_not_overwritten(when: str, bucket: Bucket) -> None:
     step, others = bucket.upload(STEP, "step"), b"somebody's"
 
     def come(one: Asked) -> None:
-        if one.method == "PUT" and "partNumber" in one.path:
+        if one.method == "PUT" and when in one.path:
             bucket.client("hf").put("conversion.json", others)
 
     bucket.proxy.spoil = come
@@ -299,7 +300,8 @@ def test_an_output_that_came_meanwhile_is_not_overwritten(bucket: Bucket) -> Non
 
 
 SCRIPT = """
-import sys, engine
+import signal, sys, engine
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs ignore
 from engine.storage.places import store_options
 with store_options({options}):
     engine.convert({mapping!r}, sys.argv[1], sys.argv[2], max_shard_size=100_000)
