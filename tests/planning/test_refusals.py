@@ -8,14 +8,21 @@ import shutil
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import engine
+from engine import api
 from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
+from engine.planning.request import request_of
+from engine.run.running import Running
 from engine.storage import output, replacing
+from engine.storage.objects import ObjectStore
+from engine.storage.places import on_this_machine
 from tests.support.disk import contents
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
@@ -399,3 +406,30 @@ def test_key_value_heads_repeated_over_ranks_are_refused_with_how_often(tmp_path
         engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings={"mlp_letters": "w2_is_down"})
     assert caught.value.code == "E203"
     assert "stored 2 times" in str(caught.value)
+
+
+STEP = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
+FAMILY = "families/internlm2.yaml"
+
+
+@pytest.mark.parametrize(
+    ("ask", "code", "told"),
+    [
+        (lambda: engine.plan(FAMILY, STEP, settings={"fusion": "apart"}), "E205", "matched by no active rule"),
+        (
+            lambda: engine.plan(replace(load_mapping(FAMILY), expect={"hiden": 3}), STEP),
+            "E108",
+            "Did you mean `hidden`",
+        ),
+        (lambda: request_of(FAMILY, STEP, {}, "view"), "E001", "there is no job `view`"),
+        (lambda: Running(max_memory="x"), "E001", "`x` is not a size"),
+        (lambda: api.save_plan("p.json", load_mapping(FAMILY), STEP), "E001", "the loaded mapping `internlm2`"),
+        (lambda: api.save_plan("p.json", FAMILY, "s3://me:pw@b/x"), "E001", "a password in it"),
+        (lambda: on_this_machine(ObjectStore("s3://b/x"), "--load"), "E001", "--load needs local files"),
+    ],
+)
+def test_what_a_request_cannot_ask_for_is_told(ask: Callable[[], object], code: str, told: str) -> None:
+    with pytest.raises(EngineError) as caught:
+        ask()
+    assert caught.value.code == code and told in str(caught.value), str(caught.value)
+    assert "pw@" not in str(caught.value)
