@@ -302,10 +302,17 @@ def test_a_part_that_is_not_tied_as_the_whole_needs_a_transformers_that_ties_by_
         ({"model_type": "mt5", "tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
         ({"model_type": "pegasus", "tie_word_embeddings": False, "transformers_version": "5.23.0"}, ">=5"),
         ({"model_type": "pegasus", "tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
+        ({"model_type": "nemotron", "rope_parameters": {"rope_type": "linear"}}, ">=5"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "yarn"}}, ">=4.51"),
+        ({"model_type": "mistral", "rope_parameters": {"rope_type": "linear"}}, ">=4.48"),
+        ({"model_type": "llama", "rope_parameters": {"rope_type": "linear"}}, ""),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, ">=4.53"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, ""),
+        ({"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2}, ""),
     ],
     ids=str,
 )
-def test_what_releases_of_transformers_scale_or_tie_otherwise_is_said(said: dict[str, Any], versions: str) -> None:
+def test_what_releases_of_transformers_compute_otherwise_is_said(said: dict[str, Any], versions: str) -> None:
     assert render_tree(load_mapping("transformers").transformers, said) == versions
 
 
