@@ -78,8 +78,9 @@ EQUAL = (
     ),
     (
         r"internlm.*|llama|moe-.*",
-        r"attention_biases",
-        r"wq\.bias'\) (or|and) present\('[\w.{}]+wk\.bias'\) (or|and) present",
+        r"attention_biases|mlp_biases",
+        r"wq\.bias'\) (or|and) present\('[\w.{}]+wk\.bias'\) (or|and) present"
+        r"|w1\.bias'\) or present\('[\w.{}]+w3\.bias'\) or ",
         "biases of only some of three linears are not among what is tried; a test of the families tries each",
     ),
     (

@@ -75,6 +75,22 @@ def test_biases_of_only_some_of_three_linears_are_refused(family: str, lost: str
     assert caught.value.code == "E202"
 
 
+@pytest.mark.parametrize("family", ["v1", "v2"])
+@pytest.mark.parametrize("lost", ["w1", "w2", "w3"])
+def test_biases_of_only_some_linears_of_an_mlp_are_refused(family: str, lost: str, tmp_path: Path) -> None:
+    model = Model(family, bias=False, layers=2)
+    save(model, tmp_path / "step")
+
+    def add(state: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in state if re.search(r"[.]w[123][.]weight", name) and lost not in name]:
+            state[name.replace("weight", "bias")] = torch.ones(len(state[name])).bfloat16()
+
+    edit(tmp_path / "step", add)
+    with pytest.raises(EngineError, match="mlp_biases") as caught:
+        engine.plan(model.mapping, tmp_path / "step", settings=LETTERS)
+    assert caught.value.code == "E202"
+
+
 @sampled(2, "rotary")
 @pytest.mark.parametrize("rotary", ["halves", "pairs"])
 @pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"mode": "isp_wp", "wp": 2}, {}], ids=str)
