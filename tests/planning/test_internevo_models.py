@@ -1,4 +1,4 @@
-"""InternEvo's other models: Qwen2, its mixture, Qwen3's mixture and Mixtral.
+"""InternEvo's other models: Qwen2, its mixture, Qwen3's mixture, Mixtral and Baichuan2.
 
 The fixtures were saved by InternEvo's own code of May 2025, with the logits of its own forward pass.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
@@ -27,6 +28,7 @@ MODELS = {
     "qwen2_moe_isp_wp2_ep2": "internevo-qwen2-moe",
     "qwen3_moe_isp_wp2_ep2": "internevo-qwen3-moe",
     "mixtral_tp2": "internevo-mixtral",
+    "baichuan2_isp_wp2": "internevo-baichuan2",
 }
 WEIGHTS = "model.safetensors"
 CASES = pytest.mark.parametrize(("fixture", "mapping"), MODELS.items(), ids=list(MODELS))
@@ -146,3 +148,22 @@ def test_an_internlm2_or_llama_without_its_training_configuration_is_none_of_the
     source = FIXTURES / "internevo" / fixture
     shutil.copytree(source, tmp_path / "step", ignore=shutil.ignore_patterns("config_file.pt"))
     assert not [one.name for one in engine.inspect(tmp_path / "step").fitting if one.name in MODELS.values()]
+
+
+def test_a_baichuan2_with_biases_is_more_than_llama_expresses(tmp_path: Path) -> None:
+    shutil.copytree(GENUINE / "baichuan2_isp_wp2", tmp_path / "step")
+    for name, state in rank_files(tmp_path / "step").items():
+        more = {f"model.layers.{layer}.attention.wqkv.bias": torch.zeros(48) for layer in range(2)}
+        torch.save({**state, **more}, tmp_path / "step" / name)
+    with pytest.raises(EngineError, match="none behind attention") as caught:
+        engine.plan("internevo-baichuan2", tmp_path / "step")
+    assert caught.value.code == "E209"
+
+
+def test_a_normalised_head_of_baichuan2_is_computed_also_beside_qk_interleaved(tmp_path: Path) -> None:
+    """Its first code did it; InternLM2, which is older, must be asked about."""
+    step = configured("baichuan2_isp_wp2", tmp_path / "step", norm_head=True)
+    engine.convert("internevo-baichuan2", step, tmp_path / "hf")
+    parts = [state["model.output.weight"] for state in rank_files(GENUINE / "baichuan2_isp_wp2").values()]
+    wanted = torch.nn.functional.normalize(torch.cat(parts))
+    torch.testing.assert_close(load_file(tmp_path / "hf" / WEIGHTS)["lm_head.weight"], wanted)
