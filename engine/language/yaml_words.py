@@ -134,12 +134,10 @@ def _of_flow(value: str) -> tuple[str, str | None, str] | None:
         if value.count(opening) < value.count(closing):
             return f"there is a `{closing}` too many", None, "Remove it, or put the text that it belongs to in quotes."
     for key, text in re.findall(r"""([\w.-]+): +([^\s,"'{}\[\]][^,"'{}\[\]]*)""", value):
-        if ": " in text or " #" in text:
-            return (
-                f"the text of `{key}` has a `:` in it, which ends a key in YAML",
-                f'{key}: "{text}"',
-                "Put it in quotes.",
-            )
+        for sign, does in ((": ", "ends a key"), (" #", "begins a comment")):
+            if sign in text:
+                told = f"the text of `{key}` has a `{sign.strip()}` in it, which {does} in YAML"
+                return told, f'{key}: "{text}"', "Put it in quotes."
     return None
 
 

@@ -415,6 +415,7 @@ FAMILY = "families/internlm2.yaml"
 @pytest.mark.parametrize(
     ("ask", "code", "told"),
     [
+        (lambda: engine.plan(FAMILY, STEP, settings={"rotary": "x"}), "E001", "variant `rotary` has no choice `x`"),
         (lambda: engine.plan(FAMILY, STEP, settings={"fusion": "apart"}), "E205", "matched by no active rule"),
         (
             lambda: engine.plan(replace(load_mapping(FAMILY), expect={"hiden": 3}), STEP),
