@@ -11,6 +11,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import EngineError, Place
@@ -100,7 +101,8 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
     except OSError as error:
         raise write_error(path, error, "there") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or what it is to lie in is no folder
+            partial.unlink()
 
 
 def _link(file: Path, path: Path) -> None:

@@ -434,3 +434,10 @@ def test_what_a_request_cannot_ask_for_is_told(ask: Callable[[], object], code: 
         ask()
     assert caught.value.code == code and told in str(caught.value), str(caught.value)
     assert "pw@" not in str(caught.value)
+
+
+def test_a_file_below_a_file_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").touch()
+    with pytest.raises(EngineError, match="writing failed") as caught:
+        api.save_plan(tmp_path / "plan.json" / "plan.json", FAMILY, STEP)
+    assert caught.value.code == "E403"
