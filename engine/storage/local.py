@@ -26,12 +26,10 @@ from engine.storage.store import (
     Store,
     check_state,
     ends_early,
+    no_pointer,
     unreadable,
     write_error,
 )
-
-_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file of some 130 bytes
-_MOST_POINTER = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,17 +123,7 @@ def open_regular(path: Path) -> OpenFile:
     A Git LFS pointer, as in a clone whose large files were not fetched, is E305 too.
     """
     descriptor = _descriptor(path)
-    file = OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor)))
-    if file.state.size <= _MOST_POINTER and file.peek(len(_POINTER)).startswith(_POINTER):
-        file.close()
-        raise EngineError(
-            "E305",
-            "a Git LFS pointer is in place of the file",
-            place=Place(str(path)),
-            got=f"{file.state.size} bytes",
-            fix="Fetch the file itself: `git lfs pull` in the clone that it is from.",
-        )
-    return file
+    return no_pointer(OpenFile(_Reading(descriptor, path), FileState.of(os.fstat(descriptor))), str(path))
 
 
 @dataclass(frozen=True, slots=True)

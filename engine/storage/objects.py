@@ -23,6 +23,7 @@ from engine.storage.store import (
     check_state,
     ends_early,
     has_changed,
+    no_pointer,
     unreadable,
 )
 
@@ -143,7 +144,7 @@ class ObjectStore(Store):
     def open(self, name: str) -> OpenFile:
         state = self._found(name, self._look(name))
         found = ObjectBytes(partial(self.get, name, state), state.size)
-        return OpenFile(Positioned(state.size, found.read), state, found.at_hand)
+        return no_pointer(OpenFile(Positioned(state.size, found.read), state, found.at_hand), self.place(name))
 
     def ranges(self, name: str, state: State | None) -> Ranges:
         found = self._found(name, state or self._look(name))

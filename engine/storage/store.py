@@ -15,6 +15,9 @@ from engine.storage.coalesce import Range
 
 Fetched = Sequence[tuple[int, Future[memoryview]]]  # start of a range, and its bytes once they have arrived
 
+_POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file of some 130 bytes
+_MOST_POINTER = 1024
+
 
 class State(Protocol):
     """The state of a file: any write to it, or another file in its place, changes it. Plain data."""
@@ -75,6 +78,20 @@ class OpenFile(io.BufferedReader):
         super().__init__(raw)
         self.state = state
         self.at_hand = at_hand or (lambda start, end: True)
+
+
+def no_pointer(file: OpenFile, place: str) -> OpenFile:
+    """The file; E305 if it is a Git LFS pointer, as in a clone whose large files were not fetched."""
+    if file.state.size > _MOST_POINTER or not file.peek(len(_POINTER)).startswith(_POINTER):
+        return file
+    file.close()
+    raise EngineError(
+        "E305",
+        "a Git LFS pointer is in place of the file",
+        place=Place(place),
+        got=f"{file.state.size} bytes",
+        fix="Fetch the file itself: `git lfs pull` in the clone that it is from.",
+    )
 
 
 class Ranges(Protocol):

@@ -15,7 +15,7 @@ import pytest
 
 import engine
 from engine.errors import EngineError
-from tests.storage.conftest import MAPPING, STEP, files
+from tests.storage.conftest import MAPPING, STEP, files, refused
 from tests.support.depth import sampled
 from tests.support.invoking import invoke
 from tests.support.serving import serving
@@ -81,6 +81,15 @@ def test_a_checkpoint_behind_a_web_server_converts(
     engine.convert(MAPPING, STEP, tmp_path / "hf")
     engine.convert(MAPPING, f"{web}/{STEP.name}", tmp_path / "web")
     assert files(tmp_path / "web") == files(tmp_path / "hf")
+
+
+def test_a_pointer_to_a_large_file_is_told_as_one(tmp_path: Path) -> None:
+    """As in a clone that was uploaded before its large files were fetched."""
+    shutil.copytree(STEP, tmp_path / "step")
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{64 * '0'}\nsize 9\n"
+    (tmp_path / "step" / "model_tp1_pp0.pt").write_text(pointer)
+    with serving_files(tmp_path) as web:
+        assert "Git LFS pointer" in str(refused("E305", lambda: engine.plan(MAPPING, f"{web}/step")))
 
 
 def test_a_password_in_a_url_is_neither_shown_nor_kept(web: str, tmp_path: Path) -> None:
