@@ -14,6 +14,7 @@ from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.search import bundled, list_names
 from engine.planning.given import check_type
+from engine.storage.places import last_name
 from engine.storage.replacing import check_file_free, given_path, write_file
 from engine.storage.store import write_error
 
@@ -73,7 +74,7 @@ def _name(given: str | None, out: Path | None, src: Path) -> str:
                 fix="Give another --name.",
             )
         return given
-    stem = out.stem if out is not None else src.resolve().name
+    stem = out.stem if out is not None else last_name(src)
     return re.sub(r"[^a-z0-9._-]+", "-", stem.lower()).strip("._-") or "new-mapping"
 
 

@@ -38,7 +38,7 @@ def last_name(place: str | Path) -> str:
     >>> last_name("s3://bucket/ckpt/20000/"), last_name("ckpt/20000")
     ('20000', '20000')
     """
-    return str(place).rstrip("/").rpartition("/")[2] if is_url(place) else Path(place).resolve().name
+    return str(place).rstrip("/").rpartition("/")[2] if is_url(place) else os.path.basename(os.path.realpath(place))
 
 
 @contextmanager

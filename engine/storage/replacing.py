@@ -42,6 +42,8 @@ def given_path(path: str | Path, what: str) -> Path:
     elif _URL.match(str(path)) and not os.path.lexists(path):
         raise EngineError("E001", f"{what} is a URL, and must be a path", got=str(path), expected="a path",
                           fix="Give a path on this machine. Only checkpoints and outputs can be URLs.")  # fmt: skip
+    elif (why := _impossible(path)) is not None:
+        raise EngineError("E001", f"{what} cannot be at this path", got=why, fix="Choose another path.")
     else:
         return Path(path)
     raise EngineError("E001", f"{what} has no path", got=got, fix="Write it out; the current folder is `./`.")
@@ -53,6 +55,15 @@ def _encodes(path: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _impossible(path: str | Path) -> str | None:
+    """Why nothing can be at a path: a name is too long, or links go round in a circle."""
+    try:
+        os.lstat(path)
+    except OSError as error:
+        return error.strerror if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else None
+    return None
 
 
 def exists(path: Path | str, fix: str, got: str | None = None) -> EngineError:

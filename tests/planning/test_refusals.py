@@ -441,3 +441,18 @@ def test_a_file_below_a_file_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="writing failed") as caught:
         api.save_plan(tmp_path / "plan.json" / "plan.json", FAMILY, STEP)
     assert caught.value.code == "E403"
+
+
+@pytest.mark.parametrize("place", ["n" * 300, "n" * 300 + "/x", "loop/x"])
+def test_a_path_that_no_file_system_takes_is_wrong_usage(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for ask in (
+        lambda: engine.convert(FAMILY, STEP, place), lambda: engine.plan(FAMILY, STEP, config=place),
+        lambda: engine.plan(FAMILY, place), lambda: api.clean(place), lambda: api.save_plan(place, FAMILY, STEP),
+    ):  # fmt: skip
+        with pytest.raises(EngineError, match="cannot be at this path") as caught:
+            ask()
+        assert caught.value.code == "E001"
