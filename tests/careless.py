@@ -121,7 +121,7 @@ def edits_of(mapping: MappingFile) -> Iterator[Edit]:
         data = copy.deepcopy(seen[0])
         try:
             change(data)
-        except (KeyError, IndexError, TypeError, ValueError):
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):  # as where a family has no tokenizer
             continue
         if data not in seen:
             seen.append(data)
