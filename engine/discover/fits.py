@@ -66,32 +66,44 @@ def find_fits(checkpoint: Checkpoint, layout: Layout, mappings: Iterable[Mapping
         key = digest_of({k: v for k, v in mapping.resolved.items() if k not in _NO_TENSORS})
         if key not in plans:
             plans[key] = planned(mapping, layout, checkpoint)
-        found.append(_fit(mapping, *plans[key]))
+        found.append(_fit(mapping, *plans[key], told=kind in mapping.model_types))
     ok = [plan for plan, error in plans.values() if plan is not None and error is None]
     return found, ok[0] if ok else None
 
 
 def planned(mapping: MappingFile, layout: Layout, checkpoint: Checkpoint) -> tuple[Plan | None, EngineError | None]:
-    """A plan, or why there is none; both if a person must decide but sizes are the same either way."""
+    """A plan, or why there is none; both if a person must decide, and there is a plan for some answer."""
     try:
         mapping, layout, checkpoint = fitted(replace(mapping, expect={}), layout, checkpoint)
-        return make_plan(mapping, layout, checkpoint), None
     except EngineError as error:
-        either = {name: choices[0] for name, choices in error.answers.items() if choices}
-        try:
-            asked = Request(mapping, settings=either)
-            return make_plan(mapping, layout, checkpoint, asked) if either else None, error
-        except EngineError:
-            return None, error
+        return None, error
+    return _planned(mapping, layout, checkpoint, {})
 
 
-def _fit(mapping: MappingFile, plan: Plan | None, error: EngineError | None) -> Fit:
+def _planned(
+    mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, settings: Mapping[str, str]
+) -> tuple[Plan | None, EngineError | None]:
+    try:
+        return make_plan(mapping, layout, checkpoint, Request(mapping, settings=settings)), None
+    except EngineError as error:
+        asked = {one.name: tuple(one.choices) for one in mapping.variants.values() if one.place == error.place}
+        found: EngineError | None = None
+        for name, choices in (error.answers or asked).items() if error.code == "E202" else ():
+            for choice in choices if name not in settings else ():
+                plan, found = _planned(mapping, layout, checkpoint, {**settings, name: choice})
+                if plan is not None:
+                    return plan, error
+        return None, found or error
+
+
+def _fit(mapping: MappingFile, plan: Plan | None, error: EngineError | None, *, told: bool) -> Fit:
     sizes = {} if plan is None else plan.sizes
     differing = {axis: (sizes.get(axis), n) for axis, n in mapping.expect.items() if plan and sizes.get(axis) != n}
     why = ", ".join(f"{axis} {got}, not {wanted}" for axis, (got, wanted) in differing.items())
     if error is None or differing:
         return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))
-    asks = error.code == "E202"  # the mapping is the right one, once a person has decided
+    # the mapping is the right one, once a person has decided
+    asks = error.code == "E202" and (told or plan is not None or "config" in error.answers)
     why = f"{error.message}; {error.fix}" if asks else error.message
     more: dict[str, Any] = {"traits": traits(mapping), "family": not mapping.expect, "answers": tuple(error.answers)}
     return Fit(mapping.name, mapping.description, asks, error.code, why, **more)
