@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,5 +34,5 @@ def mapping_files(paths: Sequence[str | Path]) -> list[Path]:
     for path in paths:
         check_type("paths", path, str | Path)
     return [
-        file for path in paths for file in (rule_files(Path(path)) if Path(path).is_dir() else [find_file(str(path))])
+        file for path in paths for file in (rule_files(Path(path)) if os.path.isdir(path) else [find_file(str(path))])
     ]

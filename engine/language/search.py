@@ -87,16 +87,16 @@ def find_file(name: str, kind: str = "mapping", *, first: Path | None = None) ->
 
 def _no_file(path: Path) -> EngineError:
     """E002 for a path where nothing is, with what lies near it."""
-    if path.is_dir():
+    if os.path.isdir(path):  # which is false, not an error, for names that no file can have
         inside = first_of(sorted(p.name for p in path.glob("*.yaml")), 4)
         return EngineError("E002", f"`{path}` is a folder", got=inside or "no YAML files in it",
                            expected="a mapping file", fix="Give one of its files.")  # fmt: skip
     if os.path.lexists(path):
         return EngineError("E002", f"`{path}` is no file", got="a link to nothing, a pipe or a device",
                            expected="a mapping file", fix="Check the path.")  # fmt: skip
-    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if os.path.isdir(path.parent) else []
     near = get_close_matches(path.name, beside, 1)
-    where = path.parent if path.parent.is_dir() else f"{path.parent}, which is not there"
+    where = path.parent if os.path.isdir(path.parent) else f"{path.parent}, which is not there"
     return EngineError(
         "E002",
         f"there is no mapping file `{path}`",

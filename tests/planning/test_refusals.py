@@ -456,3 +456,15 @@ def test_a_path_that_no_file_system_takes_is_wrong_usage(
         with pytest.raises(EngineError, match="cannot be at this path") as caught:
             ask()
         assert caught.value.code == "E001"
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "n" * 300 + ".yaml", "./" + "n" * 300, "loop/x.yaml"])
+def test_a_mapping_whose_name_no_file_can_have_is_not_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    for ask in (lambda: engine.lint([name]), lambda: engine.load_mapping(name), lambda: engine.diff(name, name)):
+        with pytest.raises(EngineError, match="there is no mapping") as caught:
+            ask()
+        assert caught.value.code == "E002"
