@@ -67,6 +67,20 @@ def test_transformers_computes_internevos_own_logits(fixture: str, mapping: str,
         torch.testing.assert_close(model(oracle["input_ids"]).logits, oracle["logits"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
+@CASES
+def test_transformers_scales_the_angles_that_are_asked_for(
+    fixture: str, mapping: str, scaling: str, tmp_path: Path
+) -> None:
+    import transformers
+
+    engine.convert(mapping, GENUINE / fixture, tmp_path / "hf", settings={"rope_scaling": scaling})
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert model.model.rotary_emb.rope_type == scaling
+
+
 @CASES
 def test_it_comes_back_bit_for_bit(fixture: str, mapping: str, tmp_path: Path) -> None:
     engine.convert(mapping, GENUINE / fixture, tmp_path / "hf")
