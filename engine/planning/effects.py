@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
+from engine.checkpoint.ranks import RankGrid
 from engine.errors import EngineError
 from engine.language.declared import expressions_of
 from engine.language.documents import leaves, same, value_at
 from engine.language.expressions import compile_expression, evaluate
 from engine.language.keys import find_key
 from engine.language.model import Expression, Option
+from engine.planning.destination import Destination
 from engine.planning.model import Plan
+from engine.planning.rank_outputs import training_text
 
 # Arbitrary values, to test whether an option matters.
 _OTHERS: Mapping[str, tuple[Any, ...]] = {
@@ -28,7 +31,8 @@ def check_effects(plan: Plan, settings: Collection[str]) -> None:
     A setting may repeat what a configuration says; if it contradicts it, the error names both. A reshard leaves the
     configuration as it is, so there a choice that contradicts it is an error too.
     """
-    options = plan.mapping.options
+    theirs = plan.layout.options if plan.written is not None else {}
+    options = {**plan.mapping.options, **theirs}
     read = list(_read(plan)) if settings else []
     for name in settings:
         choice = plan.decisions.get(name)
@@ -43,15 +47,18 @@ def check_effects(plan: Plan, settings: Collection[str]) -> None:
             )
         if name not in options or any(_changes(one, options[name], plan) for one in read):
             continue
+        if name in theirs and plan.written is not None and _lays_out(options[name], plan, plan.written):
+            continue
+        value = plan.names["options"][name]
         said = [one for one in _said(name, plan, read) if one is not None]
-        if any(same(plan.options[name], one) for one in said):
+        if any(same(value, one) for one in said):
             continue
         if said:
             raise EngineError(
                 "E001",
                 f"--set {name} contradicts the configuration",
                 place=options[name].place,
-                got=f"{name}={plan.options[name]}",
+                got=f"{name}={value}",
                 expected=f"{said[0]}, as the configuration says",
                 fix="Leave it out. If the configuration is wrong, correct it.",
             )
@@ -59,7 +66,7 @@ def check_effects(plan: Plan, settings: Collection[str]) -> None:
             "E001",
             f"--set {name} has no effect: nothing that is written reads it",
             place=options[name].place,
-            got=f"{name}={plan.options[name]}",
+            got=f"{name}={value}",
             expected="options that change what is written",
             fix=f"Leave it out, or also set what it goes with. Its help says: {options[name].help}.",
         )
@@ -102,16 +109,37 @@ def _names(plan: Plan) -> dict[str, Any]:
     return names
 
 
+def _lays_out(option: Option, plan: Plan, grid: RankGrid) -> bool:
+    """Whether another value of a layout's option changes names, files or the training configuration, or is refused."""
+    options = plan.names["options"]
+    used = [one for one in grid.mode.files if any(file.pattern == one for file in grid.files)]
+
+    def written(value: Any) -> tuple[object, ...]:
+        names = {**plan.names, "options": {**options, option.name: value}}
+        made = Destination(plan.layout, grid.mode, grid.sizes, plan.stages, names)
+        prefixes = [made.prefix(chunk) for chunk in range(plan.stages.chunks)]
+        return prefixes, [made.ranks(one) for one in used], training_text(made)
+
+    try:
+        now = written(options[option.name])
+        return any(written(other) != now for other in _others(option))
+    except EngineError:
+        return True
+
+
+def _others(option: Option) -> tuple[Any, ...]:
+    return option.choices or (*_OTHERS[option.type], option.default)
+
+
 def _changes(expression: Expression, option: Option, plan: Plan) -> bool:
     """Whether another value of an option changes the result of an expression, or the result is not known."""
     if f"options.{option.name}" not in compile_expression(expression).paths:
         return False
     names, value = _names(plan), plan.options[option.name]
-    others = option.choices or (*_OTHERS[option.type], option.default)
     try:
         found = [
             evaluate(expression, {**names, "options": {**plan.options, option.name: other}})
-            for other in (value, *others)
+            for other in (value, *_others(option))
         ]
     except EngineError:
         return True

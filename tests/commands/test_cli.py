@@ -641,6 +641,8 @@ def test_a_setting_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Pat
         (("run", *ranks, "--set", "rope_factor=4"), "rope_factor has no effect"),
         (("reshard", *ranks, "--set", "rope_scaling=linear"), "rope_scaling has no effect"),
         (("reshard", *ranks, "--set", "rotary=pairs"), "rotary has no effect"),
+        (("reverse", *hf, "--set", "expert_weight=2"), "expert_weight has no effect"),
+        (("reverse", *hf, "--pp=2", "--chunks=2", "--set", "wrapped=true"), "wrapped has no effect"),
     ):
         done = invoke(*command, "-m", MAPPING, "-o", tmp_path / "out")
         assert done.exit_code == 2 and flag in done.output, done.output

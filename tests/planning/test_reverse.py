@@ -334,11 +334,14 @@ def test_an_older_config_without_rope_parameters_reverses_alike(tmp_path: Path) 
     assert torch.load(tmp_path / "back" / "model_config.pt", weights_only=True)["rope_base"] == 1000000.0
 
 
-def test_what_reshard_is_not_told_stays_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [{}, {"expert_weight": 1}])  # which says nothing of names
+def test_what_reshard_is_not_told_stays_as_it_is(settings: dict[str, Any], tmp_path: Path) -> None:
+    mode = "isp_wp" if settings else "tensor"
     save(V1, tmp_path / "a", tp=2, pp=2, wrapped=True)
-    engine.reshard(V1.mapping, tmp_path / "a", tmp_path / "b", tp=1)
+    engine.reshard(V1.mapping, tmp_path / "a", tmp_path / "b", tp=1, mode=mode, settings=settings)
     files = rank_files(tmp_path / "b")
-    assert sorted(files) == ["model_tp0_pp0.pt", "model_tp0_pp1.pt"]
+    dim = "wp" if settings else "tp"
+    assert sorted(files) == [f"model_{dim}0_pp0.pt", f"model_{dim}0_pp1.pt"]
     assert all(name.startswith("model.") for state in files.values() for name in state)
 
 
