@@ -39,8 +39,8 @@ def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple
     told: list[str] = []
     for header in headers if buffers else ():
         found: list[tuple[str, str]] = []
-        for forms, pairs in _by_form(header).items():
-            if _everywhere(header, forms, pairs):
+        for pairs in _by_form(header).values():
+            if _everywhere(header.tensors, pairs):
                 told.append(f"{pairs[0][0]} and {pairs[0][1]} in {header.name}")
             else:
                 found += pairs
@@ -146,10 +146,11 @@ def _form(name: str) -> str:
     return _NUMBER.sub("", name)
 
 
-def _everywhere(header: FileHeader, forms: tuple[str, str], pairs: Sequence[tuple[str, str]]) -> bool:
-    """Whether all tensors of two forms exchanged names, each with the one of its own layer."""
+def _everywhere(tensors: Sequence[TensorHeader], pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether all tensors of two forms, and no others, exchanged names, each with the one of its own layer."""
+    forms = {(_form(one), _form(other)) for one, other in pairs}
     within = all(_NUMBER.findall(one) == _NUMBER.findall(other) != [] for one, other in pairs)
-    return within and len(pairs) == sum(_form(one.name) == forms[0] for one in header.tensors) > 1
+    return len(forms) == 1 and within and len(pairs) == sum(_form(one.name) == min(forms)[0] for one in tensors) > 1
 
 
 def _buffers(tensors: Sequence[TensorHeader]) -> Iterator[Sequence[TensorHeader]]:
@@ -190,7 +191,8 @@ def _exchanged(
     most = len(buffer) // (2 if len(buffer) >= 2 * _TENSORS else 4)
     alone = len(found) == 1  # programs that order parameters otherwise exchange more than one pair
     alike = all(_like(*pair, anywhere=alone) for pair in found)
-    return found if in_pairs and len(wrong) <= most and alike else []
+    few = len(wrong) <= most or _everywhere(tensors, [(one.name, other.name) for one, other in found])
+    return found if in_pairs and few and alike else []
 
 
 def _like(one: TensorHeader, other: TensorHeader, *, anywhere: bool = False) -> bool:

@@ -272,3 +272,19 @@ def test_what_a_program_sorted_by_sizes_and_names_says_nothing() -> None:
              for one, two in (("w1", "w3"), ("w3", "w1"))}  # fmt: skip
     with pytest.raises(EngineError, match="have exchanged names"):
         check_order([header_of(names, [(other.get(name, name), shape) for name, shape in by_size])])
+
+
+def test_norms_that_are_exchanged_in_all_layers_of_a_buffer_of_their_own_are_reported() -> None:
+    kinds = ("wo", "attention_norm", "ffn_norm")
+    names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in kinds]
+    norms = [one for one in names if "norm" in one[0]]
+    other = dict(zip(kinds[1:], kinds[:0:-1], strict=True))
+    moved = [(".".join(other.get(part, part) for part in name.split(".")), shape) for name, shape in norms]
+
+    def told(stored: list[tuple[str, tuple[int, ...]]]) -> tuple[str, ...]:
+        together = header_of(names, [*stored, *(one for one in names if one not in norms)])
+        apart = [one if "norm" in one.name else replace(one, offset=2 * one.offset) for one in together.tensors]
+        return check_order([replace(together, tensors=tuple(apart))])
+
+    assert told(norms) == ()
+    assert told(moved) == ("layers.0.attention_norm.weight and layers.0.ffn_norm.weight in model_tp0_pp0.pt",)
