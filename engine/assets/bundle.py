@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import threading
 from collections.abc import Mapping
@@ -172,7 +173,8 @@ def _ready(
     told = first_of(taken, 4)
     rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
     try:
-        files, ids = read_ready(store, names, rows, plan.config, renamed)
+        said = {**plan.config, **json.loads(own.get(GENERATION, b"{}"))}
+        files, ids = read_ready(store, names, rows, said, renamed)
     except EngineError as error:
         if required:
             raise

@@ -63,7 +63,8 @@ def read_ready(
     Args:
         names: as `names_of` gives them.
         rows: the rows of the model's embedding; a tokenizer has no ids beyond them.
-        config: config.json: its `bos_token_id` and `eos_token_id` must be, or contain, the tokenizer's.
+        config: config.json: its `bos_token_id` and `eos_token_id` must be, or contain, the tokenizer's. Where neither
+            it nor the generation settings say where generation stops, it stops at the tokenizer's eos.
         renamed: tokens by id that the mapping's chat template is written with.
 
     Raises:
@@ -104,7 +105,11 @@ def read_ready(
         for one in inside if isinstance(inside, list) else [inside]:  # several have names
             if isinstance(text := one.get("template") if isinstance(one, Mapping) else one, str):
                 check_template(text.encode(), Place(places[name]))
-    ids = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
+    ids, named = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
+    said = objects.get(GENERATION, {})
+    ends = [one.get(TOKENS[1]) for one in (said, config, *config.values()) if isinstance(one, Mapping)]
+    if _writes(config) and TOKENS[1] in named and not any(one is not None for one in ends):  # it would never stop
+        files[GENERATION] = as_json({**said, TOKENS[1]: named[TOKENS[1]]})
     for number, token in renamed.items():
         if ids.get(token) != int(number):
             got = next((f"`{one}`" for one, index in ids.items() if index == int(number)), "no such token")
@@ -172,7 +177,7 @@ def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[
 def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a tokenizer.json that no class is named for: 4 takes that of a language model's type, which adds
     tokens of its own. Other models may need what their class knows."""
-    if not any(str(name).endswith("CausalLM") for name in config.get("architectures") or ()):
+    if not _writes(config):
         return {}
     special = {one["id"]: one["content"] for one in json.loads(data).get("added_tokens") or () if one.get("special")}
     named = {key.removesuffix("_id"): special.get(config[key]) for key in TOKENS[:2] if type(config.get(key)) is int}
@@ -181,6 +186,11 @@ def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
         "model_input_names": _INPUTS,
         **{key: name for key, name in named.items() if name is not None},
     }
+
+
+def _writes(config: Mapping[str, Any]) -> bool:
+    """Whether config.json is of a language model, which writes text."""
+    return any(str(name).endswith("CausalLM") for name in config.get("architectures") or ())
 
 
 def _called(name: str) -> str:
@@ -205,8 +215,9 @@ def fewer(count: int, what: str, rows: int) -> list[str]:
 
 def _check_ids(
     data: bytes, place: str, rows: int | None, objects: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-) -> dict[str, int]:
-    """The tokens' ids; E501 unless the library loads it, ids are embedding rows, and bos and eos the model's."""
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The tokens' ids, and its bos and eos; E501 unless the library loads it, ids are embedding rows, and these two
+    the model's."""
     from tokenizers import Tokenizer
 
     fix = "Give the model's own tokenizer with --tokenizer."
@@ -232,15 +243,18 @@ def _check_ids(
     if rows is not None and most > rows:
         raise _wrong("the tokenizer is not this model's: it has ids beyond the embedding's rows", place,
                      f"ids up to {most - 1}", f"at most {rows} ids, the vocabulary size", fix)  # fmt: skip
+    named: dict[str, int] = {}
     for key in TOKENS[:2]:
         token = settings.get(key.removesuffix("_id"))
         text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(text, str) and text in ids:
+            named[key] = ids[text]
         found = [one for one in (config.get(key), objects.get(GENERATION, {}).get(key)) if one is not None]
         known = {i for one in found for i in (one if isinstance(one, list) else [one])}
-        if known and isinstance(text, str) and text in ids and ids[text] not in known:
+        if known and key in named and named[key] not in known:
             raise _wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
-                         place, f"{ids[text]}", f"{json.dumps(found[0])}, the `{key}`", fix)  # fmt: skip
-    return ids
+                         place, f"{named[key]}", f"{json.dumps(found[0])}, the `{key}`", fix)  # fmt: skip
+    return ids, named
 
 
 def check_prefix(data: bytes) -> None:

@@ -271,3 +271,24 @@ def test_a_file_is_no_tokenizer_where_the_mapping_describes_none(saved: Path, tm
     with pytest.raises(EngineError, match=r"tokenizer\.json, whose files are copied") as caught:
         convert(tmp_path / "out", saved / "tokenizer.json", config=CONFIG)
     assert caught.value.code == "E501"
+
+
+@pytest.mark.parametrize(
+    ("settings", "mapping", "source", "expected"),
+    [
+        (None, "internevo-qwen2", "qwen2_tp2", {"eos_token_id": 2}),
+        ({"temperature": 0.5}, "internevo-mixtral", "mixtral_tp2", {"eos_token_id": 2, "temperature": 0.5}),
+        ({"eos_token_id": 7}, "internevo-qwen2", "qwen2_tp2", {"eos_token_id": 7}),
+    ],
+)
+def test_generation_stops_at_the_tokenizers_own_end_if_nothing_else_says_where(
+    settings: dict[str, Any] | None, mapping: str, source: str, expected: dict[str, Any], tmp_path: Path
+) -> None:
+    known = Tokenizer(models.WordLevel({f"w{i}": i for i in range(60)}, unk_token="w3"))
+    eos = "w7" if settings == {"eos_token_id": 7} else "w2"
+    PreTrainedTokenizerFast(tokenizer_object=known, eos_token=eos).save_pretrained(tmp_path / "saved")
+    if settings is not None:
+        (tmp_path / "saved" / "generation_config.json").write_text(json.dumps(settings))
+    step = FIXTURES / "internevo_2025" / source
+    engine.convert(mapping, step, tmp_path / "out", tokenizer=tmp_path / "saved")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
