@@ -77,7 +77,7 @@ EQUAL = (
         "it is megatron-llama's, whose own meaning shows it",
     ),
     (
-        r"internlm.*|llama|moe-.*",
+        r"internlm.*|llama|moe-.*|internevo-baichuan2",
         r"attention_biases|mlp_biases",
         r"wq\.bias'\) (or|and) present\('[\w.{}]+wk\.bias'\) (or|and) present"
         r"|w1\.bias'\) or present\('[\w.{}]+w3\.bias'\) or ",
@@ -175,11 +175,40 @@ EQUAL = (
         r"given\.rope_theta \| default\(given\.\w+",
         "a base that only `rope_parameters` has is not among what is tried; a test of the family tries it",
     ),
-    (r"torchtitan-qwen3", r"queries", r"without `when`", "the rule has an empty one, in place of that of Llama's rule"),
+    (
+        r"torchtitan-qwen3|internevo-.*",
+        r"queries|wv|down|up|head|layers\.\{layer\}\.feed_forward\.w1\.weight",
+        r"without `when`",
+        "the rule has an empty one, in place of that of the family that it extends",
+    ),
+    (
+        r"internevo-mixtral",
+        r"routing",
+        r"^shared: \(top_k \| default\(1\)\) <= 1 or",
+        "experts chosen by GShard are not among what is tried; tests of the family try them",
+    ),
+    (
+        r"internevo-(qwen2-moe|mixtral)",
+        r"dims\.expert",
+        r"^`num_experts if chosen <= num_experts else 1`",
+        "more experts for a token than there are are not among what is tried; a test of the family tries them",
+    ),
+    (
+        r"internevo-qwen2-moe",
+        r"dims\.shared",
+        r"^`\(\(\(hidden \* mlp_ratio\) \* num_shared_experts\) \| int",
+        "a ratio that gives no whole width is not among what is tried; a test of the family tries one",
+    ),
+    (r"internevo-mixtral", r"dims\.ffn", r"^`\(\(hidden_size \* mlp_ratio\)", "the axis `hidden` is that key"),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
 )
 # Of which families, which edits, and why the workflow or its comment is silent.
 SILENT = (
+    (
+        r"internevo-baichuan2",
+        r".*`queries groups` for `groups queries` .*|config: num_(key_value|attention)_heads: .*",
+        "each head of queries has keys of its own, so the order and the number are the same",
+    ),
     (
         r"torchtitan-llama",
         r"variants: (`'linear'` for `'llama3'`|`4096` for `8192`)",

@@ -128,6 +128,21 @@ def test_what_the_target_would_compute_otherwise_is_refused(
     assert caught.value.code == code and told in str(caught.value), str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("fixture", "changed"),
+    [
+        ("qwen2_moe_isp_wp2_ep2", {"mlp_ratio": 48.5 / 32, "multiple_of": 1}),  # 48, of which the shared one has two
+        ("mixtral_tp2", {"moe_type": "GShard", "top_k": 2}),  # only a single expert is weighed in another way
+    ],
+    ids=lambda one: one if isinstance(one, str) else "",
+)
+def test_what_the_target_computes_alike_is_taken(fixture: str, changed: dict[str, Any], tmp_path: Path) -> None:
+    steps = GENUINE / fixture, configured(fixture, tmp_path / "step", **changed)
+    plans = (engine.plan(MODELS[fixture], step) for step in steps)
+    one, other = ({key: size for key, size in plan.sizes.items() if key != "multiple"} for plan in plans)
+    assert one == other
+
+
 def without_biases(state: dict[str, torch.Tensor]) -> None:
     for name in [one for one in state if one.endswith(".bias")]:
         del state[name]
