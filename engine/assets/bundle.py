@@ -15,7 +15,17 @@ from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, never_written, unmarked
 from engine.assets.generation import as_json, generation_config, within
 from engine.assets.model_card import model_card
-from engine.assets.ready import GENERATION, PER_BYTE, fewer, is_ready, names_of, read_ready, ready_beside, together
+from engine.assets.ready import (
+    GENERATION,
+    PER_BYTE,
+    fewer,
+    is_ready,
+    names_of,
+    read_ready,
+    ready_beside,
+    template_of,
+    together,
+)
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
@@ -70,7 +80,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     if model is not None and spec is not None:
         found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
         if plan.mapping.chat_template is not None:
-            notices += never_written(template, generation, dict(enumerate(found.names)))
+            notices += never_written(template, generation, dict(enumerate(found.names)), own=True)
         memory = predicted_memory(model)
         if len(found.data) < APART:
             files.update(convert_understood(found, spec, Place(str(model))))
@@ -79,9 +89,11 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
     elif ready is not None:
         copied, more, memory, names = _ready(plan, ready, files, required=tokenizer is not None)
-        if plan.mapping.chat_template is not None:
-            more += never_written(template, generation, names)
-        files, notices = together(copied, files, chat=plan.mapping.chat_template is not None), [*notices, *more]
+        chat = plan.mapping.chat_template is not None
+        files, notices = together(copied, files, chat=chat), [*notices, *more]
+        if copied:
+            settings = {**plan.config, **json.loads(files.get(GENERATION, b"{}"))}
+            notices += never_written(template_of(files), settings, names, own=chat)
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")

@@ -54,15 +54,16 @@ def check_template(data: bytes, place: Place) -> None:
         ) from error
 
 
-def never_written(template: str, generation: Mapping[str, Any], names: Mapping[int, str]) -> list[str]:
+def never_written(template: str, generation: Mapping[str, Any], names: Mapping[int, str], own: bool) -> list[str]:
     """A notice if a template writes none of the tokens at which generation stops.
 
     Args:
         names: the tokens by id.
+        own: whether it is the mapping's, which can rename tokens.
 
-    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, {1: "</s>", 2: "[UNUSED]"})
+    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, {1: "</s>", 2: "[UNUSED]"}, own=True)
     ['the chat template never writes `[UNUSED]`, id 2, at which generation stops; see `rename` of the tokenizer']
-    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, {1: "</s>", 2: "<e>"})
+    >>> never_written("{{ m.content }}<e>", {"eos_token_id": [1, 2]}, {1: "</s>", 2: "<e>"}, own=True)
     []
     """
     ends = generation.get("eos_token_id")
@@ -72,7 +73,7 @@ def never_written(template: str, generation: Mapping[str, Any], names: Mapping[i
         return []
     last = max(known)
     told = f"the chat template never writes `{known[last]}`, id {last}, at which generation stops"
-    return [f"{told}; see `rename` of the tokenizer"]
+    return [f"{told}; {'see `rename` of the tokenizer' if own else 'a chat may not stop after an answer'}"]
 
 
 def unmarked(text: str) -> str:

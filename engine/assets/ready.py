@@ -174,6 +174,19 @@ def for_each_release(settings: Mapping[str, Any], template: str | None) -> dict[
     return made
 
 
+def template_of(files: Mapping[str, bytes]) -> str:
+    """The chat template that transformers 5 reads, or nothing.
+
+    >>> template_of({"tokenizer_config.json": b'{"chat_template": [{"name": "default", "template": "a"}]}'})
+    'a'
+    """
+    if TEMPLATES[0] in files:
+        return files[TEMPLATES[0]].decode()
+    said = json.loads(files.get(_SETTINGS, b"{}")).get("chat_template")
+    several = [one for one in said if isinstance(one, Mapping)] if isinstance(said, list) else [{"template": said}]
+    return next((str(one.get("template") or "") for one in several if one.get("name", "default") == "default"), "")
+
+
 def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a tokenizer.json that no class is named for: 4 takes that of a language model's type, which adds
     tokens of its own. Other models may need what their class knows."""

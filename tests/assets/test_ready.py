@@ -166,8 +166,10 @@ def test_where_generation_stops_is_as_said_beside_the_template_that_is_written(s
     folder = shutil.copytree(saved, tmp_path / "tokenizer")
     changed("tokenizer_config.json", eos_token="w7")(folder)
     source, file = FIXTURES / "internevo" / "llama_tp2_pp1_default", tmp_path / "chat.yaml"
-    engine.convert("llama", source, tmp_path / "out", tokenizer=folder)
+    report = engine.convert("llama", source, tmp_path / "out", tokenizer=folder)
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2, 7]
+    told = "the chat template never writes `w7`, id 7, at which generation stops; a chat may not stop after an answer"
+    assert told in report.notices
     about = "mapping: 1\nname: chat\nversion: 1.0.0\ndescription: A chat\nextends: families/llama.yaml\n"
     file.write_text(f"{about}generation: {{eos_token_id: [2, 9]}}\nchat_template: internlm2-chat\n")
     report = engine.convert(str(file), source, tmp_path / "own", tokenizer=saved)
