@@ -31,6 +31,9 @@ MODELS = {
     "baichuan2_isp_wp2": "internevo-baichuan2",
 }
 WEIGHTS = "model.safetensors"
+EXPERT = dict.fromkeys(MODELS, ("mlp.experts.3.gate_proj", "mlp.experts.3.up_proj")) | {
+    "mixtral_tp2": ("block_sparse_moe.experts.3.w1", "block_sparse_moe.experts.3.w3")
+}
 CASES = pytest.mark.parametrize(("fixture", "mapping"), MODELS.items(), ids=list(MODELS))
 
 
@@ -108,9 +111,10 @@ def test_no_other_mapping_fits_even_without_the_training_configuration(
         ("qwen2_tp2", {"use_sliding_window": True}, "E209", "use_sliding_window"),
         ("qwen2_tp2", {"norm_head": True}, "E209", "normalised"),
         ("qwen2_moe_isp_wp2_ep2", {"num_shared_experts": 0}, "E218", "num_shared_experts"),
-        ("qwen2_moe_isp_wp2_ep2", {"moe_type": "GShard"}, "E209", "moe_type"),
+        ("qwen2_moe_isp_wp2_ep2", {"moe_type": "MegaBlock"}, "E209", "moe_type"),
+        ("qwen2_moe_isp_wp2_ep2", {"moe_type": "GShard", "top_k": 1}, "E202", "probability"),
+        ("qwen3_moe_isp_wp2_ep2", {"moe_type": "GShard"}, "E209", "no other"),
         ("qwen2_moe_isp_wp2_ep2", {"moe_layer_kwargs": {"routed_scaling_factor": 2.5}}, "E209", "scale"),
-        ("qwen2_moe_isp_wp2_ep2", {"mlp_layer_fusion": True}, "E202", "mlp_layer_fusion"),
         ("qwen2_moe_isp_wp2_ep2", {"top_k": 5}, "E218", "no size"),
         ("qwen3_moe_isp_wp2_ep2", {"layer_norm_epsilon": 1e-5}, "E209", "epsilon"),
         ("qwen3_moe_isp_wp2_ep2", {"layer_norm_epsilon": None}, "E202", "epsilon"),
@@ -167,9 +171,34 @@ def test_a_qwen2_has_biases_of_queries_keys_and_values_and_no_others(
 
 
 def test_a_mixture_without_said_weights_is_normalised_as_internevo_does(tmp_path: Path) -> None:
-    for name, said in (("plain", {}), ("told", {"normalize_expert_weights": False})):
-        step = configured("qwen2_moe_isp_wp2_ep2", tmp_path / name, moe_layer_kwargs=said)
+    """GShard, the only kind of InternEvo's first Qwen2 mixtures, knows nothing else for several experts."""
+    kinds = (("plain", {}), ("told", {"normalize_expert_weights": False}), ("GShard", {}))
+    for name, said in kinds:
+        kind = {"moe_type": name} if name == "GShard" else {}
+        step = configured("qwen2_moe_isp_wp2_ep2", tmp_path / name, moe_layer_kwargs=said, **kind)
         assert engine.plan("internevo-qwen2-moe", step).config["norm_topk_prob"] is not bool(said)
+
+
+@pytest.mark.parametrize("fixture", [one for one in MODELS if "moe" in one or "mixtral" in one])
+def test_fused_gate_and_up_of_experts_of_their_own_are_joined_over_weight_ranks(fixture: str, tmp_path: Path) -> None:
+    """InternEvo saves a rank's rows of that linear in halves, as w1 and w3, where it trains with mlp_layer_fusion."""
+    mapping, settings = MODELS[fixture], {"experts": "apart", "gates": "joined"}
+    engine.convert(mapping, GENUINE / fixture, tmp_path / "hf")
+    engine.reverse(mapping, tmp_path / "hf", tmp_path / "back", mode="isp_wp", wp=2, settings=settings)
+    rows: dict[str, list[torch.Tensor]] = {}
+    for name, state in rank_files(tmp_path / "back").items():
+        for key in [key for key in state if "fused_w1_w3" in key]:
+            rows.setdefault(name[:-7] + key, []).append(state.pop(key))
+            halves = zip(("w1", "w3"), rows[name[:-7] + key][-1].chunk(2), strict=True)
+            state.update({key.replace("fused_w1_w3", half): one.clone() for half, one in halves})
+        torch.save(state, tmp_path / "back" / name)
+    whole = load_file(tmp_path / "hf" / WEIGHTS)
+    (last,) = (torch.cat(each) for key, each in rows.items() if "layer1_expert3" in key)
+    gate, up = (next(key for key in whole if f"layers.1.{at}" in key) for at in EXPERT[fixture])
+    assert torch.equal(last, torch.cat([whole[gate], whole[up]]))
+    engine.convert(mapping, tmp_path / "back", tmp_path / "again")
+    again = load_file(tmp_path / "again" / WEIGHTS)
+    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 @pytest.mark.parametrize("fixture", ["v2_tp2_pp2", "llama_tp2_pp1_default"])
