@@ -107,7 +107,7 @@ def index_dims(layout: Layout, axis: str) -> tuple[str, ...]:
 
 def counts_of(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
     """Ranks per dimension as layout expressions see them: `tps`, `pps`, ...; 1 where files have no such dimension."""
-    return {f"{dim}s": sizes.get(dim, 1) for dim in (*layout_dims(layout), *sizes)}
+    return {f"{dim}s": sizes.get(dim, 1) for dim in layout_dims(layout)}
 
 
 def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[str, Any]) -> Iterator[dict[str, int]]:

@@ -170,6 +170,14 @@ def test_a_qwen2_has_biases_of_queries_keys_and_values_and_no_others(
     assert caught.value.code in ("E202", "E207", "E209"), caught.value
 
 
+@pytest.mark.parametrize("stored", ["apart", "grouped"])
+def test_the_written_configuration_says_how_experts_are_stored(stored: str, tmp_path: Path) -> None:
+    engine.convert("internevo-mixtral", GENUINE / "mixtral_tp2", tmp_path / "hf")
+    engine.reverse("internevo-mixtral", tmp_path / "hf", tmp_path / "step", settings={"experts": stored})
+    config = torch.load(tmp_path / "step" / "model_config.pt", weights_only=False)
+    assert config["moe_layer_kwargs"]["use_grouped_mlp"] == (stored == "grouped")
+
+
 def test_a_mixture_without_said_weights_is_normalised_as_internevo_does(tmp_path: Path) -> None:
     """GShard, the only kind of InternEvo's first Qwen2 mixtures, knows nothing else for several experts."""
     kinds = (("plain", {}), ("told", {"normalize_expert_weights": False}), ("GShard", {}))
