@@ -17,6 +17,7 @@ DTYPES = ("auto", "bfloat16", "float16", "float32")
 _ALSO = {"bf16": "bfloat16", "fp16": "float16", "f16": "float16", "half": "float16", "fp32": "float32",
          "f32": "float32", "float": "float32"}  # fmt: skip
 _MOST_BYTES = 1 << 62
+_MOST_BITS = 63  # of a number; Python writes none of more than 4300 digits
 
 
 def dtype_name(value: object) -> str:
@@ -115,6 +116,10 @@ def check_keywords(options: Mapping[str, Any], takes: type) -> None:
             raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
         if value is not None and name not in _PARSED:
             check_type(name, value, hints[name], _WANTED.get(name))
+        for one in value.values() if isinstance(value, Mapping) else (value,):
+            if isinstance(one, int) and one.bit_length() > _MOST_BITS:
+                got = f"a number of {one.bit_length()} bits"
+                raise EngineError("E001", f"`{name}` cannot be used as given", got=got, expected="a smaller number")
 
 
 _hints = cache(get_type_hints)

@@ -81,6 +81,9 @@ WRONG: dict[str, tuple[Callable[[], object], str]] = {
     "a mapping": (lambda: engine.plan(3, STEP), "a name, a path, or a loaded mapping"),  # type: ignore[arg-type]
     "a checkpoint": (lambda: engine.plan("internlm", 3), "a path or a URL"),  # type: ignore[arg-type]
     "settings": (lambda: engine.plan("internlm", STEP, settings="a=b"), "a dict, like"),  # type: ignore[arg-type]
+    "an option too large to be shown": (
+        lambda: engine.plan("internlm", STEP, settings={"max_position_embeddings": 10**5000}), "of 16610 bits"),
+    "ranks too many to be shown": (lambda: engine.plan_reshard("internlm", STEP, pp=10**5000), "of 16610 bits"),
     "a tensor": (lambda: engine.explain(3, "internlm", STEP), "text"),  # type: ignore[arg-type]
     "a name": (lambda: engine.new_mapping(STEP, name=3), "text"),  # type: ignore[arg-type]
     "files": (lambda: engine.lint({"a": 1}), "text or a path"),  # type: ignore[arg-type]
