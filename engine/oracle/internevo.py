@@ -42,6 +42,7 @@ class Forward(Shards):
         super().__init__(checkpoint)
         config, self._folder = self.config, checkpoint.folder
         self._v1 = self.block == "blocks"
+        self._late = self.holds("embed_tokens.", "attention.out_proj.")  # Qwen2 and Baichuan2: all keys mean one thing
         self.hidden, self._heads = (positive(config, key) for key in ("hidden_size", "num_attention_heads"))
         self._groups = int(setting(config, "num_kv_attention_heads", self._heads))
         self.head_dim = self.hidden // self._heads
@@ -53,7 +54,7 @@ class Forward(Shards):
         self._pairs = self._in_pairs(settings.get("rotary"))
         self._fused = self._in_pieces(settings.get("fusion"))
         self._letters: str | None = None
-        self._told_letters: str | None = settings.get("mlp_letters")
+        self._told_letters: str | None = "w2_is_down" if self._late else settings.get("mlp_letters")
         self._check()
 
     def _in_pairs(self, told: str | None) -> bool:
@@ -66,7 +67,7 @@ class Forward(Shards):
             return bool(self.config.get("qk_interleaved"))
         if "adapt_hf" in self.config:
             return not self.config["adapt_hf"]
-        later = self._is("INTERNLM2", "INTERNLM3")
+        later = self._late or self._is("INTERNLM2", "INTERNLM3")
         fused = bool(self.spots) and self.has(self.spots[0], "attention.wqkv.weight") is not None
         return told == "pairs" if told is not None else not (fused or later)
 
@@ -81,6 +82,8 @@ class Forward(Shards):
 
     def _normalises(self, told: str | None) -> bool:
         """Whether `norm_head` works: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
+        if self._late:
+            return True
         if "qk_interleaved" in self.config and told not in ("plain", "normalised"):
             raise EngineError(
                 "E202",
@@ -140,8 +143,8 @@ class Forward(Shards):
 
     def _embedding(self) -> tuple[list[Stored], bool]:
         """Its parts, and whether they are parts of the vocabulary: the key shows it, not the configuration."""
-        stem = "embedding" if self._v1 else "tok_embeddings"
-        spot, key = self.edge(f"{stem}.weight", f"{stem}.word_embeddings.weight")
+        stems = ("embedding",) if self._v1 else ("tok_embeddings", "embed_tokens")
+        spot, key = self.edge(*(f"{stem}{of}.weight" for stem in stems for of in ("", ".word_embeddings")))
         return self.edges(spot, key), "word_embeddings" in key
 
     def embedding(self, low: int, high: int) -> torch.Tensor:
@@ -165,7 +168,8 @@ class Forward(Shards):
         """A layer's results for a hidden state, step by step."""
         spot = self.spots[number]
         norms = ("norm1.weight", "norm2.weight") if self._v1 else ("attention_norm.weight", "ffn_norm.weight")
-        mixer, out, mlp = ("mixer", "out_proj", "mlp") if self._v1 else ("attention", "wo", "feed_forward")
+        mixer, mlp = ("mixer", "mlp") if self._v1 else ("attention", "feed_forward")
+        out = "out_proj" if self.has(spot, f"{mixer}.out_proj.weight") else "wo"
         trace = {"attention_norm": self._norm(x, self.replicated(spot, norms[0]))}
         trace |= self._attention(spot, mixer, trace["attention_norm"])
         trace["o"] = self._row_parallel(spot, f"{mixer}.{out}", trace["mixed"])
@@ -228,10 +232,10 @@ class Forward(Shards):
     def _unpack(self, fused: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k and v (batch, length, heads, head_dim) of one rank's packed output.
 
-        v1: all queries, all keys, all values. InternLM2: for each key/value head the queries that share
+        v1 and Baichuan2: all queries, all keys, all values. InternLM2: for each key/value head the queries that share
         it, then the key, then the value.
         """
-        if self._v1:
+        if self._v1 or self._late:
             q, k, v = fused.view(*fused.shape[:2], 3, -1, self.head_dim).unbind(2)
             return q, k, v
         grouped = fused.view(*fused.shape[:2], -1, self._heads // self._groups + 2, self.head_dim)

@@ -76,8 +76,7 @@ class Shards(FloatTensors):
                     place=Place(checkpoint.folder),
                     got=header.name,
                     expected="a dense model's, such as model_tp0_pp0.pt",
-                    fix="Of a mixture of experts transformers has no model built in to run beside it. Leave --logits "
-                    "out; --src and --mapping compare every tensor all the same.",
+                    fix="Leave --logits out; --src and --mapping compare every tensor all the same.",
                 )
             rank = int(named["tp"] or -1), int(named["wp"] or -1)
             for tensor in header.tensors:
@@ -105,6 +104,10 @@ class Shards(FloatTensors):
     def has(self, spot: Spot, *keys: str) -> str | None:
         """The first of these keys that some rank holds at a spot."""
         return next((key for key in keys if (spot, key) in self._held), None)
+
+    def holds(self, *starts: str) -> bool:
+        """Whether some key, without chunk and layer, starts so."""
+        return any(key.startswith(starts) for _, key in self._held)
 
     def edge(self, *keys: str) -> tuple[Spot, str]:
         """The place of the embedding, the last norm or the head, and which of these keys it has; E207 if none."""

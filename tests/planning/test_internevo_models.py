@@ -70,6 +70,18 @@ def test_transformers_computes_internevos_own_logits(fixture: str, mapping: str,
         torch.testing.assert_close(model(oracle["input_ids"]).logits, oracle["logits"], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("fixture", MODELS)
+def test_an_output_is_compared_with_training_as_these_models_compute(fixture: str, tmp_path: Path) -> None:
+    source = GENUINE / fixture
+    engine.convert(MODELS[fixture], source, tmp_path / "hf")
+    if "moe" in fixture or "mixtral" in fixture:
+        with pytest.raises(EngineError, match="forward pass is not known"):
+            engine.verify(tmp_path / "hf", src=source, mapping=MODELS[fixture], logits=True)
+        return
+    found = engine.verify(tmp_path / "hf", src=source, mapping=MODELS[fixture], logits=True)
+    assert found.logits is not None and found.problems == ()
+
+
 @pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
 @CASES
 def test_transformers_scales_the_angles_that_are_asked_for(
