@@ -29,7 +29,7 @@ from engine.storage.places import store_at
 from engine.storage.store import Store
 
 # Errors of the checkpoint, not of the choice of the mapping.
-_OF_THE_CHECKPOINT = ("E201", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
+_OF_THE_CHECKPOINT = ("E201", "E202", "E203", "E207", "E208", "E209", "E210", "E211", "E218", "E219")
 
 _AXES = ("layer", "hidden", "heads", "groups", "ffn", "vocab", "expert", "labels")  # in this order
 

@@ -228,6 +228,16 @@ def test_an_internlm2_or_llama_without_its_training_configuration_is_none_of_the
     assert not [one.name for one in engine.inspect(tmp_path / "step").fitting if one.name in MODELS.values()]
 
 
+def test_a_llama_of_unknown_kind_with_biases_of_queries_alone_is_told_that(tmp_path: Path) -> None:
+    source = FIXTURES / "internevo" / "llama_tp2_pp1_default"
+    shutil.copytree(source, tmp_path / "step", ignore=shutil.ignore_patterns("config_file.pt"))
+    for name, state in rank_files(tmp_path / "step").items():
+        more = {key[:-6] + "bias": state[key][:, 0].clone() for key in state if key.endswith("wq.weight")}
+        torch.save({**state, **more}, tmp_path / "step" / name)
+    found = engine.inspect(tmp_path / "step")
+    assert not found.fitting and any("attention_biases" in one.why for one in found.blocked)
+
+
 def test_a_baichuan2_with_biases_is_more_than_llama_expresses(tmp_path: Path) -> None:
     shutil.copytree(GENUINE / "baichuan2_isp_wp2", tmp_path / "step")
     for name, state in rank_files(tmp_path / "step").items():
