@@ -91,9 +91,9 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         copied, more, memory, names = _ready(plan, ready, files, required=tokenizer is not None)
         chat = plan.mapping.chat_template is not None
         files, notices = together(copied, files, chat=chat), [*notices, *more]
-        if copied:
+        if template := template_of(files) if copied else "":
             settings = {**plan.config, **json.loads(files.get(GENERATION, b"{}"))}
-            notices += never_written(template_of(files), settings, names, own=chat)
+            notices += never_written(template, settings, names, own=chat)
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")

@@ -196,8 +196,14 @@ def _settings(folder: Store, plan: Plan, wanted: Mapping[str, bytes]) -> tuple[l
 
     here, unchecked = small_files(folder), []
     if not wanted.keys() & set(TOKENIZER):
-        given = {*TOKENIZER, GENERATION, *TEMPLATES} - wanted.keys() if here.keys() & set(TOKENIZER) else {*TOKENIZER}
-        here = {name: data for name, data in here.items() if name not in given}
+        given, own = {*TOKENIZER}, {*wanted}
+        if here.keys() & set(TOKENIZER):
+            spec = plan.mapping.tokenizer
+            ready = spec is None or str(spec.get("file", "tokenizer.model")) not in here
+            if ready and plan.mapping.chat_template is None:
+                own.discard(GENERATION)  # its generation settings go over the mapping's
+            given |= {GENERATION, *TEMPLATES} - own
+        here, wanted = ({name: of[name] for name in of if name not in given} for of in (here, wanted))
         unchecked.append("the tokenizer: a run takes none from beside the training checkpoint")
     remote = plan.mapping.remote_code is not None
     if remote:

@@ -292,5 +292,7 @@ def test_generation_stops_at_the_tokenizers_own_end_if_nothing_else_says_where(
     if settings is not None:
         (tmp_path / "saved" / "generation_config.json").write_text(json.dumps(settings))
     step = FIXTURES / "internevo_2025" / source
-    engine.convert(mapping, step, tmp_path / "out", tokenizer=tmp_path / "saved")
+    report = engine.convert(mapping, step, tmp_path / "out", tokenizer=tmp_path / "saved")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == expected
+    assert not any("never writes" in one for one in report.notices)  # it has no template
+    assert engine.verify(tmp_path / "out", src=step, mapping=mapping).problems == ()
