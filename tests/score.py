@@ -103,9 +103,9 @@ EQUAL = (
         "where the number is absent, the other branch is taken",
     ),
     (
-        r"megatron-.*",
-        r"training_config\.kv_channels",
-        r"^`\{\{ head_dim \| default\(",
+        r"megatron-.*|internevo-qwen3-moe",
+        r"training_config\.(kv_channels|head_dim)",
+        r"^`\{\{ head_dim( \| default\(| \}\}` instead)",
         "`head_dim` is an axis, whose size is known when the configuration is written",
     ),
     (
@@ -182,24 +182,29 @@ EQUAL = (
         "the rule has an empty one, in place of that of the family that it extends",
     ),
     (
-        r"internevo-mixtral",
+        r"internevo-(mixtral|qwen\d-moe)",
         r"routing",
         r"^shared: \(top_k \| default\(1\)\) <= 1 or",
         "experts chosen by GShard are not among what is tried; tests of the family try them",
     ),
     (
-        r"internevo-(qwen2-moe|mixtral)",
+        r"internevo-(mixtral|qwen\d-moe)",
         r"dims\.expert",
         r"^`num_experts if chosen <= num_experts else 1`",
         "more experts for a token than there are are not among what is tried; a test of the family tries them",
     ),
     (
-        r"internevo-qwen2-moe",
+        r"internevo-qwen\d-moe",
         r"dims\.shared",
         r"^`\(\(\(hidden \* mlp_ratio\) \* num_shared_experts\) \| int",
         "a ratio that gives no whole width is not among what is tried; a test of the family tries one",
     ),
-    (r"internevo-mixtral", r"dims\.ffn", r"^`\(\(hidden_size \* mlp_ratio\)", "the axis `hidden` is that key"),
+    (
+        r"internevo-(mixtral|qwen3-moe)",
+        r"dims\.ffn",
+        r"^`\(\(hidden_size \* mlp_ratio\)",
+        "the axis `hidden` is that key",
+    ),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
 )
 # Of which families, which edits, and why the workflow or its comment is silent.
@@ -208,6 +213,11 @@ SILENT = (
         r"internevo-baichuan2",
         r".*`queries groups` for `groups queries` .*|config: num_(key_value|attention)_heads: .*",
         "each head of queries has keys of its own, so the order and the number are the same",
+    ),
+    (
+        r"internevo-qwen3-moe",
+        r"config: rms_norm_eps: .*",
+        "another epsilon is refused, and one that is not said is asked about",
     ),
     (
         r"torchtitan-llama",
