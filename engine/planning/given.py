@@ -116,10 +116,10 @@ def check_keywords(options: Mapping[str, Any], takes: type) -> None:
             raise TypeError(f"there is no option `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
         if value is not None and name not in _PARSED:
             check_type(name, value, hints[name], _WANTED.get(name))
-        for one in value.values() if isinstance(value, Mapping) else (value,):
+        for key, one in value.items() if isinstance(value, Mapping) else ((name, value),):
             if isinstance(one, int) and one.bit_length() > _MOST_BITS:
                 got = f"a number of {one.bit_length()} bits"
-                raise EngineError("E001", f"`{name}` cannot be used as given", got=got, expected="a smaller number")
+                raise EngineError("E001", f"`{key}` cannot be used as given", got=got, expected="a smaller number")
 
 
 _hints = cache(get_type_hints)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -166,6 +167,15 @@ def test_genuine_experts_come_back_bit_for_bit(tmp_path: Path) -> None:
     engine.reverse("families/internlm-moe.yaml", tmp_path / "hf", tmp_path / "back", like=source)
     for name, state in weights(source).items():
         same(weights(tmp_path / "back")[name], state)
+
+
+def test_biases_of_experts_attention_are_read_by_upstreams_own_word(tmp_path: Path) -> None:
+    engine.convert("families/internlm-moe.yaml", FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["bias"] and config.pop("attention_bias")
+    path.write_text(json.dumps(config))
+    assert engine.plan_reverse("families/internlm-moe.yaml", tmp_path / "hf").outputs
 
 
 def test_genuine_experts_on_one_rank_compute_internevos_own_logits(tmp_path: Path) -> None:
