@@ -177,7 +177,7 @@ EQUAL = (
     ),
     (
         r"torchtitan-qwen3|internevo-.*",
-        r"queries|wv|down|up|head|layers\.\{layer\}\.feed_forward\.w1\.weight",
+        r"queries|wv|down|up|head|router|layers\.\{layer\}\.feed_forward\.w1\.weight",
         r"without `when`",
         "the rule has an empty one, in place of that of the family that it extends",
     ),

@@ -73,7 +73,7 @@ def full_config(config: Mapping[str, Any]) -> tuple[dict[str, Any], frozenset[st
     except Exception:  # a configuration may make transformers raise anything
         return None
     hidden, heads = full.get("hidden_size"), full.get("num_attention_heads")
-    if full.get("head_dim", 0) is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+    if full.get("head_dim") is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
         full["head_dim"] = hidden // heads  # as the classes' attention takes it, not all of their configurations
     return plain_config(full | {"model_type": kind}), own
 
