@@ -19,7 +19,6 @@ _ANY = "*"  # stands for every name
 _LOST = object()  # the value of an item that is not known
 _ANYTHING = frozenset(("exec", "eval", "globals", "locals", "vars", "setattr", "delattr", "modules"))  # reach all names
 _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
-
 _PARSING = threading.Lock()
 
 
@@ -293,11 +292,9 @@ def _is_small(value: Any) -> bool:
     waiting, count = [(value, 0)], 0
     while waiting:
         item, depth = waiting.pop()
+        parts = item.values() if isinstance(item, dict) else item if isinstance(item, list) else ()
         count += 1
-        if count > _MOST_VALUES or depth > _DEEPEST:
+        if max(count, len(parts)) > _MOST_VALUES or depth > _DEEPEST:
             return False
-        if isinstance(item, dict | list):
-            if len(item) > _MOST_VALUES:
-                return False
-            waiting.extend((part, depth + 1) for part in (item.values() if isinstance(item, dict) else item))
+        waiting.extend((part, depth + 1) for part in parts)
     return True
