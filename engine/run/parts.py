@@ -145,11 +145,11 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
     spans = sorted(span for marker in found.values() for span in marker["spans"])
     ends: dict[int, int] = {}
     for output, low, high, _ in spans:
-        if low == ends.get(output, 0):
-            ends[output] = high
+        ends[output] = high if low == ends.get(output, 0) else -1
     sizes = {number: output.nbytes for number, output in enumerate(plan.outputs)}
-    there = done.keys() | {output for output, end in ends.items() if end == sizes.get(output)}
-    if there != sizes.keys() or not ends.keys() <= there:
+    joined = {output for output, end in ends.items() if end == sizes.get(output)}
+    there = done.keys() | joined
+    if there != sizes.keys() or joined != ends.keys():
         raise _not_together(
             store, "parts do not cover the plan", f"{len(there)} of {len(plan.outputs)} tensors", "Run the parts again."
         )

@@ -256,9 +256,11 @@ def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     api.part(plan, "1/1", tmp_path / "out")
     (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
     told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    apart = json.dumps({**told, "spans": [[0, 8, 16, "0" * 32]]}).encode()
     told["spans"] = [[0, 0, 8, "0" * 32]]
     told["outputs"] = dict(list(told["outputs"].items())[:2])
-    for name, damage in [*mutated(told), ("a count like 1.0", json.dumps({**told, "part": [1, 1.0]}).encode())]:
+    more = [("a count like 1.0", json.dumps({**told, "part": [1, 1.0]}).encode()), ("spans that do not join", apart)]
+    for name, damage in [*mutated(told), *more]:
         marker.write_bytes(damage)
         with pytest.raises(EngineError) as caught:
             read_markers(compiled, told["work"], LocalStore(marker.parent))
