@@ -21,6 +21,7 @@ from engine.checkpoint.folder import read_headers
 from engine.errors import EngineError
 from engine.run.journal import identity_of
 from engine.storage.client import client_of
+from engine.storage.objects import MARK
 from engine.storage.places import store_at, store_options
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
 from tests.support.depth import SOAK, deep, sampled
@@ -286,13 +287,13 @@ def test_a_name_that_is_another_ones_is_refused(name: str, bucket: Bucket) -> No
     assert bucket.contents("") == {}
 
 
-@pytest.mark.parametrize("when", ["partNumber", "config.json"])
-def test_an_output_that_came_meanwhile_is_not_overwritten(when: str, bucket: Bucket) -> None:
+@pytest.mark.parametrize(("when", "mark"), [("partNumber", {}), ("config.json", {}), ("config.json", {MARK: "other"})])
+def test_an_output_that_came_meanwhile_is_not_overwritten(when: str, mark: dict[str, str], bucket: Bucket) -> None:
     step, others = bucket.upload(STEP, "step"), b"somebody's"
 
     def come(one: Asked) -> None:
         if one.method == "PUT" and when in one.path:
-            bucket.client("hf").put("conversion.json", others)
+            bucket.client("hf").put("conversion.json", others, attributes=mark)
 
     bucket.proxy.spoil = come
     refused("E401", lambda: engine.convert(MAPPING, step, f"{bucket.url}/hf"))
