@@ -118,8 +118,13 @@ def check_keywords(options: Mapping[str, Any], takes: type) -> None:
             check_type(name, value, hints[name], _WANTED.get(name))
         for key, one in value.items() if isinstance(value, Mapping) else ((name, value),):
             if isinstance(one, int) and one.bit_length() > _MOST_BITS:
-                got = f"a number of {one.bit_length()} bits"
-                raise EngineError("E001", f"`{key}` cannot be used as given", got=got, expected="a smaller number")
+                raise EngineError(
+                    "E001",
+                    f"`{key}` cannot be used as given",
+                    got=f"a number of {one.bit_length()} bits",
+                    expected=f"a number of at most {_MOST_BITS} bits",
+                    fix="Correct it: no size, count or setting of a model is as large.",
+                )
 
 
 _hints = cache(get_type_hints)
