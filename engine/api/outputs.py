@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from engine.assets.bundle import make_assets
@@ -12,6 +13,7 @@ from engine.language.names import pattern
 from engine.language.search import layout_names
 from engine.language.version import __version__
 from engine.planning.model import Plan
+from engine.planning.saved_plan import SavedPlan, check_tokenizer
 from engine.run.execute import Small
 from engine.run.manifest import NAME
 from engine.storage.objects import ObjectStore
@@ -34,6 +36,32 @@ def small_files(compiled: Plan, tokenizer: str | Path | None, code: str | Path |
 
     beside = given_path(tokenizer, "the tokenizer") if tokenizer else None
     return make_assets(compiled, beside, None if code is None else Path(code))
+
+
+def tokenizer_beside(compiled: Plan) -> tuple[Mapping[str, str], list[str]]:
+    """The digests of the tokenizer's files beside the checkpoint.
+
+    And a notice if running the plan is refused unless another tokenizer is given: parts are written before that.
+    """
+    try:
+        return small_files(compiled, None, None).taken, []
+    except EngineError as error:
+        got = "" if error.got is None else f", got {error.got}"
+        return {}, [f"running this plan is refused: {error.message}{got}; correct it, or run it with --tokenizer"]
+
+
+def small_files_as_saved(
+    saved: SavedPlan, compiled: Plan, tokenizer: str | Path | None, code: str | Path | None
+) -> Small:
+    """As `small_files`, of a saved plan: unless a tokenizer is given, it is the one that was there when it was saved.
+
+    Raises:
+        EngineError: E217 for another one, as well.
+    """
+    small = small_files(compiled, tokenizer, code)
+    if tokenizer is None:
+        check_tokenizer(saved, small.taken)
+    return small
 
 
 def default_out(src: str | Path) -> Path | str:

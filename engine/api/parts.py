@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
-from engine.api.outputs import default_out, small_files
+from engine.api.outputs import default_out, small_files_as_saved
 from engine.api.plans import loaded_plan, of_second, read_saved, rules_of_request
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.checkpoint.identity import Marks, check_files
@@ -157,7 +157,7 @@ def commit(path: str | Path, out: str | Path | None = None, **options: Unpack[Co
     saved = read_saved(path)
     compiled = loaded_plan(saved)
     final = default_out(compiled.folder) if out is None else out
-    small = partial(small_files, compiled, how.tokenizer, how.code)
+    small = partial(small_files_as_saved, saved, compiled, how.tokenizer, how.code)
     return execute(compiled, compiled.folder, final, small, how, started, parts=saved.digest)
 
 

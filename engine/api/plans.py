@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from engine.api.outputs import small_files
+from engine.api.outputs import tokenizer_beside
 from engine.assets.chat import chat_template
 from engine.checkpoint.hf_folder import other_weights, read_hf_config, read_hf_folder
 from engine.checkpoint.identity import check_files
@@ -235,18 +235,10 @@ def save_plan(
     asked = request_of(mapping, src, options, job)
     request_data(asked)
     compiled = planned(asked)
-    write_file(file, saved_as(compiled, asked), overwrite=overwrite, ours=is_saved_plan)
-    return replace(compiled, notices=(*compiled.notices, *_refused_later(compiled)))
-
-
-def _refused_later(compiled: Plan) -> list[str]:
-    """A notice if running the plan is refused unless another tokenizer is given: parts are written before that."""
-    try:
-        small_files(compiled, None, None)
-    except EngineError as error:
-        got = "" if error.got is None else f", got {error.got}"
-        return [f"running this plan is refused: {error.message}{got}; correct it, or run it with --tokenizer"]
-    return []
+    taken, notices = tokenizer_beside(compiled)
+    data = {**_content(compiled, asked), **({"tokenizer": taken} if taken else {})}
+    write_file(file, encode(data), overwrite=overwrite, ours=is_saved_plan)
+    return replace(compiled, notices=(*compiled.notices, *notices))
 
 
 def saved_as(compiled: Plan, asked: Request) -> bytes:

@@ -8,14 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Unpack
 
-from engine.api.outputs import default_out, small_files
+from engine.api.outputs import default_out, small_files, small_files_as_saved
 from engine.api.plans import loaded_plan, planned, read_saved, saved_as
 from engine.api.spread import check_spread, do_parts
 from engine.language.model import MappingFile
 from engine.planning.given import check_type
 from engine.planning.model import Plan
 from engine.planning.request import JOBS, keywords, request_of
-from engine.run.execute import Report, execute
+from engine.run.execute import Report, Small, execute
 from engine.run.running import (
     ConvertOptions,
     ReshardRunOptions,
@@ -132,7 +132,8 @@ def run_plan(path: str | Path, out: str | Path | None = None, **options: Unpack[
     how = running_of(options, WholeRunOptions)
     saved = read_saved(path)
     compiled = loaded_plan(saved)
-    return _run(compiled, lambda: saved.raw, compiled.folder, out, how, started)
+    small = partial(small_files_as_saved, saved, compiled, how.tokenizer, how.code)
+    return _run(compiled, lambda: saved.raw, compiled.folder, out, small, how, started)
 
 
 def _write(
@@ -148,16 +149,22 @@ def _write(
     how = running_of(options, takes)
     asked = request_of(mapping, src, keywords(options, JOBS[job].takes), job)
     compiled = planned(asked)
-    return _run(compiled, lambda: saved_as(compiled, asked), str(asked.src), out, how, started)
+    small = partial(small_files, compiled, how.tokenizer, how.code)
+    return _run(compiled, lambda: saved_as(compiled, asked), str(asked.src), out, small, how, started)
 
 
 def _run(
-    compiled: Plan, saved: Callable[[], bytes], source: str, out: str | Path | None, how: Running, started: float
+    compiled: Plan,
+    saved: Callable[[], bytes],
+    source: str,
+    out: str | Path | None,
+    small: Callable[[], Small],
+    how: Running,
+    started: float,
 ) -> Report:
     """Run a plan, in this process or by an executor, and write the small files that go with its output."""
     if out is None and compiled.written is None:
         out = default_out(source)
-    small = partial(small_files, compiled, how.tokenizer, how.code)
     parts = None
     if how.executor is not None:
         check_spread(how)

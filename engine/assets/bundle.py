@@ -68,6 +68,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     near = ready_beside(plan.files[0].file.store, plan.layout)
     model, ready = _find_tokenizer(plan, spec, tokenizer, near)
     later, memory = None, 0
+    read: Mapping[str, bytes] = {}
     if plan.mapping.chat_template is not None:
         template = chat_template(plan.mapping.chat_template)
         files["chat_template.jinja"] = template.encode()
@@ -81,30 +82,31 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
         if plan.mapping.chat_template is not None:
             notices += never_written(template, generation, dict(enumerate(found.names)), own=True)
-        memory = predicted_memory(model)
+        memory, read = predicted_memory(model), {model.name: found.data}
         if len(found.data) < APART:
             files.update(convert_understood(found, spec, Place(str(model))))
         else:
             later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
         notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
     elif ready is not None:
-        copied, more, memory, names = _ready(plan, ready, files, required=tokenizer is not None)
+        read, more, memory, names = _ready(plan, ready, files, required=tokenizer is not None)
         chat = plan.mapping.chat_template is not None
-        files, notices = together(copied, files, chat=chat), [*notices, *more]
-        if template := template_of(files) if copied else "":
+        files, notices = together(read, files, chat=chat), [*notices, *more]
+        if template := template_of(files) if read else "":
             settings = {**plan.config, **json.loads(files.get(GENERATION, b"{}"))}
             notices += never_written(template, settings, names, own=chat)
     elif spec is not None:
         name = spec.get("file", "tokenizer.model")
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
-    taken = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
+    chosen = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
     if ready is None:
-        notices += _unread(tokenizer if taken else None, taken, near)
+        notices += _unread(tokenizer if chosen else None, chosen, near)
     versions = render_tree(plan.mapping.transformers, plan.names)
     has_tokenizer = model is not None or "tokenizer.json" in files
     facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
-    return Small(files, tuple(notices), later, memory)
+    taken = {name: hashlib.sha256(data).hexdigest() for name, data in read.items()}
+    return Small(files, tuple(notices), later, memory, taken)
 
 
 def _convert_later(

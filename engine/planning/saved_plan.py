@@ -249,6 +249,17 @@ def check_plan(
         raise _differs(saved, "what is copied", f"digest {now['digest'][:12]}", f"digest {saved.data['digest'][:12]}")
 
 
+def check_tokenizer(saved: SavedPlan, taken: Mapping[str, str]) -> None:
+    """E217 unless the tokenizer's files, by their digests, are those that were there when the plan was saved.
+
+    A tokenizer that came later is used: then the saved plan has none, and a run says where it is from.
+    """
+    for name, now, then in changed(taken, saved.data.get("tokenizer", taken)):
+        got, expected = ("no such file" if one is None else f"digest {one[:12]}" for one in (now, then))
+        why = "The tokenizer beside the checkpoint changed; another one is given with --tokenizer."
+        raise _differs(saved, f"the tokenizer's `{name}`", got, expected, why)
+
+
 def _counts(outputs: Sequence[Mapping[str, Any]]) -> str:
     return (
         f"{len(outputs)} files of {', '.join(str(n) for n in dict.fromkeys(one['tensors'] for one in outputs))} tensors"
@@ -262,7 +273,13 @@ def _first_difference(now: Mapping[str, Any] | None, then: Mapping[str, Any] | N
     return f"{key} {compact_json(now.get(key))}".strip(), f"{key} {compact_json(then.get(key))}".strip()
 
 
-def _differs(saved: SavedPlan, what: str, now: Any, then: Any) -> EngineError:
+def _differs(
+    saved: SavedPlan,
+    what: str,
+    now: Any,
+    then: Any,
+    why: str = "The training configuration, the mapping or the engine changed.",
+) -> EngineError:
     by = f" (by engine {saved.data['engine']}; this is {__version__})" if saved.data["engine"] != __version__ else ""
     return EngineError(
         "E217",
@@ -270,5 +287,5 @@ def _differs(saved: SavedPlan, what: str, now: Any, then: Any) -> EngineError:
         place=Place(saved.path),
         got=str(now),
         expected=f"{then}, as saved{by}",
-        fix="The training configuration, the mapping or the engine changed. " + AGAIN,
+        fix=f"{why} {AGAIN}",
     )

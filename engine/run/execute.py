@@ -51,12 +51,14 @@ class Small:
         later: makes more of them, slowly, while tensors are written; the event is set when they are no longer
             wanted.
         memory: bytes that all this takes.
+        taken: SHA-256 of the tokenizer's files that were read.
     """
 
     files: Mapping[str, bytes]
     notices: tuple[str, ...] = ()
     later: Callable[[threading.Event], Mapping[str, bytes]] | None = None
     memory: int = 0
+    taken: Mapping[str, str] = field(default_factory=dict)
 
     def whole(self) -> dict[str, bytes]:
         """All of the files, including those that take long to make."""

@@ -17,6 +17,7 @@ from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
 from tests.support.depth import sampled
+from tests.support.sentencepiece_models import train
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
@@ -206,6 +207,40 @@ def test_saving_a_plan_tells_of_a_tokenizer_that_running_it_refuses(checkpoint: 
     done = invoke("plan", "-m", MAPPING, "-s", checkpoint, "-o", tmp_path / "plan")
     told = " ".join(done.output.split())
     assert done.exit_code == 0 and "running this plan is refused:" in told and "--tokenizer" in told, told
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> tuple[bytes, bytes]:
+    small = {"vocab_size": 200, "byte_fallback": False}
+    return train(**small), train(**small, split_digits=False)
+
+
+@pytest.mark.parametrize("what", ["replaced", "removed"])
+@pytest.mark.parametrize("by", ["run", "commit"])
+def test_a_saved_plan_is_not_run_with_another_tokenizer_than_was_there(
+    what: str, by: str, tokenizers: tuple[bytes, bytes], checkpoint: Path, tmp_path: Path
+) -> None:
+    beside = checkpoint / "tokenizer.model"
+    beside.write_bytes(tokenizers[0])
+    api.save_plan(tmp_path / "plan", MAPPING, checkpoint)
+    beside.unlink() if what == "removed" else beside.write_bytes(tokenizers[1])
+    if by == "commit":
+        api.part(tmp_path / "plan", "1/1", tmp_path / "hf")
+    finish = api.commit if by == "commit" else api.run_plan
+    with pytest.raises(EngineError, match="the tokenizer's `tokenizer.model` differs") as caught:
+        finish(tmp_path / "plan", tmp_path / "hf")
+    assert caught.value.code == "E217" and not (tmp_path / "hf").exists()
+    (tmp_path / "other.model").write_bytes(tokenizers[1])
+    finish(tmp_path / "plan", tmp_path / "hf", tokenizer=tmp_path / "other.model")
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizers[1]
+
+
+def test_a_tokenizer_that_came_after_a_plan_without_one_is_used(
+    tokenizers: tuple[bytes, bytes], saved: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "tokenizer.model").write_bytes(tokenizers[0])
+    api.run_plan(saved, tmp_path / "hf")
+    assert (tmp_path / "hf" / "tokenizer.model").read_bytes() == tokenizers[0]
 
 
 @pytest.mark.parametrize("option", ["--tokenizer", "--code"])
