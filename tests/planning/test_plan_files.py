@@ -227,7 +227,7 @@ def test_a_saved_plan_is_not_run_with_another_tokenizer_than_was_there(
     if by == "commit":
         api.part(tmp_path / "plan", "1/1", tmp_path / "hf")
     finish = api.commit if by == "commit" else api.run_plan
-    with pytest.raises(EngineError, match="the tokenizer's `tokenizer.model` differs") as caught:
+    with pytest.raises(EngineError, match=r"the tokenizer's `tokenizer.model` differs") as caught:
         finish(tmp_path / "plan", tmp_path / "hf")
     assert caught.value.code == "E217" and not (tmp_path / "hf").exists()
     (tmp_path / "other.model").write_bytes(tokenizers[1])
