@@ -136,6 +136,9 @@ def test_no_other_mapping_fits_even_without_the_training_configuration(
     [
         ("qwen2_tp2", {"use_sliding_window": True}, "E209", "use_sliding_window"),
         ("qwen2_tp2", {"norm_head": True}, "E209", "normalised"),
+        ("qwen2_tp2", {"qkv_bias": False}, "E209", "qkv_bias"),
+        ("mixtral_tp2", {"qkv_bias": True}, "E209", "qkv_bias"),
+        ("qwen3_moe_isp_wp2_ep2", {"qkv_bias": True}, "E209", "qkv_bias"),
         ("qwen2_moe_isp_wp2_ep2", {"num_shared_experts": 0}, "E218", "num_shared_experts"),
         ("qwen2_moe_isp_wp2_ep2", {"moe_type": "MegaBlock"}, "E209", "moe_type"),
         ("qwen2_moe_isp_wp2_ep2", {"moe_type": "GShard", "top_k": 1}, "E202", "probability"),
