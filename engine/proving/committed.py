@@ -22,7 +22,7 @@ from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
 from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
-from engine.proving.neighbour import GONE, file_facts, laid_out_otherwise, neighbour_of, read_otherwise, short
+from engine.proving.neighbour import GONE, file_facts, laid_out_otherwise, nearer, neighbour_of, read_otherwise, short
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
 
@@ -155,19 +155,24 @@ def read_meaning(path: Path) -> dict[KeyPath, Any]:
     return {**base, **{p: v for p, v in differs.items() if v != GONE}}
 
 
-def committed(mapping: MappingFile) -> tuple[str, Path] | None:
-    """The nearest committed meaning: the mapping's own, one with its name, else its parent's."""
+def committed(mapping: MappingFile) -> tuple[str, Path, bool] | None:
+    """The mapping and file of the nearest committed meaning, and whether it is another mapping's.
+
+    The mapping's own, one with its name, its parent's or that of a nearer family.
+    """
     own = path_of(_file(mapping.files[-1]))
     if own.is_file():
-        return mapping.files[-1], own
+        return mapping.files[-1], own, False
     for folder in search_folders():
         for place in (folder, folder / "families"):
             named = path_of(place / f"{mapping.name}.yaml")
             if named.is_file():
-                return f"the bundled {mapping.name}", named
+                return f"the bundled {mapping.name}", named, False
     for file in reversed(mapping.files[:-1]):
         if path_of(_file(file)).is_file():
-            return file, path_of(_file(file))
+            near = nearer(mapping, load_mapping(_file(file)))
+            name = file if near is None or not path_of(_file(near.files[-1])).is_file() else near.files[-1]
+            return name, path_of(_file(name)), True
     return None
 
 
@@ -189,14 +194,13 @@ def _check_mapping(mapping: MappingFile) -> Check:
             told = "none is committed, and its neighbours have theirs; --write-meaning writes it"
             return check_of(MEANING, told, [Failure(told, str(mapping.place))])
         return _beside_none(mapping)
-    file, path = found
+    file, path, inherits = found
     try:
         then = read_meaning(path)
         now = dict(flat(meaning_of(mapping)))
     except EngineError as error:
         return check_of(MEANING, "", [Failure.of(error)])
     failures = differences(mapping, then, now)
-    inherits = file in mapping.files[:-1]
     if inherits and (own.parent / FOLDER).is_dir():
         failures.insert(0, Failure("no meaning of its own is committed; --write-meaning writes it", str(mapping.place)))
     elif inherits and failures:

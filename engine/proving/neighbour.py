@@ -84,6 +84,20 @@ def neighbour_of(mapping: MappingFile) -> MappingFile | None:
     return best if best is not None and len(own & _sources(best)) >= max(1, _SHARE * len(own)) else None
 
 
+def nearer(mapping: MappingFile, parent: MappingFile) -> MappingFile | None:
+    """The bundled family that says most of what a mapping says, if it says more of it than its parent does.
+
+    So a copy of a family is held against that family, and not against the one that both extend.
+    """
+    now = file_facts(plain(mapping.resolved))
+
+    def shared(other: MappingFile) -> int:
+        return sum(same(now.get(path), value) for path, value in file_facts(plain(other.resolved)).items())
+
+    best = max(map(load_mapping, (one for one in list_names() if one.startswith("families/"))), key=shared)
+    return best if shared(best) > shared(parent) else None
+
+
 def _sources(mapping: MappingFile) -> set[str]:
     return {source for rule in mapping.rules for source in rule.sources}
 

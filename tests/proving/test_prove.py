@@ -322,6 +322,29 @@ def test_a_copy_under_another_name_is_held_against_the_bundled_mapping_that_read
     assert "--write-meaning" in check.failures[-1].message
 
 
+@sampled(2)
+@pytest.mark.parametrize(
+    ("family", "old", "new", "said"),
+    [
+        ("torchtitan-qwen3", "", "", ""),
+        ("internlm3", "", "", ""),
+        ("internevo-qwen2", "(groups queries half pair)}", "(groups queries pair half)}", "q_proj.bias (rotary=pairs)"),
+        ("internevo-qwen2", "default(false)\n      halves", "default(true)\n      halves", "choice rotary"),
+        ("internevo-qwen3-moe", "k_norm.weight\", axes: (half pair)", "k_norm.weight\", axes: (pair half)", "k_norm"),
+    ],
+)
+def test_a_copy_of_a_family_that_extends_another_is_held_against_that_family_and_not_its_parent(
+    family: str, old: str, new: str, said: str, tmp_path: Path
+) -> None:
+    text = (ROOT / "mappings" / "families" / f"{family}.yaml").read_text().replace(f"name: {family}\n", "name: own\n")
+    assert old in text
+    path = tmp_path / "own.yaml"
+    path.write_text(text.replace(old, new, 1))
+    check = check_meaning(load_mapping(path))
+    assert (check.holds, f"for mappings/families/{family}" in check.told) == (not said, not said)
+    assert [said in one.message for one in check.failures[:-1]] == [True] * bool(said)
+
+
 def test_two_rules_that_read_one_tensor_in_two_shapes_are_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     rule = '{name: "layers.{layer}.feed_forward.w1.weight", source: "layers.{layer}.feed_forward.w3.{param}"}'
