@@ -330,7 +330,7 @@ def test_a_copy_under_another_name_is_held_against_the_bundled_mapping_that_read
         ("internlm3", "", "", ""),
         ("internevo-qwen2", "(groups queries half pair)}", "(groups queries pair half)}", "q_proj.bias (rotary=pairs)"),
         ("internevo-qwen2", "default(false)\n      halves", "default(true)\n      halves", "choice rotary"),
-        ("internevo-qwen3-moe", "k_norm.weight\", axes: (half pair)", "k_norm.weight\", axes: (pair half)", "k_norm"),
+        ("internevo-qwen3-moe", 'k_norm.weight", axes: (half pair)', 'k_norm.weight", axes: (pair half)', "k_norm"),
     ],
 )
 def test_a_copy_of_a_family_that_extends_another_is_held_against_that_family_and_not_its_parent(
