@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,7 @@ def execute(
     from engine.run.journal import identity_of
     from engine.run.manifest import NAME, encode_manifest, making, manifest
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
-    from engine.run.runner import check_runnable, take_parts, write_weights
+    from engine.run.runner import check_runnable, side_by_side, take_parts, write_weights
 
     work = parts or identity_of(compiled)
     output = output_at(work, source, out, how, parts=parts is not None, read=compiled.files)
@@ -120,8 +121,8 @@ def execute(
         told_of = ((o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs))
         notices += suspicious(told_of, whole=compiled.written is None)
         data = manifest(compiled, written.done, files, made)
-        for name, content in (*files.items(), (NAME, encode_manifest(data))):
-            store.put(name, content)
+        side_by_side(partial(store.put, *one) for one in files.items())
+        store.put(NAME, encode_manifest(data))
         names = tuple(name for name in store.names() if not name.startswith(MARKER))
     return Report(
         out=out,

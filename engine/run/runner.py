@@ -24,6 +24,8 @@ from engine.storage.output import sweep
 from engine.storage.sources import check_unchanged
 from engine.storage.store import Target
 
+_WAITING = 16  # files that are brought to stable storage at the same time
+
 
 def check_runnable(plan: Work, how: Running, beside_memory: int, buffer: Callable[[int], int]) -> None:
     """E209 or E001 for what `write_weights` could not do, before there is a folder to write to."""
@@ -137,7 +139,7 @@ def _write(
             ready()
             works = [partial(writer.work, Shares(jobs))] * count
             _run(pool, meter, [*(partial(one, meter.stopped) for one in beside), *works])
-            _run(pool, meter, [partial(writer.sync, index) for index in files])
+            side_by_side(partial(writer.sync, index) for index in files)
             check_unchanged(work.files)
         finally:
             meter.stopped.set()
@@ -165,7 +167,7 @@ def take_parts(plan: Plan, store: Target, written: Written) -> Written:
         for index in range(len(plan.shards)):
             writer.start(index)
             writer.complete(index)
-            writer.sync(index)
+        side_by_side(partial(writer.sync, index) for index in range(len(plan.shards)))
     else:
         with store.sinks([file.name for file in plan.shards]) as sinks:
             whole = [f for n, f in enumerate(plan.shards) if sinks.whole(n, layout_of(plan, f).size)]
@@ -173,6 +175,13 @@ def take_parts(plan: Plan, store: Target, written: Written) -> Written:
     for name, data in index_file(plan).items():
         store.put(name, data)
     return written
+
+
+def side_by_side(tasks: Iterable[Callable[[], object]]) -> None:
+    """Do tasks that wait for stable storage, which takes many files in one go; the first error is raised."""
+    with ThreadPoolExecutor(_WAITING) as pool:
+        for _ in pool.map(lambda task: task(), tasks):
+            pass
 
 
 def _run(pool: ThreadPoolExecutor, meter: Meter, tasks: Iterable[Callable[[], object]]) -> None:
