@@ -53,6 +53,14 @@ def constants(expressions: Sequence[Expression], reads: Callable[[str], frozense
     return found
 
 
+def named_beside(expression: Expression) -> Iterator[tuple[str, str]]:
+    """(name, the name that it is compared with), both ways: `chosen <= num_experts`."""
+    for compare in compile_expression(expression).every(nodes.Compare):
+        one, other = _bare(compare.expr), _bare(compare.ops[0].expr)
+        if one and other:
+            yield from ((one, other), (other, one))
+
+
 def divisors_of(expression: Expression) -> frozenset[str]:
     """Names that are divisors of an integer division."""
     every = compile_expression(expression).every(nodes.FloorDiv)
@@ -94,6 +102,13 @@ def plain_name(expression: Expression) -> str | None:
     return tree.name if isinstance(tree, nodes.Name) else None
 
 
+def _bare(node: nodes.Node) -> str | None:
+    """The name that a value is, with or without a default."""
+    if isinstance(node, nodes.Filter) and node.name == "default" and node.node is not None:
+        node = node.node
+    return dotted(node)
+
+
 def _paths(tree: nodes.Node) -> Iterator[str]:
     """Every name in an expression, with its attributes: `options` and `options.size`."""
     for node in [tree, *tree.find_all((nodes.Name, nodes.Getattr))]:
@@ -128,7 +143,7 @@ def others(path: str, usual: Any, keys: Mapping[str, Key], compared: Sequence[An
         else:
             values += [one - 1, one, one + 1]
     if any(isinstance(one, str) for one in compared):
-        values.append("another")
+        values += ["another", *(one for one in (key.only if key else None) or () if isinstance(one, str))]
     if isinstance(usual, list) or any(isinstance(one, list) for one in compared) or "list" in types:
         values += [[one] for one in compared if isinstance(one, str)]
     kept: list[Any] = []

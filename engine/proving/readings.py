@@ -21,10 +21,21 @@ from engine.planning.config_keys import declared, target_side
 from engine.planning.variants import decide
 from engine.proving.direction import Direction, value_of
 from engine.proving.forth import Forth
-from engine.proving.probes import Outcome, constants, multiples_of, name_of, others, quotients_of, rows, scenarios
+from engine.proving.probes import (
+    Outcome,
+    constants,
+    multiples_of,
+    name_of,
+    named_beside,
+    others,
+    quotients_of,
+    rows,
+    scenarios,
+)
 from engine.proving.tiny import World, Worlds, decided_by_names
 
 _GIVEN = 40  # a size in a given config.json
+_APART = ("training", "options.")  # not compared with each other's numbers: a file of its own, a user's choice
 
 
 def readings(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Iterator[dict[str, Any]]:
@@ -40,6 +51,10 @@ def readings(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World)
 def _rows(side: Direction) -> Iterator[dict[str, Any]]:
     base, every, grid = side.base, side.expressions, side.grid
     compared = constants(every, side.closure)
+    for pair in (pair for one in every for pair in named_beside(one)):
+        paths, beside = (sorted(p for p in side.closure(n) & base.keys() if not p.startswith(_APART)) for n in pair)
+        for path in paths:
+            compared[path] += [base[other] for other in beside if type(base[other]) is int]
     options = side.mapping.options
     tried: dict[str, Sequence[Any]] = {}
     for path, usual in base.items():

@@ -372,6 +372,22 @@ def test_what_an_edit_comes_to_is_told_beside_what_is_committed(edited: Callable
     assert 'model_type: "olmo3"' in meant("transformers", other)
 
 
+@sampled(2)
+@pytest.mark.parametrize(
+    ("family", "old", "new", "said"),
+    [
+        ("internevo-qwen2-moe", "chosen <= num_experts", "chosen < num_experts", "with top_k: 3"),
+        ("internevo-qwen2-moe", "(top_k | default(1)) > 1", "(top_k | default(1)) >= 1", 'moe_type: "GShard"'),
+        ("xtuner-moe", "num_experts_per_tok <= num_experts", "num_experts_per_tok < num_experts", "num_experts: 1"),
+        ("torchtitan-llama", "pad_token_id < vocab_size", "pad_token_id <= vocab_size", "with pad_token_id: 36"),
+    ],
+)
+def test_two_numbers_that_a_mapping_compares_are_tried_where_they_are_equal_and_texts_that_it_allows(
+    family: str, old: str, new: str, said: str, edited: Callable[..., Path]
+) -> None:
+    assert said in told(check_meaning(load_mapping(edited(family, (old, new)))))
+
+
 def test_what_each_rank_holds_is_part_of_it(edited: Callable[..., Path]) -> None:
     """Right on one rank, wrong on two."""
     axes = ("axes: hidden | (groups queries head_dim)", "axes: hidden | (queries groups head_dim)")
