@@ -51,7 +51,7 @@ def load_mapping(name: str | Path, named: Path | None = None) -> MappingFile:
     return _built(chain_of(find_file(str(name)), named))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _built(chain: tuple[Kept, ...]) -> MappingFile:
     """The mapping of some files, cached until one of them changes."""
     document = merged(chain)

@@ -107,7 +107,7 @@ def _kept(path: Path) -> Kept:
     return Kept(path, name, content_of(path, name))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)  # more than the bundled ones, which are looked through one after another
 def _read(kept: Kept) -> Document:
     """One file by itself, cached until it changes: a family is read once for all its releases."""
     document = load_bytes(kept.content, kept.name)

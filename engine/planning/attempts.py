@@ -231,8 +231,8 @@ def claims(
                 expected="an integer",
                 fix=f"`{expression.text}` reads {config_name}.",
             )
-        dropped = any(axis in rule.drop for rule in mapping.rules)  # such as padding, which may be empty
-        if not (0 if dropped else 1) <= value < _LARGEST:
+        empty = value == 0 and any(axis in rule.drop for rule in mapping.rules)  # such as padding
+        if not (empty or 1 <= value < _LARGEST):
             raise EngineError(
                 "E218",
                 f"dim `{axis}` is no size",

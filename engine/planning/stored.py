@@ -75,7 +75,7 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
     return _instances(mapping.rules)
 
 
-@lru_cache(maxsize=16)  # with what each is asked for, plan after plan
+@lru_cache(maxsize=64)  # with what each is asked for, plan after plan
 def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
     result: list[Instance] = []
     for number, rule in enumerate(rules):
