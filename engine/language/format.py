@@ -26,7 +26,7 @@ _LAYOUT_ORDER = (
 )  # fmt: skip
 _RULE_ORDER = (
     "name", "source", "pieces", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",
-    "tied_to", "targets",
+    "tied_to", "targets", "notice",
 )  # fmt: skip
 _FLOW_KEYS = 3
 

@@ -51,6 +51,7 @@ class Rule:
     tied_to: str | None = None
     pieces: tuple[str, ...] = ()
     dtype: str | None = None  # the element type of a tensor that is not a weight, such as a counter
+    notice: str | None = None  # what is told when its training tensor is written under the first of its names
 
     def __hash__(self) -> int:
         return hash(self.name)  # other fields are mappings, which cannot be hashed

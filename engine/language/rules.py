@@ -102,6 +102,7 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
         zeros=_texts(body.get("zeros", [])),
         tied_to=body.get("tied_to"),
         pieces=pieces,
+        notice=body.get("notice"),
     )
 
 

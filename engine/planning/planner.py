@@ -5,7 +5,7 @@ Source and target are each one of two kinds, rank files or a Hugging Face checkp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from engine.checkpoint.hf_folder import BESIDE
@@ -98,7 +98,7 @@ def make_plan(
         config=written.config,
         names={name: value for name, value in written.names.items() if name != "present"},  # a function, not data
         ignored=source.ignored,
-        notices=(*_notices(source, crosses=crosses), *summed(written.outputs), *not_the_release(mapping, departures)),
+        notices=(*_notices(source, crosses=crosses), *_told_of(source, asked, taken), *summed(written.outputs), *not_the_release(mapping, departures)),
         dtype=asked.dtype,
         max_shard_size=written.max_shard_size,
         shards=written.files,
@@ -108,6 +108,14 @@ def make_plan(
         beside=written.beside,
         departures=departures,
     )
+
+
+def _told_of(source: Source, asked: Request, like: Like) -> Iterable[str]:
+    """The notices of rules that write training tensors under the first of their names."""
+    if asked.writes == source.checkpoint.end or asked.writes == "whole":
+        return ()
+    first = (one for one in source.used if not like.spelt & {other.text for other in one.sources[1:]})
+    return dict.fromkeys(one.rule.notice for one in first if one.rule.notice is not None)
 
 
 def choices_of_mode(
