@@ -98,7 +98,12 @@ def make_plan(
         config=written.config,
         names={name: value for name, value in written.names.items() if name != "present"},  # a function, not data
         ignored=source.ignored,
-        notices=(*_notices(source, crosses=crosses), *_told_of(source, asked, taken), *summed(written.outputs), *not_the_release(mapping, departures)),
+        notices=(
+            *_notices(source, crosses=crosses),
+            *_told_of(source, asked, taken),
+            *summed(written.outputs),
+            *not_the_release(mapping, departures),
+        ),
         dtype=asked.dtype,
         max_shard_size=written.max_shard_size,
         shards=written.files,

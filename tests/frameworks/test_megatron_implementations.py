@@ -1,4 +1,4 @@
-"""Megatron's two implementations name norms and experts in legacy files differently, and load the other's in silence."""
+"""Megatron's two implementations name norms and experts in legacy files differently, and load others in silence."""
 
 from __future__ import annotations
 
