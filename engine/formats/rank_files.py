@@ -101,7 +101,8 @@ def read_rank_file(
             raise damaged(where.name, f"a key is not text: {name!r}"[:100])
     tensors = tuple(_headers(value, saved.payload, where.name))
     if not tensors:
-        raise _not_a_state_dict(where.name, "a mapping without tensors: " + ", ".join(list(value)[:5])[:200])
+        first = ", ".join(list(value)[:5])[:200]
+        raise _not_a_state_dict(where.name, f"a mapping without tensors: {first}" if first else "an empty mapping")
     said = {path: one for path in says if isinstance(one := _value_at(saved.value, path), int | float | str)}
     beside = {**value, **{str(key): one for key, one in saved.value.items() if nested and not _named(key, nested)}}
     known: dict[tuple[int, int], bool] = {}

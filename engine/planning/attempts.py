@@ -233,11 +233,14 @@ def claims(
             )
         empty = value == 0 and any(axis in rule.drop for rule in mapping.rules)  # such as padding
         if not (empty or 1 <= value < _LARGEST):
+            known = [facts[name] for name in sorted(names_in(expression)) if name in facts]
+            told = [f"{one.axis} = {one.value} from {one.why}" for one in known]
+            told += [own] if (own := because([expression], scope, config_name, [*facts])) else []
             raise EngineError(
                 "E218",
                 f"dim `{axis}` is no size",
                 place=expression.place,
-                got=f"{str(value)[:40]}: {because([expression], scope, config_name)}",
+                got=f"{str(value)[:40]}: {'; '.join(told)}",
                 expected="1 or more",
                 fix=f"Correct what `{expression.text}` reads, or the expression.",
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -217,8 +217,16 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
     )
 
 
-def because(expressions: Sequence[Expression], names: Mapping[str, Any], called: str = "the configuration") -> str:
+def because(
+    expressions: Sequence[Expression],
+    names: Mapping[str, Any],
+    called: str = "the configuration",
+    computed: Collection[str] = (),
+) -> str:
     """What expressions read: the keys that exist, with their values, those that do not, and tensors.
+
+    Args:
+        computed: names that are no keys, and not told.
 
     >>> from engine.errors import Place
     >>> rotary = Expression("qk_interleaved | default(not (adapt_hf | default(true)))", Place("x.yaml"))
@@ -233,7 +241,7 @@ def because(expressions: Sequence[Expression], names: Mapping[str, Any], called:
     """
     compiled = [compile_expression(one) for one in expressions]
     told: list[str] = []
-    paths = sorted({path for one in compiled for path in one.paths})
+    paths = sorted({path for one in compiled for path in one.paths} - {*computed})
     for (whose, above), listed in grouped((_whose(path, called), path) for path in paths).items():
         found = {path.removeprefix(above): value_at(names, path, _MISSING) for path in listed}
         lacks = [path for path, value in found.items() if value is _MISSING or (value is None and above == "options.")]

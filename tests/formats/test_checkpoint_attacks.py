@@ -324,7 +324,7 @@ def test_a_pickle_that_builds_what_it_cannot_is_refused(pickled: bytes, told: st
 @pytest.mark.parametrize(
     ("value", "told"),
     [({"model": 7}, "int under the key model"), ({"model": {3: torch.ones(2)}}, "not text: 3"),
-     ({"other": {"a": torch.ones(2)}}, "keys other"), ({"model": {}}, "without tensors")],
+     ({"other": {"a": torch.ones(2)}}, "keys other"), ({"model": {}}, "an empty mapping")],
 )  # fmt: skip
 def test_a_file_without_tensors_under_its_key_is_refused(value: Any, told: str, tmp_path: Path) -> None:
     torch.save(value, tmp_path / "x.pt")

@@ -434,7 +434,12 @@ def test_what_model_config_says_and_the_tensors_contradict_is_refused(
         *[("moe_tp2_pp2_dp1", {"top_k": n}, "E218", "`expert`") for n in (5, 100_000)],
         ("moe_tp2_pp2_dp1", {"moe_type": "MegaBlock"}, "E209", "moe_type"),
         *[("v2_tp2_pp2", {"num_attention_heads": n, "head_dim": 8}, "E218", "`groups`") for n in (9, 11)],
-        ("v2_tp2_pp2", {"num_kv_attention_heads": 16}, "E218", "`groups`"),
+        (
+            "v2_tp2_pp2",
+            {"num_kv_attention_heads": 16},
+            "E218",
+            "heads = 8 from `num_attention_heads` on model_config.pt; ",
+        ),
         ("llama_tp2_pp1_default", {"num_attention_heads": 9, "head_dim": 8}, "E218", "`groups`"),
     ],
     ids=str,
