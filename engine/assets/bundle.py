@@ -13,10 +13,9 @@ from typing import Any
 
 from engine.assets.apart import APART, convert_apart, predicted_memory
 from engine.assets.chat import chat_template, never_written, unmarked
-from engine.assets.generation import as_json, generation_config, within
+from engine.assets.generation import GENERATION, as_json, generation_config, within
 from engine.assets.model_card import model_card
 from engine.assets.ready import (
-    GENERATION,
     PER_BYTE,
     fewer,
     is_ready,

@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 
+GENERATION = "generation_config.json"
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 

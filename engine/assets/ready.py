@@ -6,25 +6,23 @@ Only settings that transformers 5 saved are written so that transformers 4 reads
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from engine.assets.chat import check_template, unmarked
-from engine.assets.generation import TOKENS, as_json, check_tokens
+from engine.assets.generation import GENERATION, TOKENS, as_json, check_tokens
+from engine.assets.ready_ids import SETTINGS, WHOLE, ids_of, wrong
 from engine.checkpoint.hf_folder import BESIDE
 from engine.errors import EngineError, Place, first_of
 from engine.formats.configs import json_object
 from engine.language.model import Layout
 from engine.storage.store import File, Store
 
-GENERATION = "generation_config.json"
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MORE = "additional_chat_templates"  # a folder of named templates, for example one for tools
 PER_BYTE = 32  # bytes of memory for each byte of tokenizer.json while it is checked
-_WHOLE, _SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LARGEST = 256 << 20  # bytes of a file
 _INPUTS = ["input_ids", "attention_mask"]  # the default of 5; that of 4 has token_type_ids too
 _BACKEND = "TokenizersBackend"  # the class that does what tokenizer.json says; PreTrainedTokenizerFast in 4
@@ -52,7 +50,7 @@ def ready_beside(store: Store, layout: Layout) -> list[list[str]]:
 
 def is_ready(names: list[str]) -> bool:
     """Whether these files hold a whole tokenizer in Hugging Face's form."""
-    return any(name.rpartition("/")[2] == _WHOLE for name in names)
+    return any(name.rpartition("/")[2] == WHOLE for name in names)
 
 
 def read_ready(
@@ -75,24 +73,24 @@ def read_ready(
     for name in names:
         with File(store, name).open() as file:
             if file.state.size > _LARGEST:
-                raise _wrong("a file of the tokenizer is too large", store.place(name), f"{file.state.size} bytes",
+                raise wrong("a file of the tokenizer is too large", store.place(name), f"{file.state.size} bytes",
                              f"at most {_LARGEST}", "Give the model's own tokenizer.")  # fmt: skip
             files[_called(name)] = file.read()
     places = {_called(name): store.place(name) for name in names}
     objects = {
         name: json_object(data, places[name])
         for name, data in files.items()
-        if name.endswith(".json") and (name == _SETTINGS or not name.startswith("tokenizer"))  # others nobody reads
+        if name.endswith(".json") and (name == SETTINGS or not name.startswith("tokenizer"))  # others nobody reads
     }
-    if _WHOLE not in files:
-        raise _wrong(
-            f"the folder has no {_WHOLE}", store.place(), first_of(sorted(files), 6) or "no file of a tokenizer",
-            f"a tokenizer in Hugging Face's form, with {_WHOLE}",
+    if WHOLE not in files:
+        raise wrong(
+            f"the folder has no {WHOLE}", store.place(), first_of(sorted(files), 6) or "no file of a tokenizer",
+            f"a tokenizer in Hugging Face's form, with {WHOLE}",
             "Load it once with AutoTokenizer of transformers, and give the folder that its save_pretrained writes.",
         )  # fmt: skip
-    if objects.get(_SETTINGS, {}).get("auto_map"):
-        raise _wrong(
-            "the tokenizer needs code of its own", places[_SETTINGS], "auto_map", "a class of transformers",
+    if objects.get(SETTINGS, {}).get("auto_map"):
+        raise wrong(
+            "the tokenizer needs code of its own", places[SETTINGS], "auto_map", "a class of transformers",
             "Give the model's tokenizer as a transformers class saves it, or leave it out and add it yourself.",
         )  # fmt: skip
     if GENERATION in files:
@@ -100,12 +98,12 @@ def read_ready(
     for name in files:
         if name.endswith(".jinja"):
             check_template(files[name], Place(places[name]))
-    for name in (_SETTINGS, TEMPLATES[1]):
+    for name in (SETTINGS, TEMPLATES[1]):
         inside = objects.get(name, {}).get("chat_template")
         for one in inside if isinstance(inside, list) else [inside]:  # several have names
             if isinstance(text := one.get("template") if isinstance(one, Mapping) else one, str):
                 check_template(text.encode(), Place(places[name]))
-    ids, named = _check_ids(files[_WHOLE], places[_WHOLE], rows, objects, config)
+    ids, named = ids_of(files[WHOLE], places[WHOLE], rows, objects, config)
     said = objects.get(GENERATION, {})
     ends = [one.get(TOKENS[1]) for one in (said, config, *config.values()) if isinstance(one, Mapping)]
     if _writes(config) and TOKENS[1] in named and not any(one is not None for one in ends):  # it would never stop
@@ -113,7 +111,7 @@ def read_ready(
     for number, token in renamed.items():
         if ids.get(token) != int(number):
             got = next((f"`{one}`" for one, index in ids.items() if index == int(number)), "no such token")
-            raise _wrong("the tokenizer lacks a token of the mapping's chat template", places[_WHOLE],
+            raise wrong("the tokenizer lacks a token of the mapping's chat template", places[WHOLE],
                          f"{got} as id {number}", f"`{token}`", "Give the chat model's own tokenizer.")  # fmt: skip
     return files, ids
 
@@ -131,12 +129,12 @@ def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: boo
         said = {key: value for key, value in json.loads(copied[GENERATION]).items() if value is not None}
         settings = {**json.loads(own.get(GENERATION, b"{}")), **said}
         made[GENERATION] = copied[GENERATION] if settings == said else as_json(settings)
-    if _WHOLE in copied:
-        config, old = json.loads(own.get("config.json", b"{}")), json.loads(copied.get(_SETTINGS, b"{}"))
+    if WHOLE in copied:
+        config, old = json.loads(own.get("config.json", b"{}")), json.loads(copied.get(SETTINGS, b"{}"))
         settings = {**old}
         if settings.get("tokenizer_class") is None:
             settings.pop("tokenizer_class", None)
-            settings = {**_plain(copied[_WHOLE], config), **settings}
+            settings = {**_plain(copied[WHOLE], config), **settings}
         template = made[TEMPLATES[0]].decode() if TEMPLATES[0] in made else None
         if chat:
             settings.pop("chat_template", None)
@@ -147,7 +145,7 @@ def together(copied: Mapping[str, bytes], own: Mapping[str, bytes], *, chat: boo
             template = None
         written = for_each_release(settings, template)
         if written != old:
-            made[_SETTINGS] = as_json(written)
+            made[SETTINGS] = as_json(written)
     return made
 
 
@@ -182,7 +180,7 @@ def template_of(files: Mapping[str, bytes]) -> str:
     """
     if TEMPLATES[0] in files:
         return files[TEMPLATES[0]].decode()
-    said = json.loads(files.get(_SETTINGS, b"{}")).get("chat_template")
+    said = json.loads(files.get(SETTINGS, b"{}")).get("chat_template")
     several = [one for one in said if isinstance(one, Mapping)] if isinstance(said, list) else [{"template": said}]
     return next((str(one.get("template") or "") for one in several if one.get("name", "default") == "default"), "")
 
@@ -224,77 +222,3 @@ def fewer(count: int, what: str, rows: int) -> list[str]:
     """
     told = f"the tokenizer has {count} {what}, fewer than the embedding's {rows} rows"
     return [f"{told}; make sure that it is this model's"] if count < rows else []
-
-
-def _check_ids(
-    data: bytes, place: str, rows: int | None, objects: Mapping[str, Mapping[str, Any]], config: Mapping[str, Any]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The tokens' ids, and its bos and eos; E501 unless the library loads it, ids are embedding rows, and these two
-    the model's."""
-    from tokenizers import Tokenizer
-
-    fix = "Give the model's own tokenizer with --tokenizer."
-    try:
-        check_prefix(data)
-        with panics_caught():
-            ids = Tokenizer.from_str(data.decode()).get_vocab(with_added_tokens=True)
-    except Exception as error:  # a library's own
-        told = " ".join(str(error).split())[:160]
-        raise _wrong("the tokenizer cannot be loaded", place, told, "a tokenizer.json that `tokenizers` reads",
-                     fix) from error  # fmt: skip
-    said = {name: value for name, value in objects.get(_SETTINGS, {}).items() if value is not None}
-    settings = {**objects.get("special_tokens_map.json", {}), **said}
-    added: list[tuple[Any, Any]] = [*objects.get("added_tokens.json", {}).items()]
-    if isinstance(table := settings.get("added_tokens_decoder"), Mapping):
-        added += [(token.get("content"), number) for number, token in table.items() if isinstance(token, Mapping)]
-    for content, number in added:
-        if str(number).isdecimal() and len(str(number)) < 10:
-            ids.setdefault(str(content), int(number))
-    if not ids:
-        raise _wrong("the tokenizer has no token", place, "an empty vocabulary", "the model's tokens", fix)
-    most = max(ids.values()) + 1
-    if rows is not None and most > rows:
-        raise _wrong("the tokenizer is not this model's: it has ids beyond the embedding's rows", place,
-                     f"ids up to {most - 1}", f"at most {rows} ids, the vocabulary size", fix)  # fmt: skip
-    named: dict[str, int] = {}
-    for key in TOKENS[:2]:
-        token = settings.get(key.removesuffix("_id"))
-        text = token.get("content") if isinstance(token, Mapping) else token
-        if isinstance(text, str) and text in ids:
-            named[key] = ids[text]
-        found = [one for one in (config.get(key), objects.get(GENERATION, {}).get(key)) if one is not None]
-        known = {i for one in found for i in (one if isinstance(one, list) else [one])}
-        if known and key in named and named[key] not in known:
-            raise _wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
-                         place, f"{named[key]}", f"{json.dumps(found[0])}, the `{key}`", fix)  # fmt: skip
-    return ids, named
-
-
-def check_prefix(data: bytes) -> None:
-    """ValueError for merges without the prefix that tokenizer.json names.
-
-    `tokenizers` cuts that many bytes off each; a cut inside a character ends the process, which nothing can catch.
-    """
-    if re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]|\\u00[2-7]', data) is None:
-        return  # a letter of the key may be escaped
-    model = json.loads(data)["model"]
-    prefix = model.get("continuing_subword_prefix") or ""
-    for merge in (model.get("merges") or ()) if prefix else ():
-        second = merge[1] if isinstance(merge, list) else merge.partition(" ")[2]
-        if not second.startswith(prefix):
-            raise ValueError(f"merge {merge} does not have the prefix {prefix}")
-
-
-@contextmanager
-def panics_caught() -> Iterator[None]:
-    """Turn a panic in a library's Rust code, which is not an `Exception`, into one."""
-    try:
-        yield
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":
-            raise
-        raise ValueError(str(error)) from None
-
-
-def _wrong(told: str, place: str, got: str, expected: str, fix: str) -> EngineError:
-    return EngineError("E501", told, place=Place(place), got=got, expected=expected, fix=fix)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from engine.assets.ready import check_prefix, panics_caught
+from engine.assets.ready_ids import check_prefix, panics_caught
 from engine.comparing.effects import Difference, both, keys_of
 from engine.comparing.texts import MODELS, Files, named_texts, texts, unlike_merges
 from engine.oracle.load_model import quiet

@@ -218,8 +218,14 @@ def end_in_map(folder: Path) -> None:
 WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "not whole": ("E501", "no tokenizer.json", lambda folder: (folder / "tokenizer.json").unlink()),
     "code of its own": ("E501", "auto_map", changed("tokenizer_config.json", auto_map={"AutoTokenizer": ["o.T"]})),
-    "more ids than rows": ("E501", "ids up to 131", changed(
-        "tokenizer_config.json", added_tokens_decoder={"131": {"content": "<131>"}})),
+    "more ids than rows": ("E501", "ids up to 131: `<11>`, which only its settings name", changed(
+        "tokenizer_config.json", additional_special_tokens=[f"<{n}>" for n in range(12)])),
+    "another id than transformers gives it": ("E501", "`<125>` the id", changed(
+        "tokenizer_config.json", added_tokens_decoder={"125": {"content": "<125>"}})),
+    "an end that it lacks": ("E501", "another id", changed("tokenizer_config.json", eos_token="<end>")),
+    "tokens for its model beyond the rows": ("E501", "ids up to 131", changed(
+        "special_tokens_map.json", pad_token={"content": "<pad>"},
+        extra_special_tokens={f"{n}_token": f"<{n}>" for n in range(11)})),
     "another end": ("E501", "another id", changed("tokenizer_config.json", eos_token="w3")),
     "another beginning": ("E501", "another id", changed("tokenizer_config.json", bos_token={"content": "w9"})),
     "no JSON": ("E501", "cannot be loaded", lambda folder: (folder / "tokenizer.json").write_text('{"model"') and None),
@@ -232,7 +238,8 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
             "continuing_subword_prefix": "x"}}, ensure_ascii=False).replace("g_s", "g\\u005fs")) and None),
     "no token at all": ("E501", "has no token", changed(
         "tokenizer.json", model={"type": "BPE", "vocab": {}, "merges": []}, added_tokens=[], post_processor=None)),
-    "an added token beyond the rows": ("E501", "ids up to 131", changed("added_tokens.json", more=131)),
+    "an added token beyond the rows": ("E501", "ids up to 131", changed(
+        "added_tokens.json", **{f"<{n}>": n for n in range(120, 132)})),
     "another end, in the map alone": ("E501", "another id", end_in_map),
     "settings that are no object": (
         "E303", "not an object", lambda folder: (folder / "tokenizer_config.json").write_text("[1]") and None),
