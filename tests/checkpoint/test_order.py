@@ -274,6 +274,12 @@ def test_what_a_program_sorted_by_sizes_and_names_says_nothing() -> None:
         check_order([header_of(names, [(other.get(name, name), shape) for name, shape in by_size])])
 
 
+def test_a_buffers_first_tensor_and_its_last_that_exchanged_names_are_refused() -> None:
+    names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in ("wo", "norm")]
+    with pytest.raises(EngineError, match=r"got +`layers.0.wo.weight` and `layers.5.norm.weight`"):
+        check_order([header_of(names, [names[-1], *names[1:-1], names[0]])])
+
+
 def test_norms_that_are_exchanged_in_all_layers_of_a_buffer_of_their_own_are_reported() -> None:
     kinds = ("wo", "attention_norm", "ffn_norm")
     names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in kinds]
