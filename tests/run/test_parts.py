@@ -176,6 +176,30 @@ def test_what_a_part_would_stumble_over_while_it_writes_is_no_saved_plan(
     assert not (tmp_path / "out").exists()
 
 
+WRONG_COPIES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a copy that reads beyond its tensor": lambda work: add(work["kinds"][0][-1][0], 1),
+    "a copy that writes beyond its output": lambda work: add(work["kinds"][0][-1][-1], 2),
+    "an output that is not filled": lambda work: work["kinds"][0][-1].pop(),
+    "an output of another type than its source": lambda work: work["kinds"][0].__setitem__(1, "F32"),
+    "a number to add that is none": lambda work: work["kinds"][0].__setitem__(slice(5, 7), [["add", "nan"], 0]),
+    "a tensor that is compared with nothing": lambda work: work["checks"][0].__setitem__(slice(3, None), [[0, 0]]),
+}
+
+
+def add(row: list[int], at: int) -> None:
+    row[at] += 1
+
+
+@pytest.mark.parametrize("name", WRONG_COPIES)
+def test_copies_that_would_make_other_bytes_are_of_no_saved_plan(name: str, plan: Path, tmp_path: Path) -> None:
+    data = json.loads(plan.read_text())
+    WRONG_COPIES[name](data["work"])
+    plan.write_text(json.dumps(data))
+    with pytest.raises(EngineError, match="E102 the file is not a saved plan"):
+        api.part(plan, "1/1", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mode_that_the_layout_does_not_have_is_of_no_saved_plan(plan: Path, tmp_path: Path) -> None:
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "mode": "x"}))
     with pytest.raises(EngineError, match="E102"):
