@@ -187,6 +187,23 @@ def test_a_tied_tensor_is_left_out_when_it_is_equal_and_the_config_ties(
     assert torch.equal(got["embed.weight"], whole["embed.weight"])
 
 
+@pytest.mark.parametrize(("there", "told"), [(False, "no such target"), (True, r"\(8, 4\) and \(8,\)")])
+def test_a_tie_to_a_tensor_that_is_not_written_or_has_another_shape_is_refused(
+    there: bool, told: str, whole: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shards({**whole, **({"scale": torch.ones(8)} if there else {})}, tmp_path)
+    data = {**rule("head", tied_to="scale"), "config": {"tie_word_embeddings": True}}
+    data["rules"].append({**DATA["rules"][0], "name": "scale", "source": "scale", "target": "scale", "axes": "vocab",
+                          "optional": True})  # fmt: skip
+    with pytest.raises(EngineError, match=rf"E209 `head.weight` cannot be tied to `scale`(.|\n)*got +{told}"):
+        result(data, tmp_path)
+
+
+@pytest.mark.usefixtures("whole")
+def test_a_transform_along_an_axis_that_blocks_cut_is_refused(tmp_path: Path) -> None:
+    assert code(rule("head", transform={"normalize": "vocab"}), tmp_path) == "E209"
+
+
 def test_ignored_tensors_are_left_behind_with_the_reason(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     shards({**whole, "layers.0.rotary.inv_freq": torch.ones(2)}, tmp_path)
     assert code(DATA, tmp_path) == "E205"
