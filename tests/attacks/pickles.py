@@ -304,12 +304,7 @@ value("lists in lists, each twice", b"]q\xf0" + b"0](h\xf0h\xf0eq\xf0" * 40, Non
 value("a mapping that holds itself", b"}q\xf0" + u("x") + b"h\xf0s", None, config="E301")
 value("a number of 5000 digits", b"I" + b"7" * 5000 + b"\n", "E301")
 value("a long number of 100,000 digits", b"L" + b"7" * 100_000 + b"L\n", "E301")
-value(
-    "a long number of two million bytes",
-    b"\x8b" + struct.pack("<i", 1 << 21) + b"\x7f" * (1 << 21),
-    None,
-    config="E301",
-)
+value("a long number of two million bytes", b"\x8b" + struct.pack("<i", 1 << 21) + b"\x7f" * (1 << 21), "E301")
 value("a long number of less than no bytes", b"\x8b" + struct.pack("<i", -1), "E301")
 value("text of 2 ** 60 bytes", b"\x8d" + struct.pack("<Q", 1 << 60), "E301")
 value("bytes of 2 ** 60 bytes", b"\x8e" + struct.pack("<Q", 1 << 60), "E301")

@@ -141,6 +141,7 @@ def test_what_is_not_in_the_language_is_refused(text: str) -> None:
         "'%1000000000d' is divisibleby(5)",
         "((2 ** 4000) ** 4000)",
         "x * 1000000000",
+        "2 ** 3000 * 2 ** 3000",
         "9" * 1900,
         "(" * 900 + "1" + ")" * 900,
         "1+" * 990 + "1",
@@ -159,7 +160,9 @@ def test_work_and_depth_are_bounded(text: str) -> None:
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize("text", ["1 // 0", "'a' + 1", "true + 1", "-x", "'a' | int", "(-8) ** 0.5", "1 < 'a'"])
+@pytest.mark.parametrize(
+    "text", ["1 // 0", "'a' + 1", "true + 1", "-x", "'a' | int", "(-8) ** 0.5", "1 < 'a'", "1 | length", "gcd(4, 0.5)"]
+)
 def test_a_wrong_type_or_value_is_an_error_at_its_place(text: str) -> None:
     assert text in str(refused(text, x="a").got)
 
