@@ -43,6 +43,8 @@ def ids_of(
             own = tokenizer.get_vocab(with_added_tokens=True)
             tokenizer.add_tokens([token for token in named if token not in own])
             ids = tokenizer.get_vocab(with_added_tokens=True)
+            tokenizer.no_padding()  # which may be endless
+            encoded = tokenizer.encode("a")
     except Exception as error:  # a library's own
         told = " ".join(str(error).split())[:160]
         raise wrong("the tokenizer cannot be loaded", place, told, "a tokenizer.json that `tokenizers` reads",
@@ -57,6 +59,10 @@ def ids_of(
             fix += " If the model has no such token, take it out of the settings."
         raise wrong("the tokenizer is not this model's: it has ids beyond the embedding's rows", place, got,
                     f"at most {rows} ids, the vocabulary size", fix)  # fmt: skip
+    for token, index, special in zip(encoded.tokens, encoded.ids, encoded.special_tokens_mask, strict=True):
+        if special and index != ids.get(token):
+            raise wrong(f"the tokenizer is not whole: `{token}` is put into texts as another id than it has", place,
+                        f"{index}, says `post_processor`", f"{ids.get(token, 'no such token')}", _FIX)  # fmt: skip
     for token, number in named.items():
         if number is not None and token not in own and number != ids[token]:
             raise wrong(f"the tokenizer does not give `{token}` the id that its settings say", place,

@@ -223,6 +223,12 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "another id than transformers gives it": ("E501", "`<125>` the id", changed(
         "tokenizer_config.json", added_tokens_decoder={"125": {"content": "<125>"}})),
     "an end that it lacks": ("E501", "another id", changed("tokenizer_config.json", eos_token="<end>")),
+    "a beginning that is put before texts with another id": ("E501", "`w1` is put into texts", changed(
+        "tokenizer.json", post_processor={
+            "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "w1", "type_id": 0}},
+                                                     {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"w1": {"id": "w1", "ids": [11], "tokens": ["w1"]}}})),
     "tokens for its model beyond the rows": ("E501", "ids up to 131", changed(
         "special_tokens_map.json", pad_token={"content": "<pad>"},
         extra_special_tokens={f"{n}_token": f"<{n}>" for n in range(11)})),
