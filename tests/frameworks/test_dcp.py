@@ -320,12 +320,17 @@ def test_sharding_info_that_lies_is_refused(copy: Callable[[str], Path], tmp_pat
         None,
         "{}",
         "[]",
+        "{",
         "{" + ",".join(f'"{name}":{{"saved_offsets":[0,0]}}' for name in tensors) + "}",
         "{" + ",".join(f'"{n}":{{"saved_offsets":{[-1] * t.dim()}}}' for n, t in tensors.items()) + "}",
         "{" + ",".join(f'"{n}":{{"saved_offsets":{[9999] * t.dim()}}}' for n, t in tensors.items()) + "}",
     ):
         save_file(tensors, path, {"format": "pt"} | ({} if said is None else {"DCP_SHARDING_INFO": said}))
         assert refused("fsdp4-f32-hf", folder, tmp_path).code in ("E301", "E303", "E208", "E203")
+    flat = {name: one.flatten() for name, one in tensors.items()}
+    said = json.dumps({name: {"saved_offsets": [0]} for name in flat})
+    save_file(flat, path, {"format": "pt", "DCP_SHARDING_INFO": said})
+    assert "1 dimensions, elsewhere 2" in str(refused("fsdp4-f32-hf", folder, tmp_path))
 
 
 def test_what_torch_made_of_shards_is_read_too_and_a_missing_file_named(tmp_path: Path) -> None:

@@ -6,12 +6,15 @@ import json
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -474,6 +477,31 @@ def test_a_payload_of_safetensors_is_read_by_its_own_header(tmp_path: Path) -> N
     folder = save(state, tmp_path / "step", LLAMA, serialization_format=SerializationFormat.SAFETENSORS)
     engine.convert("transformers", folder, tmp_path / "out")
     assert equal(tmp_path / "out", state)
+
+
+UNLIKE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], str]] = {
+    "another shape": (lambda one: one.T.contiguous(), "unlike its directory"),
+    "another type": (torch.Tensor.half, "unlike its directory"),
+    "nothing": (lambda one: None, "a tensor that it does not hold"),
+}
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_a_payload_of_safetensors_that_its_directory_does_not_describe_is_refused(name: str, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.filesystem import SerializationFormat
+
+    folder = save(model(LLAMA), tmp_path / "step", LLAMA, serialization_format=SerializationFormat.SAFETENSORS)
+    change, told = UNLIKE[name]
+    with safe_open(folder / "__0_0.distcp", "pt") as file:
+        metadata, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    key = "model.layers.0.mlp.up_proj.weight"
+    changed = {**state, key: change(state[key])}
+    info = json.loads(metadata["DCP_SHARDING_INFO"])
+    held = {key: one for key, one in changed.items() if one is not None}
+    info = {"DCP_SHARDING_INFO": json.dumps({key: one for key, one in info.items() if key in held})}
+    save_file(held, folder / "__0_0.distcp", metadata | info)
+    with pytest.raises(EngineError, match=f"E301(.|\\n)*{told}"):
+        engine.plan("transformers", folder)
 
 
 def test_one_file_for_every_entry_is_read(tmp_path: Path) -> None:
