@@ -286,6 +286,11 @@ def test_a_number_too_large_to_be_shown_is_not_told_by_a_training_config() -> No
     }  # fmt: skip
 
 
+def test_a_training_config_in_yaml_with_a_number_too_large_to_be_shown_tells_nothing(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"k: 1\nn: 0x{'f' * 4000}\n")
+    assert read_config(local_file(tmp_path / "config.yaml"), "yaml") == {}
+
+
 @pytest.mark.parametrize("letter", ["#", "\u00e9"])
 def test_of_a_training_config_that_is_too_long_nothing_is_told(letter: str, tmp_path: Path) -> None:
     """Not its first part either: what follows may set a name again."""

@@ -204,6 +204,13 @@ def test_a_transform_along_an_axis_that_blocks_cut_is_refused(tmp_path: Path) ->
     assert code(rule("head", transform={"normalize": "vocab"}), tmp_path) == "E209"
 
 
+@pytest.mark.usefixtures("whole")
+def test_a_mapping_that_does_not_say_how_to_write_the_training_configuration_is_not_reversed(tmp_path: Path) -> None:
+    engine.convert(write(DATA, tmp_path), tmp_path / "step", tmp_path / "hf")
+    with pytest.raises(EngineError, match="E215 mapping `words` does not say how to write"):
+        engine.reverse(write(DATA, tmp_path), tmp_path / "hf", tmp_path / "back")
+
+
 def test_ignored_tensors_are_left_behind_with_the_reason(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     shards({**whole, "layers.0.rotary.inv_freq": torch.ones(2)}, tmp_path)
     assert code(DATA, tmp_path) == "E205"

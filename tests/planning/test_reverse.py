@@ -249,6 +249,10 @@ def test_chunks_of_one_pipeline_rank_are_refused(tmp_path: Path) -> None:
     refuse("E214", "--chunks 1, or several ranks of pp", model=V2, tmp_path=tmp_path, chunks=2)
 
 
+def test_no_chunk_is_refused(tmp_path: Path) -> None:
+    refuse("E001", "at least one chunk", model=V2, tmp_path=tmp_path, chunks=0)
+
+
 def test_more_pipeline_ranks_than_layers_are_refused(tmp_path: Path) -> None:
     refuse("E214", "at most 4", model=V2, tmp_path=tmp_path, pp=5)
     refuse("E214", "at most 4", model=V2, tmp_path=tmp_path / "many", pp=1 << 40)  # at once
