@@ -182,18 +182,6 @@ EQUAL = (
         "the rule has an empty one, in place of that of the family that it extends",
     ),
     (
-        r"internevo-(mixtral|qwen\d-moe)",
-        r"routing",
-        r"^shared: \(top_k \| default\(1\)\) <= 1 or",
-        "experts chosen by GShard are not among what is tried; tests of the family try them",
-    ),
-    (
-        r"internevo-(mixtral|qwen\d-moe)",
-        r"dims\.expert",
-        r"^`num_experts if chosen <= num_experts else 1`",
-        "more experts for a token than there are are not among what is tried; a test of the family tries them",
-    ),
-    (
         r"internevo-qwen\d-moe",
         r"dims\.shared",
         r"^`\(\(\(hidden \* mlp_ratio\) \* num_shared_experts\) \| int",
