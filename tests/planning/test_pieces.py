@@ -260,7 +260,6 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
 }  # fmt: skip
 
 
-@sampled(2)
 @pytest.mark.parametrize("name", WRONG)
 def test_pieces_that_do_not_make_up_the_tensor_are_refused(name: str, tmp_path: Path) -> None:
     code, told, change = WRONG[name]
