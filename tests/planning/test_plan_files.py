@@ -186,6 +186,22 @@ def test_a_file_that_is_no_saved_plan_is_refused_plainly(tmp_path: Path, text: s
     assert (error.code, error.message) == ("E102", "the file is not a saved plan")
 
 
+def test_a_saved_plan_of_two_mappings_has_both_plans_of_one_request(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    whole = api.save_plan(path, MAPPING, checkpoint, job="reshard", to="transformers") and path.read_text("utf-8")
+    change(path, "through", "request", "src", to=str(FIXTURES / "v1_tp2_pp2"))
+    assert refused(path).got == "`through` is another request's"
+    data = json.loads(whole)
+    for one in ({**data, "through": None}, {**data["through"], "through": data["through"]}):
+        path.write_text(json.dumps({key: value for key, value in one.items() if value is not None}), encoding="utf-8")
+        assert refused(path).got == "two mappings with the plan of one, or two plans of one mapping"
+
+
+def test_a_saved_plan_whose_request_cannot_be_asked_is_refused(saved: Path) -> None:
+    change(saved, "request", "max_shard_size", to=0)
+    assert (refused(saved).code, refused(saved).message) == ("E102", "the file is not a saved plan")
+
+
 def test_a_saved_plan_of_a_later_format_is_refused_as_such(saved: Path) -> None:
     change(saved, "plan", to=3)
     assert "version 3" in refused(saved).message
