@@ -16,6 +16,7 @@ import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.configs import read_pickled_mapping
+from engine.oracle import internevo
 from engine.oracle.frameworks import forward_of
 from engine.oracle.internevo import Forward
 from engine.oracle.load_model import fixed_tokens
@@ -100,6 +101,20 @@ def test_training_s_own_forward_pass_gives_internevo_s_own_logits(name: str) -> 
     oracle = torch.load(FOLDER / name / "oracle.pt", weights_only=True)
     with forward_of(FOLDER / name, settings_of(name)) as training:
         torch.testing.assert_close(run(training, oracle["input_ids"]), oracle["logits"], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("name", "dim"), [("v1_tp2_pp1_vocabsplit", 0), ("v1_tp2_pp2_chunks2", 1)])
+def test_rows_of_the_embedding_and_the_head_are_read_some_at_a_time(
+    name: str, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(internevo, "_ROWS", 7)
+    oracle = torch.load(FOLDER / name / "oracle.pt", weights_only=True)
+    states = [torch.load(FOLDER / name / f"model_tp{tp}_pp0.pt", weights_only=True) for tp in range(2)]
+    embedding = torch.cat([one for state in states for key, one in state.items() if "embed" in key], dim).float()
+    with forward_of(FOLDER / name, settings_of(name)) as training:
+        torch.testing.assert_close(run(training, oracle["input_ids"]), oracle["logits"], atol=2e-5, rtol=0)
+        for low in range(0, len(embedding), 7):
+            assert torch.equal(training.embedding(low, min(low + 7, len(embedding))), embedding[low : low + 7])
 
 
 @sampled(3)
