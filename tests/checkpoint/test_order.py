@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import accumulate
 from math import prod
@@ -278,6 +279,15 @@ def test_a_buffers_first_tensor_and_its_last_that_exchanged_names_are_refused() 
     names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in ("wo", "norm")]
     with pytest.raises(EngineError, match=r"got +`layers.0.wo.weight` and `layers.5.norm.weight`"):
         check_order([header_of(names, [names[-1], *names[1:-1], names[0]])])
+
+
+@pytest.mark.parametrize(("names", "layers", "told"), [(6, 2, False), (6, 3, True), (5, 3, False), (5, 4, True)])
+def test_an_order_of_names_is_known_from_enough_layers(names: int, layers: int, told: bool) -> None:
+    """Of many names from two, of few from three: then it is not by chance. The last layer has another order."""
+    listed = [(f"layers.{at}.w{one}.weight", (8,)) for at in range(layers) for one in range(names)]
+    listed[-2:] = listed[:-3:-1]
+    with pytest.raises(EngineError, match="have exchanged names") if told else nullcontext():
+        check_order([header_of(listed, listed)], buffers=False)
 
 
 def test_norms_that_are_exchanged_in_all_layers_of_a_buffer_of_their_own_are_reported() -> None:

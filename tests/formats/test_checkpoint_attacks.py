@@ -399,6 +399,8 @@ def test_no_bytes_at_all_give_another_error(data: bytes) -> None:
         ("n = 1\nn += f()", {}),
         ("n = 3\ndel n", {}),
         ("n = 1\nfrom m import n", {}),
+        ("n = 1\nm = 2\nimport n.m", {"m": 2}),
+        ("n = 1\nm = 2\nimport n.m as m", {"n": 1}),
         ("n = 1\ndef n(): pass", {}),
         ("m = dict(a=1)\nm['a'] = 2", {"m": {"a": 2}}),
         ("m = dict(a=1)\nm['a'] = f()", {}),
