@@ -339,6 +339,26 @@ def test_a_rename_that_fails_puts_the_old_output_back(source: Path, monkeypatch:
     assert (out / "mine.txt").read_text() == "keep"
 
 
+def test_an_output_is_replaced_whole_where_names_cannot_be_exchanged(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, settings = source.parent / "hf", {"mlp_letters": "w2_is_down"}
+    engine.convert(V1.mapping, source, source.parent / "other", settings=settings)
+    old_output(out)
+    monkeypatch.setattr(output, "exchange", lambda *_: False)
+    engine.convert(V1.mapping, source, out, settings=settings, overwrite=True)
+    assert contents(out) == contents(source.parent / "other") and not list(source.parent.glob(".hf.*"))
+
+
+def test_the_old_output_of_a_run_that_was_killed_after_two_renames_is_removed(source: Path) -> None:
+    out = source.parent / "hf"
+    engine.convert(V1.mapping, source, out, settings={"mlp_letters": "w2_is_down"})
+    before = contents(out)
+    shutil.copytree(out, source.parent / ".hf.old-00000002")
+    assert [path.name for path in engine.api.clean(out)] == [".hf.old-00000002"]
+    assert contents(out) == before and not list(source.parent.glob(".hf.*"))
+
+
 @pytest.mark.parametrize("then", ["run", "clean", "overwrite"])
 def test_the_old_output_of_a_run_that_was_killed_between_two_renames_comes_back(then: str, source: Path) -> None:
     out = source.parent / "hf"
