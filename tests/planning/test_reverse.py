@@ -257,6 +257,7 @@ def test_more_pipeline_ranks_than_layers_are_refused(tmp_path: Path) -> None:
     refuse("E214", "at most 4", model=V2, tmp_path=tmp_path, pp=5)
     refuse("E214", "at most 4", model=V2, tmp_path=tmp_path / "many", pp=1 << 40)  # at once
     refuse("E214", "at most 4", model=V2, tmp_path=tmp_path / "chunks", pp=5, chunks=3)  # no number of chunks would do
+    refuse("E214", "2 layers of a chunk are too few", model=V2, tmp_path=tmp_path / "one each", pp=4, chunks=2)
 
 
 def test_a_mode_that_the_layout_lacks_is_refused_with_those_it_has(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import shutil
@@ -172,6 +173,21 @@ def test_a_second_run_to_one_output_is_refused_until_the_first_ends(source: Path
     assert caught.value.code == "E408"
     convert(source, tmp_path / "out")
     assert not partials(tmp_path / "out")
+
+
+def test_a_lock_whose_file_its_last_holder_removed_meanwhile_is_taken_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, out = fcntl.flock, tmp_path / "out"
+
+    def slow(descriptor: int, how: int) -> None:
+        monkeypatch.setattr(fcntl, "flock", lock)
+        (tmp_path / ".out.lock").unlink()  # its holder ends after we opened it
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with OutputLock(out), pytest.raises(EngineError, match="E408"), OutputLock(out):
+        pass
 
 
 def test_many_runs_may_read_one_source(source: Path, tmp_path: Path) -> None:
