@@ -157,8 +157,14 @@ def test_templates_settings_and_configurations_are_refused_first(
     refused("E502", source, out, replace(by, config={**by.config, "x": float("nan")}))
 
 
-def test_too_little_memory_is_refused_first(source: Path, tmp_path: Path, nothing_written: None) -> None:
-    refused("E001", source, tmp_path / "a" / "hf", mapping(), max_memory=1000)
+def test_too_little_memory_is_refused_before_the_source_is_read(
+    source: Path, tmp_path: Path, nothing_written: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> None:
+        raise AssertionError("the source was read")
+
+    monkeypatch.setattr(execute, "check_source", read)
+    refused("E001", source, tmp_path / "a" / "hf", mapping(), max_memory=1000, check_source=True)
 
 
 def test_an_output_that_is_in_the_way_is_told_before_the_tokenizer_is_read(
