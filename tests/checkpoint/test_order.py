@@ -281,6 +281,13 @@ def test_a_buffers_first_tensor_and_its_last_that_exchanged_names_are_refused() 
         check_order([header_of(names, [names[-1], *names[1:-1], names[0]])])
 
 
+def test_most_of_a_buffer_in_another_order_says_nothing() -> None:
+    """A program that orders parameters otherwise exchanges many pairs: here gate and up of five layers of six."""
+    names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in ("w3", "w1")]
+    moved = [one for at in range(0, 10, 2) for one in names[at : at + 2][::-1]]
+    assert check_order([header_of(names, moved + names[10:])]) == ()
+
+
 @pytest.mark.parametrize(("names", "layers", "told"), [(6, 2, False), (6, 3, True), (5, 3, False), (5, 4, True)])
 def test_an_order_of_names_is_known_from_enough_layers(names: int, layers: int, told: bool) -> None:
     """Of many names from two, of few from three: then it is not by chance. The last layer has another order."""

@@ -219,6 +219,19 @@ def test_ignored_tensors_are_left_behind_with_the_reason(whole: dict[str, torch.
     assert dict(plan.ignored) == {"layers.0.rotary.inv_freq": "recomputed"}
 
 
+@pytest.mark.usefixtures("whole")
+def test_a_tensor_one_row_short_of_what_is_known_of_its_axes_is_refused(tmp_path: Path) -> None:
+    changed = rule("head", axes="(known + rest) hidden", target=None, targets=[
+        {"name": "known.weight", "axes": "known hidden"}, {"name": "rest.weight", "axes": "rest hidden"},
+    ])  # fmt: skip
+    assert result({**changed, "dims": {**DATA["dims"], "known": 7}}, tmp_path)["rest.weight"].shape == (1, 4)
+    with pytest.raises(EngineError, match="E203 sizes disagree: axis `rest`"):
+        result({**changed, "dims": {**DATA["dims"], "known": 9}}, tmp_path)
+    cut = rule("embed", axes="(known + rest) hidden", split="rest", target=None, targets=changed["rules"][3]["targets"])
+    with pytest.raises(EngineError, match="E203 sizes disagree: axis `rest`"):  # a rank has 4 rows
+        result({**cut, "dims": {**DATA["dims"], "known": 5}}, tmp_path)
+
+
 def test_an_axis_nothing_determines_is_an_error(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     changed = rule(
         "head",
