@@ -19,6 +19,7 @@ from engine.errors import EngineError
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.language.version import __version__
+from engine.planning.given import check_type
 from engine.planning.model import Work
 from engine.planning.reading import read_some
 from engine.planning.saved_plan import AGAIN, SavedPlan, check_rules, unreadable
@@ -48,6 +49,7 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
         EngineError: with a code, the place, got against expected and what to do.
     """
     how = running_of(options, RunOptions)
+    check_type("which", which, Part | str, "text like 3/8")
     mine = which if isinstance(which, Part) else part_of(which)
     saved = read_saved(path)
     work, source = saved.digest, str(saved.request.src)

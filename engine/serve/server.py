@@ -72,10 +72,10 @@ class App:
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         started, sent, problem, status = time.monotonic(), 0, None, 500
         request = _request(scope)
-        too_long = _too_long(scope)
+        refused = _refused(scope)
         loop = asyncio.get_running_loop()
         try:
-            answer = partial(self._answer, request, too_long)
+            answer = partial(self._answer, request, refused)
             response, piece, problem = await loop.run_in_executor(self._threads, answer)
             status = response.status
             headers = [(name.lower().encode(), value.encode("latin-1")) for name, value in response.headers.items()]
@@ -133,11 +133,14 @@ def _request(scope: Mapping[str, Any]) -> Request:
     return Request(scope["method"], scope["path"], headers)
 
 
-def _too_long(scope: Mapping[str, Any]) -> Response | None:
+def _refused(scope: Mapping[str, Any]) -> Response | None:
+    """A refusal of a request for what is around its path."""
     if len(scope["raw_path"]) + len(scope["query_string"]) > _TARGET:
         return refusal(414, "the path is too long")
     if sum(len(name) + len(value) + 4 for name, value in scope["headers"]) > _HEADERS:
         return refusal(431, "the headers are too long")
+    if {b"content-length", b"transfer-encoding"} <= {name for name, _ in scope["headers"]}:
+        return refusal(400, "two lengths: a proxy may take the other one", Connection="close")  # as RFC 9112 says
     return None
 
 

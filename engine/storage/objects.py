@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from engine.errors import EngineError, Place
 from engine.storage.client import T, asked, client_of, library, refused, requests
@@ -218,7 +218,9 @@ class ObjectStore(Store):
             told = ", ".join(f"{fact} {value}" for fact, value in state.told().items())
             raise has_changed(self.place(name), "another ETag", told) from None
         check_state(name, ObjectState.of(meta), wanted)
-        if len(data) != end - start:
+        if len(data) > end - start:
+            raise unreadable(self.place(name), f"the server sent more bytes than asked for: {len(data)}")
+        if len(data) < end - start:
             raise ends_early(name, start + len(data), end)
         return data
 
@@ -250,13 +252,20 @@ def linked_names(page: bytes, place: str) -> list[str]:
     """
     links = _Links()
     links.feed(page[:_MOST].decode("utf-8", "replace"))
+    base = place.rstrip("/") + "/"
+    here = urlsplit(base)
     names: set[str] = set()
     for link in links.found:
-        parts = urlsplit(link)
-        name = unquote(parts.path).removeprefix("./")
+        try:
+            parts = urlsplit(urljoin(base, link))
+        except ValueError:  # such as half an address
+            continue
+        name = unquote(parts.path).removeprefix(unquote(here.path))
         plain = name.removesuffix("/")
-        if not parts.scheme and not parts.netloc and plain and "/" not in plain and plain != ".." and not parts.query:
+        same = (parts.scheme, parts.netloc, parts.query) == (here.scheme, here.netloc, "")
+        if same and plain not in ("", ".", "..") and "/" not in plain:
             names.add(name)
+    names -= {f"{name}/" for name in names}  # as in a bucket, where a name may be both
     if not names:
         raise EngineError(
             "E304",

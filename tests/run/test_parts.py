@@ -383,6 +383,8 @@ def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch
     for text in ("", "x", "0/4", "5/4", "4"):
         with pytest.raises(EngineError, match="E001"):
             part_of(text, {})
+    with pytest.raises(EngineError, match=r"E001[^$]*got +3, of type int"):
+        engine.api.part("plan.json", 3)  # type: ignore[arg-type]
     for name in ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
         with pytest.raises(EngineError, match="E001"):
             part_of("", {**array, name: "9" * 5000})

@@ -15,6 +15,7 @@ import pytest
 
 import engine
 from engine.errors import EngineError
+from engine.storage.objects import linked_names
 from tests.storage.conftest import MAPPING, STEP, files, refused
 from tests.support.depth import sampled
 from tests.support.invoking import invoke
@@ -28,6 +29,7 @@ class Ranges(SimpleHTTPRequestHandler):
 
     etags = True
     listed = True
+    more = b""  # sent after a range
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -42,7 +44,7 @@ class Ranges(SimpleHTTPRequestHandler):
             low, _, high = found.partition("-")
             start, end = int(low), min(int(high) + 1, len(data))
         self.send_response(206 if found else 200)
-        self.send_header("Content-Length", str(end - start))
+        self.send_header("Content-Length", str(end - start + (len(self.more) if found else 0)))
         self.send_header("Last-Modified", self.date_time_string(int(path.stat().st_mtime)))
         if self.etags:
             self.send_header("ETag", f'"{path.stat().st_mtime_ns:x}"')
@@ -50,7 +52,7 @@ class Ranges(SimpleHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(data)}")
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[start:end])
+            self.wfile.write(data[start:end] + (self.more if found else b""))
 
     do_HEAD = do_GET
 
@@ -118,6 +120,29 @@ def test_a_copy_of_a_step_is_served_when_the_step_is_gone(tmp_path: Path) -> Non
         shutil.rmtree(tmp_path / "run" / "200")
         status, _, body = hub.ask("/m/resolve/main/model.safetensors")
         assert (status, body) == (200, whole)
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        ("a", "b"),
+        ("/c d/a", "http://host/c%20d/b"),  # as some servers write them
+        ("//host/c%20d/a", "./b#x"),
+        ("a", "b", "http://[::", "//[/b", "http://x:port/"),
+        ("a", "b", "/a/x", "/c d", "/c d/", "/c d/a/x", "/c dx", "http://other/c%20d/x", "ftp://host/c%20d/x", "b?x=y"),
+        ("a", "b", "..%2fx", "%2e%2e/", "../x", "..", ".", "%2e", "?C=N;O=D", "#x", "mailto:a@b"),
+        ("a", "a/", "b/", "b"),  # one name: two kinds of it would be two files
+    ],
+)
+def test_links_of_a_page_are_names_if_they_lead_into_its_folder(links: tuple[str, ...]) -> None:
+    page = "".join(f'<a href="{link}">' for link in links).encode()
+    assert linked_names(page, "http://host/c d") == ["a", "b"]
+
+
+def test_more_bytes_than_asked_for_are_not_a_file_that_ends_early(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Ranges, "more", b"more")
+    told = refused("E305", lambda: engine.plan(MAPPING, f"{web}/{STEP.name}"))
+    assert "more bytes than asked for" in str(told)
 
 
 @sampled(2)
