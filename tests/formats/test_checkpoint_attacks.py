@@ -280,6 +280,14 @@ def test_a_number_too_large_to_be_shown_is_refused(number: bytes) -> None:
     assert load_pickle(pickle.dumps([1 << 4000, -1 << 4000, True], 2), "x") == [1 << 4000, -1 << 4000, True]
 
 
+def test_a_zip_whose_record_of_64_bit_numbers_is_elsewhere_than_it_says_is_refused(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(2)}, tmp_path / "model.pt")
+    raw = bytearray((tmp_path / "model.pt").read_bytes())
+    raw[raw.rindex(b"PK\x06\x07") + 8] ^= 1  # as where something was put before, and other offsets were corrected
+    (tmp_path / "model.pt").write_bytes(raw)
+    assert "64-bit numbers" in str(refusal(read_rank_file, tmp_path / "model.pt"))
+
+
 def test_a_number_too_large_to_be_shown_is_not_told_by_a_training_config() -> None:
     assert literals(f"n = 0x{'f' * 4000}\nm = -0x{'f' * 4000}\nk = {1 << 63}") == {
         "k": 1 << 63, UNTOLD: {"m": True, "n": True}

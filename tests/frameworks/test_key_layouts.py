@@ -479,10 +479,12 @@ def test_a_payload_of_safetensors_is_read_by_its_own_header(tmp_path: Path) -> N
     assert equal(tmp_path / "out", state)
 
 
-UNLIKE: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor | None], str]] = {
-    "another shape": (lambda one: one.T.contiguous(), "unlike its directory"),
-    "another type": (torch.Tensor.half, "unlike its directory"),
-    "nothing": (lambda one: None, "a tensor that it does not hold"),
+UP = "model.layers.0.mlp.up_proj.weight"
+UNLIKE: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
+    "another shape": (lambda state: {**state, UP: state[UP].T.contiguous()}, "unlike its directory"),
+    "another type": (lambda state: {**state, UP: state[UP].half()}, "unlike its directory"),
+    "one more": (lambda state: {**state, "more.weight": state[UP].clone()}, "unlike its directory"),
+    "one less": (lambda state: {key: one for key, one in state.items() if key != UP}, "a tensor that it does not hold"),
 }
 
 
@@ -494,12 +496,9 @@ def test_a_payload_of_safetensors_that_its_directory_does_not_describe_is_refuse
     change, told = UNLIKE[name]
     with safe_open(folder / "__0_0.distcp", "pt") as file:
         metadata, state = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    key = "model.layers.0.mlp.up_proj.weight"
-    changed = {**state, key: change(state[key])}
-    info = json.loads(metadata["DCP_SHARDING_INFO"])
-    held = {key: one for key, one in changed.items() if one is not None}
-    info = {"DCP_SHARDING_INFO": json.dumps({key: one for key, one in info.items() if key in held})}
-    save_file(held, folder / "__0_0.distcp", metadata | info)
+    info, state = json.loads(metadata["DCP_SHARDING_INFO"]), change(state)
+    said = {"DCP_SHARDING_INFO": json.dumps({key: info.get(key, info[UP]) for key in state})}
+    save_file(state, folder / "__0_0.distcp", metadata | said)
     with pytest.raises(EngineError, match=f"E301(.|\\n)*{told}"):
         engine.plan("transformers", folder)
 

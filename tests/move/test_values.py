@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from engine.errors import EngineError
+from engine.move.tensors import unlike
 from engine.move.values import Converter
 from engine.planning.model import Output
 
@@ -40,6 +41,14 @@ def test_one_is_added_in_float32_and_taken_off_again() -> None:
     held = (given.abs() >= 2.0**-16) & (given.abs() < 2.0**16)
     assert torch.equal(found[held], given[held].float() + 1)
     assert torch.equal(again[held], given[held])
+
+
+def test_a_nan_differs_from_a_number_of_another_type_but_not_from_a_nan() -> None:
+    nan = float("nan")
+    one = torch.tensor([nan, nan, 1, 1], dtype=torch.bfloat16).view(torch.uint16).numpy()
+    two = torch.tensor([-nan, 1, nan, 1], dtype=torch.float32).view(torch.uint32).numpy()
+    for kind in ("F32", "BF16"):
+        assert unlike(one, "BF16", two, "F32", kind).tolist() == [False, True, True, False]
 
 
 @pytest.mark.parametrize("transform", [None, ("normalize", "hidden"), ("add", "1")])
