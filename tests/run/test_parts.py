@@ -73,6 +73,16 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run(
     assert not api.verify(tmp_path / "out").problems
 
 
+def test_values_that_a_rule_transforms_are_written_in_parts_too(tmp_path: Path) -> None:
+    source = FIXTURES / "v2_tp2_pp1_normhead"
+    engine.convert(MAPPING, source, tmp_path / "once")
+    api.save_plan(tmp_path / "plan.json", MAPPING, source)
+    for number in (1, 2):
+        api.part(tmp_path / "plan.json", f"{number}/2", tmp_path / "out")
+    api.commit(tmp_path / "plan.json", tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
 MEGATRON = FIXTURES.parent / "megatron" / "leg_t4_g2"
 CHUNKED = FIXTURES.parent / "megatron" / "torch-tp2pp2-vpp2"
 PADDED = {"settings": {"vocab_multiple": 8}}  # the vocabulary, with zeros that no file holds
