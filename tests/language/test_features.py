@@ -220,6 +220,14 @@ def test_ignored_tensors_are_left_behind_with_the_reason(whole: dict[str, torch.
 
 
 @pytest.mark.usefixtures("whole")
+def test_only_a_mapping_that_names_models_is_held_against_the_one_that_training_names(tmp_path: Path) -> None:
+    torch.save('model_type = "ODD"\n', tmp_path / "step" / "config_file.pt")
+    assert "head.weight" in result(DATA, tmp_path)
+    assert "head.weight" in result({**DATA, "source": {**DATA["source"], "model_types": ["ODD"]}}, tmp_path)
+    assert code({**DATA, "source": {**DATA["source"], "model_types": ["EVEN"]}}, tmp_path) == "E212"
+
+
+@pytest.mark.usefixtures("whole")
 def test_a_tensor_one_row_short_of_what_is_known_of_its_axes_is_refused(tmp_path: Path) -> None:
     changed = rule("head", axes="(known + rest) hidden", target=None, targets=[
         {"name": "known.weight", "axes": "known hidden"}, {"name": "rest.weight", "axes": "rest hidden"},
