@@ -1,8 +1,10 @@
 import time
+from pathlib import Path
 
 import pytest
 
 from engine.errors import EngineError, EngineErrors
+from engine.language import search
 from engine.language.loader import MAX_BYTES, load_text, load_yaml
 
 
@@ -173,3 +175,18 @@ def test_a_long_file_that_is_no_yaml_is_refused_quickly() -> None:
     with pytest.raises(EngineError):
         load_text("".join(f"k{i}:\n" + "  a: [\n" * 50 for i in range(200)))
     assert time.process_time() - started < 2
+
+
+def test_a_folder_without_mappings_or_with_far_more_files_than_mappings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(EngineError, match="E002 there are no mappings below"):
+        search.rule_files(tmp_path)
+    monkeypatch.setattr(search, "_MOST_ENTRIES", 3)
+    (tmp_path / "below").mkdir()
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / "below" / name).write_text("mapping: 1\n", encoding="utf-8")
+    assert [path.name for path in search.rule_files(tmp_path)] == ["a.yaml", "b.yaml"]
+    (tmp_path / "below" / "c.txt").touch()
+    with pytest.raises(EngineError, match=r"E001 .* holds more than 3 files and folders"):
+        search.rule_files(tmp_path)
