@@ -542,3 +542,11 @@ def test_experts_that_are_cut_over_other_ranks_than_the_rest_are_refused_by_that
     with pytest.raises(EngineError, match="other tensor parallel ranks than the rest") as caught:
         engine.convert("megatron-mixtral", source_of(fixture), tmp_path / "out", config=fixture / "hf_config.json")
     assert caught.value.code == "E303" and "torch_dist" in str(caught.value.fix)
+
+
+@pytest.mark.parametrize("held", [[1], {}, None])
+def test_arguments_that_are_no_settings_are_refused(held: Any, tmp_path: Path) -> None:
+    folder = shutil.copytree(MEGATRON / "dist-tp2pp2" / "ckpt" / "iter_0000010", tmp_path / "step")
+    torch.save({"args": held, "checkpoint_version": 3.0, "iteration": 10}, folder / "common.pt")
+    with pytest.raises(EngineError, match="E303 the configuration is not a dict of settings"):
+        engine.plan("megatron-llama", folder)
