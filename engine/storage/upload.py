@@ -16,6 +16,7 @@ from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
 from engine.storage.store import Sinks
 
+CONFIG = "config.json"  # without it no program takes the weights for a model
 _LEAST, _MOST = 5 << 20, 8 << 20  # approximate bytes of a part of an upload; S3 accepts no smaller ones
 _MOST_PARTS = 9_000
 _FOR_A_PART = 2 << 20  # bytes read ahead for each part being sent
@@ -189,7 +190,7 @@ class Upload:
             yield self._store.get(name, state, at, min(at + _BLOCK, offset + nbytes))
 
     def complete(self, last: str = "", check: Callable[[], None] = lambda: None) -> None:
-        """Make all files visible; the one named `last` after all others, and only if it does not exist.
+        """Make all files visible; the configuration after the others, then `last`, and only if it does not exist.
 
         The last parts of files may still be in flight, unless old files are replaced. If one fails, what became
         visible is removed; unless `last` or the whole output is there, from the same work: then it was completed
@@ -206,7 +207,7 @@ class Upload:
                 writer.close()
                 visible.append(name)
             check()
-            for name in sorted(self._small, key=lambda name: name == last):
+            for name in sorted(self._small, key=lambda name: (name == last, name == CONFIG, name)):
                 if not self._store.write(name, self._small[name], self._work, new=name == last):
                     raise exists(
                         self._store.place(name), "Choose another --out.", "another run's, written in the meantime"

@@ -1,7 +1,7 @@
 """An output in an object store: uploaded in parts, visible only once all of it was sent; and leftovers of ended runs.
 
-Each file is a separate upload that is completed at the end: weights first, then small files in the order they
-were put, and last the one that marks a whole output, which is only put if it does not exist. A run that fails or is
+Each file is a separate upload that is completed at the end: weights first, then small files, the configuration after
+the others, and last the one that marks a whole output, which is only put if it does not exist. A run that fails or is
 interrupted aborts its uploads and removes what it made visible. After SIGKILL the uploads stay pending, invisible
 but paid for, until `engine clean`, through botocore, or the bucket's own rule ends them.
 """
@@ -21,7 +21,7 @@ from engine.storage.coalesce import share
 from engine.storage.objects import LOCK, MARK, ObjectStore
 from engine.storage.replacing import exists, held, overlap
 from engine.storage.store import Store, walk
-from engine.storage.upload import Upload, buffer_of
+from engine.storage.upload import CONFIG, Upload, buffer_of
 
 _KEYS = {
     "endpoint_url": ("endpoint", "endpoint_url", "aws_endpoint", "aws_endpoint_url"),
@@ -169,7 +169,7 @@ class Uploads:
             raise exists(
                 self._store.place(), "Choose another --out.", "an output that appeared while this one was written"
             )
-        for name in (self._name, "config.json"):  # without them the old files are no checkpoint
+        for name in (self._name, CONFIG):  # without them the old files are no checkpoint
             if name in now:
                 self._store.delete(name)
         upload.complete(last=self._name, check=self._check_lock)

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -186,6 +187,13 @@ def test_a_file_that_cannot_be_completed_takes_those_back_that_are_visible(bucke
     bucket.proxy.spoil = refuse
     refused("E403", lambda: engine.convert(MAPPING, STEP, f"{bucket.url}/hf", **SMALL))
     assert completed and not bucket.contents("hf") and not pending(bucket)
+
+
+def test_the_configuration_appears_when_everything_else_is_there(bucket: Bucket) -> None:
+    engine.convert(MAPPING, STEP, f"{bucket.url}/hf", **SMALL)
+    put = [unquote(one.path).rpartition("/")[2] for one in bucket.proxy.asked if one.method == "PUT"]
+    small = [name for name in put if name.endswith((".json", ".md"))]
+    assert small[-2:] == ["config.json", "conversion.json"] and len(small) == 5
 
 
 def test_what_the_same_run_resumed_made_whole_is_not_taken_back(bucket: Bucket) -> None:
