@@ -14,6 +14,7 @@ from engine.errors import EngineError, Place
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
+_ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FIX = "Give the model's own tokenizer with --tokenizer."
 
 Objects = Mapping[str, Mapping[str, Any]]
@@ -34,7 +35,11 @@ def ids_of(
     from tokenizers import Tokenizer
 
     said = {name: value for name, value in objects.get(SETTINGS, {}).items() if value is not None}
-    settings = {**objects.get("special_tokens_map.json", {}), **said}
+    older = objects.get("special_tokens_map.json", {})
+    settings = {**older, **said}
+    for key, value in (*_no_tokens(older), *_no_tokens(said)):
+        raise wrong(f"the tokenizer's settings are damaged: `{key}` names no token", place, f"{value!r:.60}",
+                    "text, or an object with `content`", _FIX)  # fmt: skip
     named = _named(settings, objects.get("added_tokens.json", {}))
     try:
         check_prefix(data)
@@ -78,6 +83,25 @@ def ids_of(
             raise wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
                         place, f"{ends[key]}", f"{json.dumps(found[0])}, the `{key}`", _FIX)  # fmt: skip
     return ids, ends
+
+
+def _no_tokens(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Keys with values at which transformers fails to load a tokenizer, and these values."""
+    for key in _ROLES:
+        if settings.get(key) is not None and not _is_token(settings[key]):
+            yield key, settings[key]
+    for key in _LISTS:
+        value = settings.get(key)
+        inside = [*value.values()] if isinstance(value, Mapping) else value
+        if inside is not None and not (isinstance(inside, list) and all(map(_is_token, inside))):
+            yield key, value
+    table = settings.get("added_tokens_decoder", {})
+    if not isinstance(table, Mapping) or not all(re.fullmatch(r"-?\d{1,20}", key) for key in table):
+        yield "added_tokens_decoder", table
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("content"), str))
 
 
 def _named(settings: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, int | None]:

@@ -98,6 +98,9 @@ class Readers:
                 for source in check.sources:
                     self._checks.setdefault(source, []).append(index)
 
+    def __reduce__(self) -> str:
+        raise TypeError("an open checkpoint is neither copied nor sent to another process: open it there")
+
     def read_into(self, output: int, start: int, target: memoryview) -> None:
         """Fill a buffer with the bytes of an output from byte `start` on.
 

@@ -232,6 +232,14 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
     "tokens for its model beyond the rows": ("E501", "ids up to 131", changed(
         "special_tokens_map.json", pad_token={"content": "<pad>"},
         extra_special_tokens={f"{n}_token": f"<{n}>" for n in range(11)})),
+    "a number in place of a token": ("E501", "`bos_token` names no token", changed(
+        "special_tokens_map.json", bos_token=5)),
+    "text in place of tokens": ("E501", "`extra_special_tokens` names", changed(
+        "special_tokens_map.json", extra_special_tokens="<x>")),
+    "a list among tokens": ("E501", "`additional_special_tokens` names", changed(
+        "tokenizer_config.json", additional_special_tokens=["<x>", ["<y>"]])),
+    "an id that is no number": ("E501", "`added_tokens_decoder` names", changed(
+        "tokenizer_config.json", added_tokens_decoder={"x": {"content": "<x>"}})),
     "another end": ("E501", "another id", changed("tokenizer_config.json", eos_token="w3")),
     "another beginning": ("E501", "another id", changed("tokenizer_config.json", bos_token={"content": "w9"})),
     "no JSON": ("E501", "cannot be loaded", lambda folder: (folder / "tokenizer.json").write_text('{"model"') and None),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -202,6 +204,13 @@ def test_a_fork_is_told_that_it_lacks_the_threads_that_read(opened: Tensors, tmp
     assert opened["lm_head.weight"].numel()
     ended = run(lambda: opened["lm_head.weight"], tmp_path)
     assert ended.returncode == 1 and b"E001 tensors cannot be used in a fork" in ended.stderr
+
+
+@pytest.mark.parametrize("what", [lambda it: it, lambda it: it.slices, lambda it: it.get_slice("lm_head.weight")])
+def test_it_says_why_it_is_not_sent_to_another_process(opened: Tensors, what: Any) -> None:
+    for send in (pickle.dumps, copy.deepcopy):
+        with pytest.raises(TypeError, match="open it there"):
+            send(what(opened))
 
 
 def test_a_fork_of_a_process_that_has_read_nothing_yet_may_read(tmp_path: Path) -> None:
