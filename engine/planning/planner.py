@@ -102,6 +102,7 @@ def make_plan(
             *_notices(source, crosses=crosses),
             *_told_of(source, asked, taken),
             *summed(written.outputs),
+            *written.notices,
             *not_the_release(mapping, departures),
         ),
         dtype=asked.dtype,

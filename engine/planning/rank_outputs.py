@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import gcd
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.formats.dcp import DIRECTORY
 from engine.formats.headers import Part
 from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
 from engine.formats.torch_files import Saved
+from engine.language.axes import extent
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
@@ -19,7 +21,7 @@ from engine.language.rules import undone
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, read_training, shown
-from engine.planning.destination import Destination
+from engine.planning.destination import Destination, flag
 from engine.planning.facts import UNASKED, present_in, render_known
 from engine.planning.likeness import Like, destination_of
 from engine.planning.model import Output, OutputFile, Plan
@@ -104,12 +106,33 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
         grid=RankGrid(destination.mode, destination.sizes, tuple(invented.files), staged=destination.stages.dims),
         stages=destination.stages,
         beside=small_files(destination, invented.files, config) | directory_of(destination, files, outputs, parts),
+        notices=_unlike_rows(invented, sizes),
     )
     if source.checkpoint.end != "training":
         _check_again(source, written, destination)
     else:
         _check_kept(source, destination)
     return written
+
+
+def _unlike_rows(invented: RankGroups, sizes: Mapping[str, int]) -> tuple[str, ...]:
+    """The notice that ranks hold unlike numbers of rows of a tensor: training gathers as many from each."""
+    unlike: dict[str, str] = {}
+    whole: dict[str, set[int]] = {}  # by rank dimension: the rows of all tensors
+    for group in invented.groups:
+        held = [shard[0] for shard in group.shards.values()]
+        roles = invented.files[held[0].file].pattern.cuts.get(group.instance.stage_class, {})
+        dim = next((dim for dim, role in roles.items() if role == "rows"), None)
+        if dim is not None and group.cut.rows == dim:
+            whole.setdefault(dim, set()).add(extent(group.instance.axes.dims[group.cut.at], sizes))
+            if len({one.header.shape[group.cut.at] for one in held}) > 1:
+                unlike.setdefault(dim, group.instance.sources[0].text)
+    return tuple(
+        f"{dim} ranks hold unlike numbers of rows of `{text}`, and training gathers as many from each: it loads these "
+        f"files, but cannot take a step. These cut every tensor evenly: {flag(dim)}{first_of(even, 12)}"
+        for dim, text in unlike.items()
+        for even in [[n for n in range(1, gcd(*whole[dim]) + 1) if gcd(*whole[dim]) % n == 0]]
+    )
 
 
 def directory_of(

@@ -41,6 +41,7 @@ class Written:
         config: the configuration beside the weights, with the names that its expressions used.
         beside: small files: name → (format, content).
         grid, stages: for rank files.
+        notices: what the user should know of them.
     """
 
     outputs: tuple[Output, ...]
@@ -53,6 +54,7 @@ class Written:
     grid: RankGrid | None = None
     stages: Stages | None = None
     beside: Mapping[str, tuple[str, Any]] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def fill(

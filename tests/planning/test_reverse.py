@@ -223,6 +223,22 @@ def test_weight_ranks_may_cut_inside_heads_but_tensor_ranks_deal_them_out(tmp_pa
         assert made.tensors
 
 
+@pytest.mark.parametrize("mode", [{"mode": "isp", "tp": 1}, {"mode": "isp_wp"}])
+def test_weight_ranks_that_do_not_divide_rows_are_told_as_training_cannot_gather_them(
+    mode: dict[str, Any], tmp_path: Path
+) -> None:
+    """It allocates ranks × its own rows, and NCCL gathers as many from each."""
+    model = Model("v2", hidden=24, heads=6, groups=3, ffn=32, bias=False)
+    source = hf(model, tmp_path)
+    told = {
+        wp: [one for one in engine.plan_reverse(model.mapping, source, **mode, wp=wp).notices if "rows" in one]
+        for wp in (1, 2, 3)
+    }
+    assert not told[1] and not told[2]
+    (notice,) = told[3]
+    assert "rows of `layers.{layer}.feed_forward.w1.weight`" in notice and notice.endswith("--wp 1, 2, 4, 8")
+
+
 def test_resharding_refuses_heads_that_do_not_divide_too_but_reads_them(tmp_path: Path) -> None:
     """Files that an earlier version wrote so can still be cut for other ranks."""
     model = Model("v2", hidden=24, heads=6, groups=3, ffn=32, bias=False)
