@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from engine.assets.generation import generation_config, within
+from engine.assets.bundle import make_assets
+from engine.assets.generation import GENERATION, generation_config, within
 from engine.errors import EngineError
 from engine.formats.headers import DTYPES, ITEM_SIZES
 from engine.move.values import check_transform
@@ -65,13 +67,18 @@ class Tensors(Reading["torch.Tensor"]):
                 "E209", "transformers has no class for this model", got=named,
                 fix="Load the tensors into a class of your own: `load_state_dict(tensors, assign=True)`.",
             )  # fmt: skip
-        if self.plan.mapping.generation is not None:  # as a run would write it beside the weights
-            settings, _ = within(self.plan.mapping.generation, self.plan.sizes.get("vocab"))
-            told = json.loads(generation_config(settings, self.plan.config))
-            options = {"generation_config": transformers.GenerationConfig.from_dict(told), **options}
+        options = {"generation_config": transformers.GenerationConfig.from_dict(self._generation()), **options}
         # The class itself: `AutoModelForCausalLM` of some versions requires a path.
         made = transformers.AutoConfig.for_model(config.pop("model_type"), **config)
         return found.from_pretrained(None, config=made, state_dict=self.slices, **options)
+
+    def _generation(self) -> dict[str, Any]:
+        """The generation settings of what a run would write."""
+        settings, _ = within(self.plan.mapping.generation or {}, self.plan.sizes.get("vocab"))
+        told = generation_config(settings, self.plan.config)
+        with suppress(EngineError):  # a tokenizer that is wrong is not needed here
+            told = make_assets(self.plan, None).files.get(GENERATION, told)
+        return dict(json.loads(told))
 
     def get_tensor(self, name: str) -> torch.Tensor:
         """A tensor, as from safetensors' `safe_open`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import shutil
 from collections.abc import Mapping
@@ -23,8 +24,10 @@ from engine.formats.headers import ITEM_SIZES
 from engine.serve.tensors import Tensors, torch_types
 from tests.support.depth import sampled
 from tests.support.forked import run
+from tests.support.frameworks import source_of
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
+DCP = Path(__file__).parents[1] / "fixtures" / "dcp"
 GENUINE = [
     ("v1_tp2_pp2", "families/internlm.yaml"),
     ("v2_tp2_pp2", "families/internlm2.yaml"),
@@ -70,6 +73,27 @@ def test_a_model_ends_its_answers_as_the_one_that_a_run_writes(
         opened = tensors.model()
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert opened.generation_config.to_dict() == written.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("ends", [{"eos_token_id": [2, 7], "temperature": 0.5}, None, "wrong"])
+def test_a_model_ends_its_answers_as_the_tokenizer_beside_it_says(ends: Any, tmp_path: Path) -> None:
+    """And one whose configuration names no end has none: its class's own is another model's."""
+    model = DCP / "hf_verl_fsdp4"
+    step = shutil.copytree(source_of(model), tmp_path / "step")
+    (step / "huggingface").mkdir(exist_ok=True)
+    config = json.loads((model / "hf_config.json").read_text())
+    config = {key: value for key, value in config.items() if ends or not key.endswith("_token_id")}
+    (step / "huggingface" / "config.json").write_text(json.dumps(config))
+    if ends:
+        words = {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"}
+        (step / "huggingface" / "tokenizer.json").write_text(json.dumps({"model": words}))
+        (step / "huggingface" / "generation_config.json").write_text(json.dumps(ends))  # text in it is refused
+    engine.convert("transformers", step, tmp_path / "hf")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    with engine.open(step, mapping="transformers") as tensors:
+        opened = tensors.model()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "temperature"):
+        assert getattr(opened.generation_config, key) == getattr(written.generation_config, key), key
 
 
 def test_a_model_that_generates_nothing_opens_too() -> None:
