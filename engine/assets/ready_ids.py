@@ -49,7 +49,7 @@ def ids_of(
             tokenizer.add_tokens([token for token in named if token not in own])
             ids = tokenizer.get_vocab(with_added_tokens=True)
             tokenizer.no_padding()  # which may be endless
-            encoded = tokenizer.encode("a")
+            encoded = tokenizer.encode("")  # of any text, some tokenizers do not have the letters
     except Exception as error:  # a library's own
         told = " ".join(str(error).split())[:160]
         raise wrong("the tokenizer cannot be loaded", place, told, "a tokenizer.json that `tokenizers` reads",

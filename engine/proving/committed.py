@@ -22,23 +22,27 @@ from engine.proving.changes import KINDS, VALUED, tensor_changes, value_changes
 from engine.proving.forth import LEAST
 from engine.proving.meaning import VERSION, meaning_of, text_of
 from engine.proving.meaning import Path as KeyPath
-from engine.proving.neighbour import GONE, file_facts, laid_out_otherwise, nearer, neighbour_of, read_otherwise, short
+from engine.proving.neighbour import (
+    FOLDER,
+    GONE,
+    file_facts,
+    laid_out_otherwise,
+    nearer,
+    neighbour_of,
+    path_of,
+    read_otherwise,
+    short,
+)
 from engine.proving.proof import Check, Failure, check_of
 from engine.storage.replacing import write_file
 
 MEANING = "meaning"
-FOLDER = "meanings"
 _MODEL = ("tensors", "ranks", "layers", "reading", "writing", "variants", "divided evenly", "refused")
 _START = b"# What this mapping means"
 _HEAD = """\
 # What this mapping means, written by `engine prove --write-meaning`. Read its diff: it is what an edit comes to.
 # `order` gives elements from a source to a target: `@first → @first: count (step there → step here) × …`.
 """
-
-
-def path_of(file: Path) -> Path:
-    """The path of a mapping file's committed meaning."""
-    return file.parent / FOLDER / f"{file.stem}.txt"
 
 
 def write_meanings(names: Sequence[str | Path] = ()) -> list[Path]:
@@ -171,7 +175,7 @@ def committed(mapping: MappingFile) -> tuple[str, Path, bool] | None:
     for file in reversed(mapping.files[:-1]):
         if path_of(_file(file)).is_file():
             near = nearer(mapping, load_mapping(_file(file)))
-            name = file if near is None or not path_of(_file(near.files[-1])).is_file() else near.files[-1]
+            name = file if near is None else near.files[-1]
             return name, path_of(_file(name)), True
     return None
 
@@ -218,11 +222,11 @@ def _beside_none(mapping: MappingFile) -> Check:
     """The check of a mapping without a committed meaning: it is compared with a bundled family of the same tensors."""
     told = "none is committed beside it, so a wrong rule may go unnoticed; --write-meaning writes it"
     other = neighbour_of(mapping)
-    path = None if other is None else path_of(_file(other.files[-1]))
-    if other is None or path is None or not path.is_file():
+    if other is None:
         return Check(MEANING, None, told)
     try:
-        failures = read_otherwise(mapping, meaning_of(mapping), other, tree_of(read_meaning(path)))
+        then = tree_of(read_meaning(path_of(_file(other.files[-1]))))
+        failures = read_otherwise(mapping, meaning_of(mapping), other, then)
     except EngineError as error:
         return check_of(MEANING, told, [Failure.of(error)])
     if not failures:

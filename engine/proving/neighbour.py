@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,12 @@ from engine.language.keys import names_apart
 from engine.language.loader import load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
-from engine.language.search import bundled, find_file, list_names
+from engine.language.search import bundled, find_file
 from engine.proving.holdings import parts_of
 from engine.proving.meaning import Meaning
 from engine.proving.proof import Failure
 
+FOLDER = "meanings"
 _ASPECTS = ("order", "changed")  # facts of an entry that are compared, besides its source
 _SHARE = 0.5  # the share of a mapping's sources, or of a layout's facts, that its neighbour must have too
 _REASONS = ("help", "why", "fix", "ignored", "noted")
@@ -25,6 +26,11 @@ _MODES = ("order of modes",)
 _ENTRIES = {"keys": 3, "options": 2, "modes": 2}  # length of the path of an entry that a layout may add
 
 KeyPath = tuple[str, ...]
+
+
+def path_of(file: Path) -> Path:
+    """The path of a mapping file's committed meaning."""
+    return file.parent / FOLDER / f"{file.stem}.txt"
 
 
 def file_facts(data: Mapping[str, Any]) -> dict[KeyPath, Any]:
@@ -75,10 +81,9 @@ def short(value: Any) -> str:
 
 def neighbour_of(mapping: MappingFile) -> MappingFile | None:
     """The bundled family of the layout, or of the nearest, that reads most of a mapping's sources, if at least half."""
-    families = (load_mapping(name) for name in list_names() if name.startswith("families/"))
     near = near_layout(mapping.layout)
     layouts = (mapping.layout, *near[:1]) if near is not None else (mapping.layout,)
-    alike = [one for one in families if one.layout in layouts and one.model_type == mapping.model_type]
+    alike = [one for one in _families() if one.layout in layouts and one.model_type == mapping.model_type]
     own = _sources(mapping)
     best = max(alike, key=lambda one: len(own & _sources(one)), default=None)
     return best if best is not None and len(own & _sources(best)) >= max(1, _SHARE * len(own)) else None
@@ -94,8 +99,14 @@ def nearer(mapping: MappingFile, parent: MappingFile) -> MappingFile | None:
     def shared(other: MappingFile) -> int:
         return sum(same(now.get(path), value) for path, value in file_facts(plain(other.resolved)).items())
 
-    best = max(map(load_mapping, (one for one in list_names() if one.startswith("families/"))), key=shared)
+    best = max(_families(), key=shared)
     return best if shared(best) > shared(parent) else None
+
+
+def _families() -> Iterator[MappingFile]:
+    """The bundled families, but for a new one whose meaning is not committed yet."""
+    files = sorted((bundled("mappings") / "families").glob("*.yaml"))
+    return (load_mapping(file) for file in files if path_of(file).is_file())
 
 
 def _sources(mapping: MappingFile) -> set[str]:

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
 from engine.assets.ready import for_each_release, names_of, together
+from engine.assets.ready_ids import ids_of
 from engine.errors import EngineError
 from engine.storage.local import LocalStore
 from tests.support.depth import sampled
@@ -288,6 +289,12 @@ def test_a_tokenizer_that_is_not_this_models_is_refused_if_given_and_left_out_if
     told = next(one for one in report.notices if one.startswith("not written: huggingface/"))
     assert "got None" not in told
     assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+def test_a_tokenizer_of_few_letters_that_has_no_token_for_others_is_right() -> None:
+    model = {"type": "WordLevel", "vocab": {"A": 0, "C": 1}, "unk_token": "[UNK]"}
+    assert ids_of(json.dumps({"version": "1.0", "added_tokens": [], "model": model}).encode(), "", 2, {}, {}) == (
+        {"A": 0, "C": 1}, {})  # fmt: skip
 
 
 def test_a_file_is_no_tokenizer_where_the_mapping_describes_none(saved: Path, tmp_path: Path) -> None:

@@ -334,12 +334,15 @@ def test_a_copy_under_another_name_is_held_against_the_bundled_mapping_that_read
     ],
 )
 def test_a_copy_of_a_family_that_extends_another_is_held_against_that_family_and_not_its_parent(
-    family: str, old: str, new: str, said: str, tmp_path: Path
+    family: str, old: str, new: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (ROOT / "mappings" / "families" / f"{family}.yaml").read_text().replace(f"name: {family}\n", "name: own\n")
     assert old in text
-    path = tmp_path / "own.yaml"
+    path = tmp_path / "families" / "own.yaml"
+    path.parent.mkdir()
     path.write_text(text.replace(old, new, 1))
+    path.with_name("broken.yaml").write_text("mapping: 1\n")
+    monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path))  # its own families are no neighbours
     check = check_meaning(load_mapping(path))
     assert (check.holds, f"for mappings/families/{family}" in check.told) == (not said, not said)
     assert [said in one.message for one in check.failures[:-1]] == [True] * bool(said)
