@@ -104,10 +104,12 @@ def verify_output(
             E3xx when output or source cannot be read.
     """
     from engine.comparing.source import parse_sample, source_bytes, verify_source
+    from engine.oracle.frameworks import forward_of
     from engine.run.meter import Meter
 
     if plan is None:
         _check_settings(settings)
+    training = None if source is None else forward_of(source, settings)  # refused before anything is compared
     needed = plan is None and source is None and not load
     known = read_manifest(folder) if needed or folder.has(NAME) else None
     blocks = parse_sample(sample or "100%")
@@ -132,10 +134,10 @@ def verify_output(
         Meter(1, progress, "loading and running the model", "models").begin("loading and running the model")
         model = load_model(on_this_machine(folder, "--load"))
         found = found.and_also(*model.problems, model=model)
-    if source is not None:
+    if training is not None:
         from engine.oracle.logits import compare_logits
 
-        logits = compare_logits(on_this_machine(folder, "--logits"), source, settings, progress)
+        logits = compare_logits(on_this_machine(folder, "--logits"), training, progress)
         found = found.and_also(*logits.problems, logits=logits)
     if found.read or found.source is not None or found.logits is not None or load or found.problems:
         return found

@@ -39,7 +39,9 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
     names = list_folder(LocalStore(folder))
     for name, module in FORWARDS.items():
         layout = load_layout(name)
-        if any(pattern(mode.files[0].name).match(one) is not None for mode in layout.modes for one in names):
+        configured = any(one.file in names for one in layout.configs)  # without, common names may be another's
+        files = [pattern(mode.files[0].name) for mode in layout.modes if configured or not mode.files[0].boxes]
+        if any(file.match(one) is not None for file in files for one in names):
             _check(settings)
             made: Forward = import_module(module).Forward(read_checkpoint(folder, layout), settings)
             return made

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.errors import EngineError
-from engine.oracle.frameworks import forward_of
 from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
 from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
@@ -67,17 +66,16 @@ class Logits:
         return {"deviations": dict(zip(names, data.pop("states"), strict=False)), **data}
 
 
-def compare_logits(folder: Path, source: Path, settings: Mapping[str, Any], progress: Listener | None = None) -> Logits:
+def compare_logits(folder: Path, forward: Forward, progress: Listener | None = None) -> Logits:
     """Run an output with transformers' code and its source with training's, and compare.
 
     Raises:
-        EngineError: E202 when the letters of the MLP must be set, E2xx and E3xx when either cannot
-            be read, E303 for models whose training forward pass is not known.
+        EngineError: E202 when the letters of the MLP must be set, E2xx and E3xx when either cannot be read.
     """
     unknown = not_built_in(folder)
     if unknown is not None:
         return _failed(unknown)
-    with forward_of(source, settings) as training, quiet(), torch.no_grad():
+    with forward as training, quiet(), torch.no_grad():
         try:
             streamed = StreamedModel(folder)
         except EngineError:

@@ -411,11 +411,13 @@ def test_a_setting_of_the_mapping_that_training_does_not_leave_open_is_taken(tmp
     assert not engine.api.verify(tmp_path / "hf", src=FOLDER / "v1_tp1_pp1", logits=True, **told).problems
 
 
-def test_a_mixture_of_experts_and_folders_without_rank_files_are_refused(made: Path) -> None:
-    for source, code in ((FOLDER / "moe_tp2_pp2_dp1", "E303"), (made, "E304")):
-        with pytest.raises(EngineError) as caught:
-            engine.api.verify(made, src=source, logits=True)
-        assert caught.value.code == code
+def test_folders_whose_forward_pass_is_not_known_are_refused_before_anything_is_compared(made: Path) -> None:
+    distributed = FOLDER.parent / "dcp" / "fsdp2tp2-f32-model" / "step-10"
+    for source, code in ((FOLDER / "moe_tp2_pp2_dp1", "E303"), (made, "E304"), (distributed, "E304")):
+        seen: list[Any] = []
+        with pytest.raises(EngineError, match="forward pass is") as caught:
+            engine.api.verify(made, src=source, logits=True, progress=seen.append)
+        assert caught.value.code == code and not seen
 
 
 def test_a_missing_rank_file_is_found_before_anything_is_computed(made: Path, tmp_path: Path) -> None:
