@@ -117,10 +117,11 @@ def make_plan(
 
 
 def _told_of(source: Source, asked: Request, like: Like) -> Iterable[str]:
-    """The notices of rules that write training tensors under the first of their names."""
+    """The notices of rules that write training tensors under the first of their names, if nobody asked for these."""
     if asked.writes == source.checkpoint.end or asked.writes == "whole":
         return ()
-    first = (one for one in source.used if not like.spelt & {other.text for other in one.sources[1:]})
+    told = (one for one in source.used if not asked.settings.keys() & one.rule.when.keys())
+    first = (one for one in told if not like.spelt & {name.text for name in one.sources})
     return dict.fromkeys(one.rule.notice for one in first if one.rule.notice is not None)
 
 

@@ -63,12 +63,13 @@ def test_files_for_transformer_engine_are_those_that_it_saves(name: str, tmp_pat
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
     report = engine.reverse(FAMILIES[name], first, tmp_path / "set", ranks=RANKS[name], settings=ENGINE[name])
     engine.reverse(FAMILIES[name], first, tmp_path / "like", like=source)
+    kept = engine.reverse(FAMILIES[name], first, tmp_path / "kept", like=source_of(MEGATRON / name))
     for made in (tmp_path / "set", tmp_path / "like"):
         check_same(made, source)
         for one in saved(made).values():
             assert one["args"].transformer_impl == "transformer_engine"
             assert name == DENSE or one["args"].moe_grouped_gemm is True
-    assert not any("implementation" in told or "gemm" in told for told in report.notices)
+    assert not any("implementation" in told or "gemm" in told for told in (*report.notices, *kept.notices))
 
 
 @pytest.mark.parametrize("name", [DENSE, MIXTURE])
@@ -110,6 +111,7 @@ def test_files_of_one_implementation_become_those_of_the_other(name: str, tmp_pa
     engine.reshard(family, fused, tmp_path / "kept", **config)
     check_same(tmp_path / "kept", fused)
     plain = {"norms": "plain"} | ({"gemm": "single"} if name == MIXTURE else {})
-    engine.reshard(family, fused, tmp_path / "local", settings=plain, **asked)
+    report = engine.reshard(family, fused, tmp_path / "local", settings=plain, **asked)
+    assert not any("--set" in told for told in report.notices)  # they are set
     rewritten(shutil.copytree(local, tmp_path / "known"), lambda _: None)
     check_same(tmp_path / "local", tmp_path / "known")
