@@ -47,7 +47,7 @@ def test_what_the_run_says_is_not_asked_for(tmp_path: Path) -> None:
     assert all((found[name] - one).abs().max() < 1e-6 for name, one in known.items())
 
 
-@sampled(2)
+@sampled(2, "asks")
 @pytest.mark.parametrize(
     ("model", "text", "asks"),
     [

@@ -72,6 +72,15 @@ def test_files_for_transformer_engine_are_those_that_it_saves(name: str, tmp_pat
     assert not any("implementation" in told or "gemm" in told for told in (*report.notices, *kept.notices))
 
 
+def test_norms_of_arguments_that_do_not_say_whether_they_add_one_do_not(tmp_path: Path) -> None:
+    source = by_engine(DENSE, tmp_path / "step")
+    rewritten(source, lambda held: held.pop("apply_layernorm_1p"))
+    first, second = convert(DENSE, tmp_path / "local").out, convert(DENSE, tmp_path / "fused", source).out
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    engine.reverse(FAMILIES[DENSE], first, tmp_path / "back", like=source)
+    check_same(tmp_path / "back", source)
+
+
 @pytest.mark.parametrize("name", [DENSE, MIXTURE])
 def test_a_run_says_which_implementation_loads_what_it_writes_if_it_was_not_told(name: str, tmp_path: Path) -> None:
     first = convert(name, tmp_path / "hf").out
