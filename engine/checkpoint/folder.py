@@ -232,11 +232,12 @@ def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
         else:
             value = None
     if not isinstance(value, dict) or not value:
+        got = "an empty dict" if isinstance(value, dict) else type(value).__name__
         raise EngineError(
             "E303",
-            "the configuration is not a dict of settings",
+            "the configuration holds no settings",
             place=Place(file),
-            got=f"{type(value).__name__} under {'.'.join(keys)}" if keys else type(value).__name__,
+            got=f"{got} under {'.'.join(keys)}" if keys else got,
             expected="the model's settings by name",
             fix="Copy the file again from the training run.",
         )

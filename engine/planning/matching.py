@@ -267,5 +267,7 @@ def _expert_layer(
         got=f"file number {file.ranks['number']} with local layer {local}",
         expected=f"a number that fits one layer; it fits {every or 'none'}",
         fix="Two pipeline stages wrote the same file number, so one layer's experts were lost at saving; "
-        "they cannot be recovered from this folder. Save again with layers divisible by the pipeline size.",
+        "they cannot be recovered from this folder. Save again with layers divisible by the pipeline size."
+        if len(every) > 1
+        else "The file was renamed or is another layer's: copy the folder again.",
     )

@@ -110,6 +110,15 @@ def test_one_file_under_two_names_is_refused_also_where_no_name_was_saved(case: 
     assert error.code == "E306" or (put is shutil.copy and model is EXPERTS and error.code in ("E206", "E207", "E211"))
 
 
+def test_an_experts_file_whose_tensors_name_a_layer_that_its_number_is_not_of_is_refused(tmp_path: Path) -> None:
+    folder = made(EXPERTS, tmp_path / "step", tp=1, pp=2)
+    path = folder / "model_moe_layer1_expert0_tp0.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({name.replace("blocks.1.", "blocks.0."): tensor for name, tensor in state.items()}, path)
+    error = refused(EXPERTS, folder)
+    assert error.code == "E211" and "it fits [1]" in str(error) and "copy the folder again" in str(error)
+
+
 COMMANDS: dict[str, list[str]] = {
     "run": ["run", "-m", V2.mapping, "--src", "{src}", "-o", "{out}"],
     "run --check-source": ["run", "-m", V2.mapping, "--src", "{src}", "-o", "{out}", "--check-source"],

@@ -108,6 +108,8 @@ def test_the_shard_that_the_attacks_start_from_is_read(saved: Callable[..., Path
         (set_state("_metadata.shards_metadata", laughs()), "E301"),
         (set_state("_metadata.shards_metadata.1.shard_sizes", [1 << 50, 2]), "E303"),
         (set_state("_metadata.shards_metadata.1.shard_sizes", [2] * 1000), "E301"),
+        (set_state("_metadata.shards_metadata.1.shard_sizes", [2]), "E301"),
+        (set_state("__getstate__", lambda: (1, 2)), "E301"),
         (set_state("_metadata.shards_metadata.1.shard_offsets", [-2, 0]), "E301"),
         (set_state("_metadata.shards_metadata.1.shard_offsets", [1, 0]), "E303"),
         (set_state("_metadata.shards_metadata.2.shard_sizes", [2, 2]), "E301"),

@@ -214,6 +214,18 @@ def test_a_directory_that_does_not_fit_its_files_is_refused(
     assert refused("fsdp4-bf16-threads2", folder, tmp_path).code == code
 
 
+def test_a_box_where_a_file_has_a_number_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    def change(value: Any) -> None:
+        places = value.storage_data
+        wrong = next(info for key, info in places.items() if key.fqn == "step")
+        places[next(key for key in places if key.fqn == "app.model.model.norm.weight")] = wrong
+
+    folder = copy("fsdp4-f32-optim")
+    changed(folder, change)
+    error = refused("fsdp4-f32-optim", folder, tmp_path)
+    assert error.code == "E301" and "where its directory has a tensor" in str(error)
+
+
 def _exchange(one: tuple[str, str], other: tuple[str, str]) -> Callable[[Any], None]:
     """Exchange where two boxes lie, each given by the end of its tensor's name and its file."""
 

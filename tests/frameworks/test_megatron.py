@@ -466,6 +466,13 @@ def test_exchanged_ranks_are_refused_by_what_they_say_of_themselves(
     assert caught.value.code == "E306"
 
 
+def test_files_named_for_other_ranks_than_the_arguments_tell_are_refused(copy: Callable[[str], Path]) -> None:
+    folder = copy("torch-ep2-moe")
+    rewritten(folder, lambda args: args.update(expert_model_parallel_size=1))
+    with pytest.raises(EngineError, match="E304 the configuration does not belong to these files"):
+        engine.plan("megatron-mixtral", folder, config=MEGATRON / "torch-ep2-moe" / "hf_config.json")
+
+
 def test_ranks_that_all_say_the_same_say_nothing(copy: Callable[[str], Path], tmp_path: Path) -> None:
     """Megatron's converter writes all rank files in one process."""
     folder = copy("leg_t4_g2")
@@ -544,9 +551,12 @@ def test_experts_that_are_cut_over_other_ranks_than_the_rest_are_refused_by_that
     assert caught.value.code == "E303" and "torch_dist" in str(caught.value.fix)
 
 
-@pytest.mark.parametrize("held", [[1], {}, None])
-def test_arguments_that_are_no_settings_are_refused(held: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("held", "told"), [([1], "list"), ({}, "an empty dict"), (None, "NoneType")], ids=["list", "empty", "none"]
+)
+def test_arguments_that_are_no_settings_are_refused(held: Any, told: str, tmp_path: Path) -> None:
     folder = shutil.copytree(MEGATRON / "dist-tp2pp2" / "ckpt" / "iter_0000010", tmp_path / "step")
     torch.save({"args": held, "checkpoint_version": 3.0, "iteration": 10}, folder / "common.pt")
-    with pytest.raises(EngineError, match="E303 the configuration is not a dict of settings"):
+    with pytest.raises(EngineError, match="E303 the configuration holds no settings") as caught:
         engine.plan("megatron-llama", folder)
+    assert caught.value.got == f"{told} under args"

@@ -285,6 +285,19 @@ def test_two_rules_for_one_tensor_are_an_error(whole: dict[str, torch.Tensor], t
     assert code({**DATA, "rules": [*DATA["rules"], again]}, tmp_path) == "E206"
 
 
+def test_two_rules_that_write_one_name_are_an_error(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    shards({**whole, "extra": torch.randn(6)}, tmp_path)
+    extra = {**DATA["rules"][2], "name": "extra", "source": "extra", "target": "h.0.gate", "stage": "first"}
+    assert code({**DATA, "rules": [*DATA["rules"], extra]}, tmp_path) == "E206"
+
+
+@pytest.mark.usefixtures("whole")
+def test_more_combinations_than_can_be_tried_are_not_tried(tmp_path: Path) -> None:
+    variants = {f"v{i}": {"choices": ["a", "b"], "decide": "shapes"} for i in range(5)}
+    with pytest.raises(EngineError, match="E202 32 combinations of variants are too many"):
+        result({**DATA, "variants": variants}, tmp_path)
+
+
 def test_expectations_are_reported_and_refused_when_strict(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     path = write({**DATA, "expect": {"hidden": 5}}, tmp_path)
     assert any("hidden: got 4" in notice for notice in engine.plan(path, tmp_path / "step").notices)

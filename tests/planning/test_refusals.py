@@ -18,6 +18,7 @@ import engine
 from engine import api
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
+from engine.planning import rank_outputs
 from engine.planning.request import request_of
 from engine.run.running import Running
 from engine.storage import output, replacing
@@ -396,6 +397,16 @@ def test_a_plan_that_would_leave_a_gap_is_refused(source: Path) -> None:
         prove_total(plan.copies(0)[1:], plan.outputs[0].shape, group)
     assert caught.value.code == "E208"
     assert "512 elements" in str(caught.value)
+
+
+def test_an_element_type_that_rank_files_have_no_storage_for_is_refused(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letters = {"mlp_letters": "w2_is_down"}
+    engine.convert(V1.mapping, source, tmp_path / "hf", settings=letters)
+    monkeypatch.setattr(rank_outputs, "WRITABLE", frozenset(["F64"]))
+    with pytest.raises(EngineError, match="E209 rank files cannot hold"):
+        engine.reverse(V1.mapping, tmp_path / "hf", tmp_path / "ranks")
 
 
 def test_a_tokenizer_with_more_pieces_than_rows_is_not_this_models(source: Path, tmp_path: Path) -> None:
