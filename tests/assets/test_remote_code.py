@@ -139,6 +139,7 @@ def test_what_a_module_imports_from_beside_itself_is_copied(tmp_path: Path) -> N
         ({"configuration_internlm2": CONFIGURATION.replace(b"M2C", b"MC")}, "`InternLM2Config` is in none"),
         ({"configuration_internlm2": CONFIGURATION.replace(b'm2"', b'"')}, "another model type"),
         ({"configuration_internlm2": CONFIGURATION.replace(b"model_type", b"kind")}, "another model type"),
+        ({"configuration_internlm2": CONFIGURATION.replace(b'"internlm2"', b"str()")}, "something computed"),
         ({"tokenization_internlm2": b"class T: pass\n"}, "does not need: tokenization_internlm2.py"),
         ({"modeling_internlm2": b"<!DOCTYPE html>"}, "is not Python"),
         ({"modeling_internlm2": b"x = '\0'"}, "is not Python"),

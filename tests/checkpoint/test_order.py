@@ -288,6 +288,15 @@ def test_most_of_a_buffer_in_another_order_says_nothing() -> None:
     assert check_order([header_of(names, moved + names[10:])]) == ()
 
 
+@pytest.mark.parametrize("also", [False, True], ids=["alone", "beside tensors of other sizes"])
+def test_an_exchange_is_told_unless_tensors_of_unequal_sizes_have_another_order_too(also: bool) -> None:
+    sizes = {"w1": (16,), "w3": (16,), "wo": (8,), "norm": (4,)}
+    names = [(f"layers.{at}.{kind}.weight", shape) for at in range(4) for kind, shape in sizes.items()]
+    stored = [*names[:4], names[5], names[4], *names[6:14], *(names[:13:-1] if also else names[14:])]
+    with nullcontext() if also else pytest.raises(EngineError, match="have exchanged names"):
+        assert check_order([header_of(names, stored)]) == ()
+
+
 @pytest.mark.parametrize(("names", "layers", "told"), [(6, 2, False), (6, 3, True), (5, 3, False), (5, 4, True)])
 def test_an_order_of_names_is_known_from_enough_layers(names: int, layers: int, told: bool) -> None:
     """Of many names from two, of few from three: then it is not by chance. The last layer has another order."""

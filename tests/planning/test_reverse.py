@@ -329,6 +329,15 @@ def test_a_rule_that_does_not_invert_is_refused_unless_named(tmp_path: Path) -> 
     assert plain.variants["head"] == "plain"
 
 
+def test_a_size_that_what_is_written_would_tell_otherwise_is_refused(tmp_path: Path) -> None:
+    source, mine = hf(V1, tmp_path), tmp_path / "mine.yaml"
+    text = f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: {V1.mapping.removeprefix('families/')}\n"
+    text += """training_config: {vocab_size: "{{ 3 if dtype == 'torch.float32' else vocab_size }}"}\n"""
+    mine.write_text(text, encoding="utf-8")
+    with pytest.raises(EngineError, match="E216 axis `vocab` would be read as 3"):
+        engine.reverse(str(mine), source, tmp_path / "back", dtype="float32")
+
+
 def test_biases_of_row_parallel_linears_are_on_rank_0_only(tmp_path: Path) -> None:
     engine.reverse(V1.mapping, hf(V1, tmp_path), tmp_path / "back", tp=4)
     files = rank_files(tmp_path / "back")

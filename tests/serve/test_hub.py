@@ -209,7 +209,7 @@ def test_a_token_is_asked_for_and_compared(run: Path, serve: Callable[..., Any])
     basic = base64.b64encode(b"anybody:secret").decode()
     with serve([api.Model("a/b", MAPPING, run / "100")], token="secret") as running:
         for path in ("/", "/api/models/a/b", "/a/b/resolve/main/config.json", "/nothing"):
-            wrong = ("Bearer wrong", "Bearer", "secret", "Basic !!", "Basic c2VjcmV0", "Bearer sécret")
+            wrong = ("Bearer wrong", "Bearer", "secret", "Basic !!", "Basic c2VjcmV0", "Bearer sécret", "Digest secret")
             for given in ({}, *({"Authorization": one} for one in wrong)):
                 status, headers, body = running.ask(path, **given)
                 assert status == 401 and "Bearer" in headers["www-authenticate"] and b"HF_TOKEN" in body

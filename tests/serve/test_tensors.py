@@ -176,6 +176,15 @@ def test_a_slice_is_that_of_the_whole_tensor(opened: Tensors, written: Any, name
 
 
 @pytest.mark.parametrize(
+    "index", [-1, 0, (0, ..., 1), (slice(1, 3), 2), (slice(None, None, 2), slice(None), 1), (..., 0)]
+)
+def test_a_slice_of_stacked_experts_is_that_of_the_whole_tensor(index: Any) -> None:
+    with engine.open(FIXTURES / "moe_tp2_pp2_dp1", mapping="families/moe-stacked.yaml") as opened:
+        name = next(name for name in opened if name.endswith("gate_up_proj"))
+        assert opened.get_slice(name)[index].equal(opened.get_tensor(name)[index])
+
+
+@pytest.mark.parametrize(
     "index", [None, "a", 1.0, True, [1], torch.tensor([1]), slice(None, None, -1), (0, 0, 0), (..., ...)]
 )
 def test_what_is_no_index_is_refused(opened: Tensors, index: Any) -> None:
