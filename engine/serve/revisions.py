@@ -114,8 +114,6 @@ class Revisions:
                     return found
             except (EngineError, OSError) as error:
                 reasons.append(f"{step[0]}: {_first_line(error)}")
-                if name != MAIN:
-                    break
         if name == MAIN and not reasons:
             raise NoRevision("there is no step yet")
         raise NoRevision("; ".join(reasons[:4]) if reasons else f"there is no revision {name}")

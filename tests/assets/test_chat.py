@@ -83,7 +83,8 @@ def test_a_template_that_cannot_be_read_or_parsed_is_refused(
 @pytest.mark.parametrize(
     "marks",
     ["{%- generation %} X {%- endgeneration %}", "{% generation -%}\nX{% endgeneration -%}\n", "a {%generation%}\nX\n "
-     "{% endgeneration %}", "a {% generation -%} X {% endgeneration -%} b", "\n  {% generation %}\nX\n  {% endgeneration %}\n"],
+     "{% endgeneration %}", "a {% generation -%} X {% endgeneration -%} b",
+     "\n  {% generation %}\nX\n  {% endgeneration %}\n"],
 )  # fmt: skip
 def test_a_template_without_marks_says_what_it_says_with_them(marks: str) -> None:
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -148,6 +148,14 @@ def test_replicas_that_differ_name_both_files_and_the_deviation(source: Path) ->
     refuse(source, "E402", "norm.weight", "model_tp1_pp1.pt", "model_tp0_pp1.pt", "1 of 16 elements")
 
 
+def test_replicas_that_differ_are_refused_also_where_nothing_is_written(source: Path) -> None:
+    letters = {"mlp_letters": "w2_is_down"}
+    engine.convert(V1.mapping, source, source.parent / "hf", settings=letters)
+    edit(source / "model_tp1_pp0.pt", lambda state: state["blocks.1.norm2.weight"][3].add_(1))
+    with pytest.raises(EngineError, match="E402 replicas of `blocks.1.norm2.weight` differ"):
+        engine.compare(source.parent / "hf", source, mapping=V1.mapping, settings=letters)
+
+
 def test_reward_heads_that_differ_between_ranks_are_refused(tmp_path: Path) -> None:
     save(Model(head="reward"), tmp_path / "step", tp=2)
     edit(tmp_path / "step" / "model_tp1_pp0.pt", lambda s: s.update({"head.weight": s["head.weight"] * 2}))

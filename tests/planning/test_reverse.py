@@ -329,6 +329,13 @@ def test_a_rule_that_does_not_invert_is_refused_unless_named(tmp_path: Path) -> 
     assert plain.variants["head"] == "plain"
 
 
+def test_a_model_without_its_configuration_is_refused_by_that(tmp_path: Path) -> None:
+    source = hf(V1, tmp_path)
+    (source / "config.json").unlink()
+    with pytest.raises(EngineError, match=r"E304 `config.json` is missing"):
+        engine.reverse(V1.mapping, source, tmp_path / "back")
+
+
 def test_a_size_that_what_is_written_would_tell_otherwise_is_refused(tmp_path: Path) -> None:
     source, mine = hf(V1, tmp_path), tmp_path / "mine.yaml"
     text = f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: {V1.mapping.removeprefix('families/')}\n"

@@ -13,7 +13,9 @@ import pytest
 
 import engine
 from engine import api
+from engine.serve import revisions
 from engine.serve.hub import refusal
+from engine.storage.store import Store, walk
 from tests.support.serving import MAPPING, STEP, Running
 
 FILE = "/org/name/resolve/main/model-00001-of-00003.safetensors"
@@ -65,6 +67,21 @@ def test_a_step_is_found_when_training_has_written_it(run: Path, tmp_path: Path,
         assert sha() == first
     assert [line for line in running.told if "iter_0000200 is not served: E" in line]
     assert running.told[0].startswith("iter_0000100 is served as ")
+
+
+def test_a_commit_is_found_while_a_newer_step_is_being_removed(
+    run: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(store: Store) -> Any:
+        if store.place().endswith("200"):
+            raise FileNotFoundError(store.place())
+        return walk(store)
+
+    with serve([api.Model("a/b", MAPPING, run)]) as running:
+        branches = json.loads(running.ask("/api/models/a/b/refs")[2])["branches"]
+        (commit,) = (one["targetCommit"] for one in branches if one["name"] == "100")
+        monkeypatch.setattr(revisions, "walk", gone)
+        assert running.ask(f"/a/b/resolve/{commit}/config.json")[0] == 200
 
 
 def test_a_number_of_two_steps_is_asked_for_by_name(run: Path, tmp_path: Path, serve: Callable[..., Any]) -> None:
