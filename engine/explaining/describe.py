@@ -11,6 +11,7 @@ from engine.language.documents import grouped
 from engine.language.names import is_number, pattern
 from engine.planning.boxes import Copy
 from engine.planning.model import Plan
+from engine.planning.zeros import ZEROS
 from engine.run.memory import predicted_memory
 from engine.storage.coalesce import join
 
@@ -43,6 +44,7 @@ def leaf(name: str) -> str:
 
 def describe_plan(plan: Plan) -> dict[str, Any]:
     """A plan as JSON-ready data, as `engine plan --json` prints it (`schemas/plan.schema.json`)."""
+    files = {number: file for number, file in enumerate(plan.files) if file != ZEROS}  # which is not there
     return {
         "mapping": {
             "name": plan.mapping.name,
@@ -55,9 +57,9 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
             "folder": plan.folder,
             "ranks": dict(plan.grid.sizes),
             "chunks": plan.stages.chunks,
-            "files": len(plan.files),
-            "bytes": sum(file.size for file in plan.files),
-            "tensors": len(plan.sources),
+            "files": len(files),
+            "bytes": sum(file.size for file in files.values()),
+            "tensors": sum(one.file in files for one in plan.sources),
         },
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes)},
         "variants": {

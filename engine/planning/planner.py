@@ -6,6 +6,7 @@ Source and target are each one of two kinds, rank files or a Hugging Face checkp
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from engine.checkpoint.hf_folder import BESIDE
@@ -63,8 +64,12 @@ def make_plan(
     other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(mapping, layout, asked, other) if crosses and asked.writes == "training" else None
     if cut is not None:
-        mine |= choices_of_mode(layout, cut["mode"], mapping, mine, "Leave that setting out, or choose another --mode.")
+        mode = cut["mode"]
+        mine |= choices_of_mode(layout, mode, mapping, mine, "Leave that setting out, or choose another --mode.")
     source = read_source(mapping, layout, checkpoint, mine, like=other.choices, expressed=crosses, lossy=lossy, cut=cut)
+    for name in mine.keys() - asked.settings.keys():
+        by_mode = replace(source.decisions[name], how="default", evidence=f"as mode {mode} has it")
+        source = replace(source, decisions={**source.decisions, name: by_mode})
     if lossy is not None:
         source = padded(source)
     own = like_of(source)

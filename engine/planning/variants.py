@@ -14,6 +14,7 @@ from engine.language.model import Expression, MappingFile, Option, Variant
 from engine.language.validation import short
 
 _LONGEST = 60  # characters of a value in a message
+_WRITTEN = "the weights give"  # in place of "there is": tensors that are written are not there yet
 _MISSING = object()
 
 
@@ -160,7 +161,8 @@ def _shown(variant: Variant, names: Mapping[str, Any]) -> Decision | None:
             continue
         try:
             if evaluate(expression, names):
-                holding.append(Decision(variant.name, choice, "expression", expression.text))
+                told = because([expression], names, there=_WRITTEN)
+                holding.append(Decision(variant.name, choice, "expression", told, expression=expression.text))
         except EngineError:
             continue
     return holding[0] if len(holding) == 1 else None
@@ -170,10 +172,11 @@ def _first_holding(variant: Variant, names: Mapping[str, Any]) -> Decision:
     """The first choice that holds, including values from `default(...)`, as when reading."""
     for choice, expression in variant.choices.items() if variant.decide == "expression" else ():
         if expression is None:
-            return Decision(variant.name, choice, "expression", "otherwise")
+            return Decision(variant.name, choice, "expression", "no other choice holds")
         try:
             if evaluate(expression, names):
-                return Decision(variant.name, choice, "expression", expression.text)
+                told = because([expression], names, there=_WRITTEN)
+                return Decision(variant.name, choice, "expression", told, expression=expression.text)
         except EngineError:
             continue
     raise EngineError(
@@ -222,11 +225,13 @@ def because(
     names: Mapping[str, Any],
     called: str = "the configuration",
     computed: Collection[str] = (),
+    there: str = "there is",
 ) -> str:
     """What expressions read: the keys that exist, with their values, those that do not, and tensors.
 
     Args:
         computed: names that are no keys, and not told.
+        there: how to say that there are tensors.
 
     >>> from engine.errors import Place
     >>> rotary = Expression("qk_interleaved | default(not (adapt_hf | default(true)))", Place("x.yaml"))
@@ -254,10 +259,10 @@ def because(
             told.append(f"{whose} no {lacks[0]}" if len(lacks) == 1 else f"{whose} neither {_list(lacks, 'nor')}")
     patterns = sorted({text for one in compiled for text in one.patterns})
     if patterns and "present" in names:
-        there = [text for text in patterns if names["present"](text)]
-        absent = [text for text in patterns if text not in there]
-        told += [f"there is {_list(there)}"] if there else []
-        told += [f"there is no {_list(absent, 'or')}"] if absent else []
+        held = [text for text in patterns if names["present"](text)]
+        absent = [text for text in patterns if text not in held]
+        told += [f"{there} {_list(held)}"] if held else []
+        told += [f"{there} no {_list(absent, 'or')}"] if absent else []
     return "; ".join(told)
 
 
