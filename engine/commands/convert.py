@@ -245,7 +245,8 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
     with progress.progress(show=not (quiet or as_json), also=None) as listener:
         nbytes = engine.api.part(path, which or "", out, progress=listener, **options)
     told = f"wrote {nbytes:,} bytes" if nbytes else "this part was done already"
-    text = f"{told}\nnext: engine commit, when all parts are done"
+    to = f" --out {quoted(out)}" if out else ""
+    text = f"{told}\nnext: engine commit --plan {quoted(path)}{to}   (when all parts are done)"
     answer(as_json, {"bytes": nbytes}, lambda: text, quiet=quiet)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import engine
+from engine import api
 from tests.support.depth import sampled
 from tests.support.frameworks import source_of
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten, state
@@ -124,3 +125,13 @@ def test_files_of_one_implementation_become_those_of_the_other(name: str, tmp_pa
     assert not any("--set" in told for told in report.notices)  # they are set
     rewritten(shutil.copytree(local, tmp_path / "known"), lambda _: None)
     check_same(tmp_path / "local", tmp_path / "known")
+
+
+def test_a_plan_to_write_files_counts_those_that_are_there_and_says_why_in_words(tmp_path: Path) -> None:
+    first = convert(DENSE, tmp_path / "hf").out
+    plan = engine.plan_reverse(FAMILIES[DENSE], first, settings={"norms": "plain"})
+    found = api.describe_plan(plan)
+    assert (found["source"]["files"], found["source"]["tensors"]) == (1, 21)  # not the zeros of padding
+    told = {name: one["evidence"] for name, one in found["variants"].items()}
+    assert told["norms"] == "--set norms=plain" and told["names"] == "as mode torch has it"
+    assert told["biases"].startswith("the weights give no ") and "present(" not in "".join(told.values())

@@ -380,6 +380,8 @@ def test_the_commands_take_the_part_from_an_array(plan: Path, whole: dict[str, b
         array = {"SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_MIN": "1", "SLURM_ARRAY_TASK_COUNT": "2"}
         done = CliRunner().invoke(cli, ["part", "--plan", str(plan), "-o", out, "--json"], env=array)
         assert done.exit_code == 0 and '"bytes"' in done.output, done.output
+    again = CliRunner().invoke(cli, ["part", "1/2", "--plan", str(plan), "-o", out])
+    assert f"next: engine commit --plan {plan} --out {out}   (when all" in again.stdout
     assert CliRunner().invoke(cli, ["commit", "--plan", str(plan), "-o", out, "-q"]).exit_code == 0
     assert files(tmp_path / "out") == whole
 
