@@ -61,6 +61,8 @@ def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
         code, message, fix = "E304", "there is no such bucket", "Check its name, and the endpoint."
     elif "invalid path" in told:
         message, fix = "a store holds an object whose name cannot be read", "Rename it, or use another prefix."
+    elif "InvalidObjectState" in told or "BlobArchived" in told:  # of S3 and Azure
+        message, fix = "an object is archived", "Restore it from the archive, which takes hours, then run again."
     elif any(word in told for word in ("403 Forbidden", "401 Unauthorized", "PermissionDenied", "Unauthenticated")):
         message = "a store refuses access"
         fix = "Check the credentials: those of the environment, or --store-option NAME=VALUE."

@@ -51,6 +51,8 @@ def test_another_failure_is_not_asked_for_again() -> None:
         ("<Code>NoSuchBucket</Code><Message>gone</Message>", "E304", "no such bucket"),
         ("ContainerNotFound", "E304", "no such bucket"),
         ("got invalid path", "E305", "whose name cannot be read"),
+        ("403 Forbidden: <Code>InvalidObjectState</Code><Message>its storage class</Message>", "E305", "is archived"),
+        ("409 Conflict: BlobArchived", "E305", "is archived"),
         ("status 403 Forbidden", "E305", "refuses access"),
         ("status 401 Unauthorized", "E305", "refuses access"),
         ("error sending request for url (http://169.254.169.254/latest/api/token)", "E305", "no credentials"),
