@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.assets.chat import chat_template, unmarked
-from engine.assets.generation import generation_config
+from engine.assets.generation import generation_config, within
 from engine.assets.model_card import model_card
 from engine.errors import EngineError
 from tests.support.chats import TURNS, load
@@ -49,7 +49,7 @@ def test_the_first_internlm_chat_begins_every_round_with_bos(tmp_path: Path, cha
     assert ids(tokenizer, TURNS[1:]) == [1, *theirs.encode(rounds[0]), 1, *theirs.encode(rounds[1])]
 
 
-@pytest.mark.parametrize("name", ["internlm2-chatt", "../layouts/internevo", ""])
+@pytest.mark.parametrize("name", ["internlm2-chatt", "../chat_templates/internlm2-chat", "../layouts/internevo", ""])
 def test_an_unknown_template_is_named_beside_the_known(name: str) -> None:
     with pytest.raises(EngineError) as caught:
         chat_template(name)
@@ -103,6 +103,12 @@ def test_generation_settings_load_in_transformers(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_bytes(generation_config({"eos_token_id": [2, 92542]}, config))
     loaded = GenerationConfig.from_pretrained(tmp_path)
     assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, [2, 92542], 2)
+
+
+def test_ids_from_the_end_of_the_vocabulary_on_are_left_out_and_told() -> None:
+    kept, told = within({"eos_token_id": [2, 91, 92], "pad_token_id": 92, "top_k": 92}, 92)
+    assert kept == {"eos_token_id": [2, 91], "top_k": 92} and "token ids 92, 92 of" in told[0]
+    assert within({"eos_token_id": 92}, 93) == within({"eos_token_id": 92}, None) == ({"eos_token_id": 92}, [])
 
 
 @pytest.mark.parametrize("wrong", [92542, -1, "</s>", True, [2, 256]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
+from engine.assets.bundle import make_assets
 from engine.assets.ready import for_each_release, names_of, together
 from engine.assets.ready_ids import ids_of
 from engine.errors import EngineError
@@ -192,6 +194,17 @@ def test_what_lies_beside_a_given_sentencepiece_model_is_told(saved: Path, model
     report = engine.convert("internlm2", tmp_path / "step", tmp_path / "out", **how)
     told = next(one for one in report.notices if "not read" in one)
     assert told.startswith("beside tokenizer.model and not read: chat_template.jinja, generation_config.json, tok")
+
+
+def test_a_model_of_which_no_axis_is_the_vocabulary_takes_any_tokenizer(
+    saved: Path, model_file: Path, tmp_path: Path
+) -> None:
+    save(Model("v2", layers=1), tmp_path / "step")
+    plan = engine.plan("internlm2", tmp_path / "step", settings={"mlp_letters": "w2_is_down"})
+    sizes, config = ({k: v for k, v in one.items() if not k.startswith("vocab")} for one in (plan.sizes, plan.config))
+    for tokenizer in (saved, model_file):
+        assets = make_assets(replace(plan, sizes=sizes, config=config), tokenizer)
+        assert "tokenizer.json" in assets.files and not any("fewer" in one for one in assets.notices)
 
 
 def test_a_given_tokenizer_is_no_fault_to_verify(saved: Path, tmp_path: Path) -> None:

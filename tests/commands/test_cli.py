@@ -197,6 +197,9 @@ def test_set_takes_numbers_booleans_and_text(text: str, value: object) -> None:
         ["show"],
         ["format"],
         ["inspect", "a", "b"],
+        ["plan", "--for", "reverse"],
+        ["serve", "--mapping", "x", "--src", "a", "--as", "b", "--as", "c"],
+        ["serve", "--mapping", "x", "--mapping", "y", "--src", "a"],
     ),
 )
 def test_wrong_usage_ends_with_2_and_says_what_is_wrong(arguments: list[str]) -> None:
@@ -244,6 +247,17 @@ def test_options_reach_the_api(monkeypatch: pytest.MonkeyPatch) -> None:
         "progress": None,
     }
     assert json.loads(done.stdout)["tensors"] == 1
+
+
+@pytest.mark.parametrize(("held", "token"), [("secret", "secret"), ("", None)])
+def test_the_token_of_a_server_may_be_in_the_environment(
+    held: str, token: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = Mock(side_effect=EngineError("E001", "stopped here"))
+    monkeypatch.setattr(api, "serve", served)
+    monkeypatch.setenv("ENGINE_TOKEN", held)
+    assert invoke("serve", "-m", "x", "-s", "a").exit_code == 2
+    assert served.call_args.kwargs["token"] == token
 
 
 # -- run
@@ -448,6 +462,13 @@ def test_plan_as_json_counts_what_run_will_write(checkpoint: Path) -> None:
     assert planned["bytes"] == done["bytes"]
     assert {o["file"] for o in planned["outputs"]} <= set(done["files"])
     assert all(rule["place"].startswith("mappings/families/internlm.yaml:") for rule in planned["rules"])
+
+
+def test_the_mapping_of_a_plan_is_found_as_that_of_a_run(tmp_path: Path) -> None:
+    source = CHECKPOINT.parent / "llama_tp2_pp1_default"
+    done = invoke("plan", "-s", str(source), "-o", str(tmp_path / "plan.json"), "--json")
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["mapping"]["name"] == "llama"
 
 
 def test_plan_writes_nothing(checkpoint: Path) -> None:
