@@ -24,12 +24,12 @@ _PATHS = "engine.diff.paths"
 
 
 @click.command()
-@asks("src")
+@asks("src", "config")
 @click.option("--name", metavar="NAME", help="The mapping's name.  [default: the file's or the folder's]")
 @click.option("--out", "-o", metavar="FILE", help="The file to write.  [default: print it]")
 @click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 @reports_errors
-def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite: bool) -> None:
+def new(as_json: bool, /, src: str, config: str | None, name: str | None, out: str | None, overwrite: bool) -> None:
     """Draft a mapping for a checkpoint, from its headers.
 
     Questions for you are marked `# decide:` in the draft; the rest has no lint errors.
@@ -38,7 +38,7 @@ def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite
     Example:
       engine new -s ckpt/20000 -o mappings/my-7b.yaml
     """
-    found = engine.api.new_mapping(src, name=name, out=out, overwrite=overwrite)
+    found = engine.api.new_mapping(src, name=name, out=out, overwrite=overwrite, config=config)
     if as_json:
         answer(True, {"file": out, **found.as_dict()}, str)
         return
@@ -50,10 +50,9 @@ def new(as_json: bool, /, src: str, name: str | None, out: str | None, overwrite
         "own": "rules of its own, as no family is near",
     }
     parent = spelled(found.parent or "")
-    say(
-        render("draft.txt", found=found, kinds=kinds, parent=parent, out=out, file=quoted(out or ""), src=quoted(src)),
-        err=out is None,
-    )
+    options = f"--src {quoted(src)}" + (f" --config {quoted(config)}" if config else "")
+    facts = {"found": found, "kinds": kinds, "parent": parent, "out": out, "file": quoted(out or "")}
+    say(render("draft.txt", **facts, options=options), err=out is None)
 
 
 @click.command()

@@ -28,6 +28,7 @@ def new_mapping(
     name: str | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
+    config: str | Path | None = None,
 ) -> Scaffold:
     """A first draft of a mapping for a checkpoint: what fits, what is a guess, what a person must decide.
 
@@ -41,6 +42,7 @@ def new_mapping(
         name: the mapping's name; default: that of the file or of the folder.
         out: the file to write; without it the text is only returned.
         overwrite: replace a file that exists.
+        config: the model's config.json, or its folder, if the framework saves none.
 
     Raises:
         EngineError: E401 when the file exists; E2xx and E3xx for a checkpoint that cannot be read.
@@ -51,7 +53,7 @@ def new_mapping(
         check_file_free(file, overwrite, is_draft)
     called = _name(name, file, Path(str(src)))
     families = [(name, load_mapping(name)) for name in list_names() if name.startswith("families/")]
-    layout, checkpoint = read_any(src, needed=True)
+    layout, checkpoint = read_any(src, config=config, needed=True)
     made = draft(Request(checkpoint, layout, families, called, _schema(file)))
     made = replace(made, text=_signed(made.text))
     if file is not None:

@@ -464,3 +464,7 @@ def test_what_a_person_must_say_is_not_expected_of_the_release(tmp_path: Path) -
     assert "vocab" not in yaml.safe_load(made.text)["expect"]  # files hold padding, too
     given = folder / "hf_config.json"
     engine.plan(tmp_path / "x.yaml", folder / "iter_0000010", config=given, strict=True)
+    how = ["--src", str(folder / "iter_0000010"), "--config", str(given)]
+    written = CliRunner().invoke(cli, ["new", *how, "-o", str(tmp_path / "y.yaml")])
+    assert f"next: engine plan --mapping {tmp_path / 'y.yaml'} {' '.join(how)}" in written.stdout
+    assert yaml.safe_load((tmp_path / "y.yaml").read_text())["expect"]["vocab"] and "decide" not in written.stdout
