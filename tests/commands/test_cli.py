@@ -256,8 +256,8 @@ def test_the_token_of_a_server_may_be_in_the_environment(
     served = Mock(side_effect=EngineError("E001", "stopped here"))
     monkeypatch.setattr(api, "serve", served)
     monkeypatch.setenv("ENGINE_TOKEN", held)
-    assert invoke("serve", "-m", "x", "-s", "a").exit_code == 2
-    assert served.call_args.kwargs["token"] == token
+    assert invoke("serve", "-m", "x", "-s", "a", "--port", "81", "--host", "::1").exit_code == 2
+    assert [served.call_args.kwargs[name] for name in ("token", "port", "host")] == [token, 81, "::1"]
 
 
 # -- run

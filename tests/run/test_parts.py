@@ -222,6 +222,11 @@ def test_a_plan_that_was_saved_without_its_copies_is_planned_by_each_part(
     data = json.loads(plan.read_text())
     del data["work"]
     plan.write_text(json.dumps(data))
+    parts = [loaded_part(read_saved(plan), Part(number, 3), positioned=True)[0] for number in (1, 2, 3)]
+    held = [one for part in parts for one in (*part.replicas, *part.slices, *part.tied)]
+    again = api.load_plan(plan)
+    expected = (*again.replicas, *again.slices, *again.tied)
+    assert len(held) == len(expected) and all(one in held for one in expected)  # all are compared, each by one part
     for number in (2, 1):
         api.part(plan, f"{number}/2", tmp_path / "out")
     api.commit(plan, tmp_path / "out")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine import api
+from engine.language.mapping_file import load_mapping
 from tests.support.serving import MAPPING, SPLIT, STEP, Running, serving
 
 
@@ -31,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def hub(run: Path) -> Iterator[Running]:
-    models = [api.Model("org/name", MAPPING, run), api.Model("single", MAPPING, STEP)]
+    models = [api.Model("org/name", MAPPING, run), api.Model("single", load_mapping(MAPPING), STEP)]
     with serving(models, max_shard_size=SPLIT) as running:
         yield running
 

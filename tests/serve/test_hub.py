@@ -15,6 +15,7 @@ import engine
 from engine import api
 from engine.serve import revisions
 from engine.serve.hub import refusal
+from engine.serve.server import _request
 from engine.storage.store import Store, walk
 from tests.support.serving import MAPPING, STEP, Running
 
@@ -158,6 +159,8 @@ def test_ranges_and_conditions(hub: Running, written: Path) -> None:
         "/org/name/resolve/main//etc/passwd",
         "/org/name/resolve/main/model_config.pt",
         "/org/name/resolve/main/.",
+        "/org/name/resolve",
+        "/org/name/resolve/main",
         "/org/name/resolve/main/",
         "/org/name/resolve/main/config.json%00",
         "/org/name/resolve/main/config.json/",
@@ -232,6 +235,12 @@ def test_a_token_is_asked_for_and_compared(run: Path, serve: Callable[..., Any])
                 assert status == 401 and "Bearer" in headers["www-authenticate"] and b"HF_TOKEN" in body
             for given in ({"Authorization": "Bearer secret"}, {"authorization": f"basic {basic}"}):
                 assert running.ask(path, Host="other.example", **given)[0] == (404 if path == "/nothing" else 200)
+
+
+def test_a_header_that_is_sent_twice_has_both_values() -> None:
+    sent = [(b"authorization", b"Bearer a"), (b"host", b"x"), (b"authorization", b"Bearer b")]
+    request = _request({"method": "GET", "path": "/", "headers": sent})
+    assert request.headers == {"authorization": "Bearer a, Bearer b", "host": "x"}
 
 
 def test_a_page_of_another_name_cannot_read_what_is_served_without_a_token(hub: Running) -> None:

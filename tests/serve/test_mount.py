@@ -181,6 +181,7 @@ def test_reading_ahead_gives_the_bytes_of_the_file_in_any_order() -> None:
         assert b"".join(pieces) == data
         assert len(asked) < 12  # by windows
         assert read(ahead, file, len(data) - 5, 100) == data[-5:] and read(ahead, file, len(data), 5) == b""
+        assert read(ahead, file, len(data) + 3, 5) == b""
 
 
 def test_a_window_that_failed_is_read_again() -> None:

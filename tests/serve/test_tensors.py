@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
 from engine.formats.headers import ITEM_SIZES
+from engine.serve.readers import Once
 from engine.serve.tensors import Tensors, torch_types
 from tests.support.depth import sampled
 from tests.support.forked import run
@@ -205,6 +206,22 @@ def test_a_slice_reads_only_its_rows(opened: Tensors, monkeypatch: pytest.Monkey
     shape = opened.get_slice("model.embed_tokens.weight").get_shape()
     opened.get_slice("model.embed_tokens.weight")[3:5]
     assert asked == [2 * shape[1] * 2]
+
+
+def test_who_waits_for_a_result_that_fails_gets_the_error_and_the_next_one_tries_again() -> None:
+    awaited: list[Any] = []
+
+    def compute(key: str) -> str:
+        awaited.append(once._known[key])
+        if len(awaited) == 1:
+            raise ValueError("at first")
+        return key
+
+    once = Once(compute)
+    with pytest.raises(ValueError, match="at first"):
+        once("a")
+    assert isinstance(awaited[0].exception(0), ValueError)
+    assert once("a") == once("a") == "a" and len(awaited) == 2
 
 
 def test_every_element_type_has_torchs() -> None:
