@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,16 @@ def do_parts(saved: bytes, out: str, how: Running) -> str:
             for done, one in enumerate(as_completed(waiting) if ours else waiting, 1):
                 with _lost():
                     mistake = one.result()
+                    if not isinstance(mistake, Exception | None):
+                        raise TypeError(f"a part gave {mistake!r:.80}")
                 if mistake is not None:
                     raise mistake
                 if how.progress is not None:
                     how.progress(Progress(done, how.parts, "writing parts", "parts"))
         finally:
             for one in waiting:
-                one.cancel()
+                with suppress(Exception):  # an executor's own
+                    one.cancel()
     return digest_of(saved)
 
 

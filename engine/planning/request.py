@@ -215,5 +215,5 @@ def request_of(mapping: str | Path | MappingFile, src: Source, options: Mapping[
 
 
 def own(options: Mapping[str, Any], kind: type) -> dict[str, Any]:
-    """The keywords that are fields of a dataclass, out of some."""
-    return {one.name: options[one.name] for one in fields(kind) if one.name in options}
+    """The keywords that are fields of a dataclass, out of some; None is as if not given."""
+    return {one.name: options[one.name] for one in fields(kind) if options.get(one.name) is not None}

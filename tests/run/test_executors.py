@@ -96,6 +96,19 @@ def test_what_an_executor_cannot_do_is_refused_as_itself(plan: Path, tmp_path: P
             engine.reverse(MAPPING, whole.store, tmp_path / "out", executor=pool)
 
 
+@pytest.mark.parametrize("gives", [None, SimpleNamespace(result=lambda: "done"), SimpleNamespace(result=lambda: 5)])
+def test_an_executor_that_is_none_is_told_as_that(gives: Any, plan: Path, tmp_path: Path) -> None:
+    executor = SimpleNamespace(submit=lambda *given: gives)
+    with pytest.raises(EngineError, match="E409 the executor did not do all parts"):
+        engine.run_plan(plan, tmp_path / "out", executor=executor, parts=2)
+
+
+def test_an_option_that_is_none_is_not_given(plan: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        engine.run_plan(plan, tmp_path / "out", executor=pool, parts=None, digests=None, overwrite=None)
+    assert files(tmp_path / "out") == files(tmp_path / "once")
+
+
 def test_a_mistake_of_the_engine_itself_is_not_blamed_on_the_executor(
     plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
