@@ -206,8 +206,12 @@ def _check_mapping(mapping: MappingFile) -> Check:
         return check_of(MEANING, "", [Failure.of(error)])
     failures = differences(mapping, then, now)
     if inherits and (own.parent / FOLDER).is_dir():
-        failures.insert(0, Failure("no meaning of its own is committed; --write-meaning writes it", str(mapping.place)))
-    elif inherits and failures:
+        beside = f", with these differences from that of {file}:" if failures else ""
+        told = f"no meaning of its own is committed; --write-meaning writes it{beside}"
+        return check_of(
+            MEANING, "committed, as those of its neighbours are", [Failure(told, str(mapping.place)), *failures]
+        )
+    if inherits and failures:
         told = f"no meaning of its own is committed, and its meaning differs from that of {file}"
         other = [{path: value for path, value in one.items() if _is_model(path)} for one in (then, now)]
         # A release exists to change defaults, tokenizer or sizes, but not the places of tensors.
