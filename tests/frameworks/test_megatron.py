@@ -83,6 +83,12 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
 
 
+def test_layers_that_tensors_stack_are_all_in_the_one_stage() -> None:
+    name = "dist-tp2pp2"
+    plan = engine.plan("megatron-llama", source_of(MEGATRON / name), config=MEGATRON / name / "hf_config.json")
+    assert list(plan.stages.counts.values()) == [plan.sizes["layer"]]
+
+
 def test_a_run_may_be_shorter_than_the_longest_sequence_of_its_model(tmp_path: Path) -> None:
     folder = MEGATRON / "torch-tp1pp1-tied"
     config = json.loads((folder / "hf_config.json").read_text()) | {"max_position_embeddings": 4096}

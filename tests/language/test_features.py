@@ -292,6 +292,20 @@ def test_two_rules_that_write_one_name_are_an_error(whole: dict[str, torch.Tenso
 
 
 @pytest.mark.usefixtures("whole")
+def test_a_setting_may_contradict_a_configuration_but_not_names_of_tensors(tmp_path: Path) -> None:
+    names, config = "present('layers.0.gate')", "num_layers == 2"
+
+    def set_to_a(a: str, b: str) -> Any:
+        data = {**DATA, "variants": {"v": {"choices": {"a": a, "b": b}}}, "config": {"told": "{{ v }}"}}
+        return engine.plan(write(data, tmp_path), tmp_path / "step", settings={"v": "a"}).config["told"]
+
+    assert set_to_a("num_layers == 3", config) == "a"
+    assert set_to_a(f"not {names}", config) == "a"  # the configuration decides it too
+    with pytest.raises(EngineError, match="E202"):
+        set_to_a(f"not {names}", names)
+
+
+@pytest.mark.usefixtures("whole")
 def test_more_combinations_than_can_be_tried_are_not_tried(tmp_path: Path) -> None:
     variants = {f"v{i}": {"choices": ["a", "b"], "decide": "shapes"} for i in range(5)}
     with pytest.raises(EngineError, match="E202 32 combinations of variants are too many"):
