@@ -218,6 +218,24 @@ def test_more_rows_after_others_are_no_padding(tmp_path: Path) -> None:
     assert verdict(compared(tmp_path, more, model()), "lm_head.weight").kind == "shape"
 
 
+@pytest.mark.parametrize("shape", [(32, 48), (16, 96)])
+def test_equal_elements_prove_no_order(shape: tuple[int, int], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.gate_proj.weight"
+    one, two = ({**model(), name: torch.ones(size)} for size in ((48, 32), shape))
+    done = compared(tmp_path, one, two)
+    assert (verdict(done, name).kind, done.diagnoses) == ("shape", ())
+
+
+def test_a_few_values_in_place_of_each_element_are_told(tmp_path: Path) -> None:
+    """As of four bits by a table of values, which lie on no grid, and a scale for each row."""
+    name, drawn = "model.layers.0.mlp.gate_proj.weight", torch.Generator().manual_seed(0)
+    fine = torch.randn(32, 128, generator=drawn).to(torch.bfloat16)
+    most, table = fine.float().abs().amax(1, keepdim=True), torch.linspace(-1.3, 1.3, 16).sinh() / 1.7
+    coarse = (most * table[(fine.float()[..., None] / most[..., None] - table).abs().argmin(-1)]).to(torch.bfloat16)
+    found = verdict(compared(tmp_path, {**model(), name: coarse}, {**model(), name: fine}), name)
+    assert found.kind == "rounded" and "16 different values" in found.note
+
+
 def test_a_vocabulary_in_another_order_is_told(tmp_path: Path, ref: Path) -> None:
     state = model()
     state["model.embed_tokens.weight"] = state["model.embed_tokens.weight"].roll(1, 0)
