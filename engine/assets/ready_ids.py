@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,29 @@ WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FIX = "Give the model's own tokenizer with --tokenizer."
+_SIDES = (lambda value: value in ("left", "right")), "left or right"
+_FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "padding_side": _SIDES,
+    "truncation_side": _SIDES,
+    "split_special_tokens": (lambda value: isinstance(value, bool), "true or false"),
+    "tokenizer_class": (lambda value: value is None or isinstance(value, str), "the name of a class"),
+    "model_max_length": (lambda value: value is None or isinstance(value, int | float), "a number"),
+    "model_input_names": (lambda value: isinstance(value, list), "a list of names"),
+    "added_tokens_decoder": (
+        lambda value: (
+            isinstance(value, Mapping)
+            and all(re.fullmatch(r"-?\d{1,20}", key) and isinstance(one, Mapping) for key, one in value.items())
+        ),
+        "tokens as objects, by their ids",
+    ),
+    "chat_template": (
+        lambda value: (
+            not isinstance(value, list)
+            or all(isinstance(one, Mapping) and {"name", "template"} <= one.keys() for one in value)
+        ),
+        "text, or a list of objects with `name` and `template`",
+    ),
+}
 
 Objects = Mapping[str, Mapping[str, Any]]
 
@@ -34,13 +57,16 @@ def ids_of(
     """
     from tokenizers import Tokenizer
 
-    said = {name: value for name, value in objects.get(SETTINGS, {}).items() if value is not None}
+    given, added = objects.get(SETTINGS, {}), objects.get("added_tokens.json", {})
+    said = {name: value for name, value in given.items() if value is not None}
     older = objects.get("special_tokens_map.json", {})
     settings = {**older, **said}
-    for key, value in (*_no_tokens(older), *_no_tokens(said)):
-        raise wrong(f"the tokenizer's settings are damaged: `{key}` names no token", place, f"{value!r:.60}",
-                    "text, or an object with `content`", _FIX)  # fmt: skip
-    named = _named(settings, objects.get("added_tokens.json", {}))
+    ids_that_are_none = (
+        (key, value, "has no id", "a number") for key, value in added.items() if type(value) is not int
+    )
+    for key, value, told, expected in (*_damaged(older), *_damaged(said), *_of_no_use(given), *ids_that_are_none):
+        raise wrong(f"the tokenizer's settings are damaged: `{key}` {told}", place, f"{value!r:.60}", expected, _FIX)
+    named = _named(settings, added)
     try:
         check_prefix(data)
         with panics_caught():
@@ -85,19 +111,24 @@ def ids_of(
     return ids, ends
 
 
-def _no_tokens(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Keys with values at which transformers fails to load a tokenizer, and these values."""
+def _damaged(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:
+    """Keys of tokens at whose values transformers fails to load a tokenizer, these values, and what is wrong."""
+    told = "names no token", "text, or an object with `content`"
     for key in _ROLES:
         if settings.get(key) is not None and not _is_token(settings[key]):
-            yield key, settings[key]
+            yield key, settings[key], *told
     for key in _LISTS:
         value = settings.get(key)
         inside = [*value.values()] if isinstance(value, Mapping) else value
         if inside is not None and not (isinstance(inside, list) and all(map(_is_token, inside))):
-            yield key, value
-    table = settings.get("added_tokens_decoder", {})
-    if not isinstance(table, Mapping) or not all(re.fullmatch(r"-?\d{1,20}", key) for key in table):
-        yield "added_tokens_decoder", table
+            yield key, value, *told
+
+
+def _of_no_use(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any, str, str]]:
+    """The same for its other settings."""
+    for key, (fits, expected) in _FORMS.items():
+        if key in settings and not fits(settings[key]):
+            yield key, settings[key], "is none that transformers takes", expected
 
 
 def _is_token(value: Any) -> bool:

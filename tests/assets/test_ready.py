@@ -252,7 +252,7 @@ WRONG: dict[str, tuple[str, str, Callable[[Path], None]]] = {
         "special_tokens_map.json", extra_special_tokens="<x>")),
     "a list among tokens": ("E501", "`additional_special_tokens` names", changed(
         "tokenizer_config.json", additional_special_tokens=["<x>", ["<y>"]])),
-    "an id that is no number": ("E501", "`added_tokens_decoder` names", changed(
+    "an id that is no number": ("E501", "`added_tokens_decoder` is none", changed(
         "tokenizer_config.json", added_tokens_decoder={"x": {"content": "<x>"}})),
     "another end": ("E501", "another id", changed("tokenizer_config.json", eos_token="w3")),
     "another beginning": ("E501", "another id", changed("tokenizer_config.json", bos_token={"content": "w9"})),
@@ -302,6 +302,39 @@ def test_a_tokenizer_that_is_not_this_models_is_refused_if_given_and_left_out_if
     told = next(one for one in report.notices if one.startswith("not written: huggingface/"))
     assert "got None" not in told
     assert not (tmp_path / "out" / "tokenizer_config.json").exists()
+
+
+SETTINGS: dict[str, tuple[list[Any], list[Any]]] = {  # values that transformers cannot load, and some that it can
+    "padding_side": (["up", None, ["left"]], ["left"]),
+    "truncation_side": ([5], ["right"]),
+    "split_special_tokens": (["x", 1, None], [False]),
+    "tokenizer_class": ([5, {}], [None, "GPT2Tokenizer"]),
+    "model_max_length": (["9", []], [None, 1e30, 9]),
+    "model_input_names": ([5, None], [["input_ids"]]),
+    "added_tokens_decoder": ([None, [], {"120": 1}, {"x": {"content": "<x>"}}], [{"120": {"content": "<x>"}}]),
+    "chat_template": ([["x"], [{"template": "x"}], [{"name": "x"}]], [None, "x", [{"name": "a", "template": "x"}]]),
+    "<y>": ([{}, [], None, "x", "120"], [120]),
+}
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_settings_that_transformers_cannot_load_are_refused_and_no_others(
+    key: str, saved: Path, tmp_path: Path
+) -> None:
+    name = "added_tokens.json" if key == "<y>" else "tokenizer_config.json"
+    data = (saved / "tokenizer.json").read_bytes()
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    for fails, values in zip((True, False), SETTINGS[key], strict=True):
+        for value in values:
+            changed(name, **{key: value})(tmp_path)
+            objects = {name: json.loads((tmp_path / name).read_text())}
+            if not fails:
+                assert AutoTokenizer.from_pretrained(tmp_path)("w1") and ids_of(data, "", 131, objects, {})
+                continue
+            with pytest.raises((TypeError, ValueError, LookupError, AttributeError)):
+                AutoTokenizer.from_pretrained(tmp_path)("w1")
+            with pytest.raises(EngineError, match=f"`{key}`"):
+                ids_of(data, "", 131, objects, {})
 
 
 def test_a_tokenizer_of_few_letters_that_has_no_token_for_others_is_right() -> None:
