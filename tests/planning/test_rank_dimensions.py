@@ -38,6 +38,20 @@ modes:
         cuts: {layers: {tp: split}, first: {tp: split}, last: {tp: split}}
 """
 
+TWO_CUTS = """
+mapping: 1
+name: words
+version: 1.0.0
+source: {layout: mine}
+target: {model_type: llama, architecture: LlamaForCausalLM}
+dims: {layer: num_layers, hidden: hidden_size, vocab: vocab_size}
+config: {}
+rules:
+  - {name: embed, source: embed.weight, target: embed.weight, axes: vocab hidden, split: vocab, stage: first}
+  - {name: mlp, source: "layers.{layer}.mlp", target: "h.{layer}.mlp", axes: ffn hidden, split: ffn}
+  - {name: head, source: head.weight, target: head.weight, axes: vocab hidden, split: hidden, stage: last}
+"""
+
 
 @pytest.fixture
 def mapping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -139,6 +153,31 @@ def test_a_rank_with_fewer_experts_is_named(mapping: str, whole: Path, tmp_path:
         engine.plan(mapping, tmp_path / "ranks")
     assert caught.value.code == "E211"
     assert path.name in str(caught.value)
+
+
+@pytest.mark.parametrize(("width", "code"), [(3, None), (2, "E203")])
+def test_ranks_of_one_dimension_hold_equal_parts_of_what_another_one_cuts(
+    width: int, code: str | None, mapping: str, tmp_path: Path
+) -> None:
+    layout = Path(mapping).parent / "layouts" / "mine.yaml"
+    text = layout.read_text("utf-8").replace("indices: {expert: ep * count + expert}", "")
+    layout.write_text(text.replace("layers: {tp: split}", "layers: {tp: split, ep: hidden}"), encoding="utf-8")
+    words = tmp_path / "words.yaml"
+    words.write_text(TWO_CUTS, encoding="utf-8")
+    (tmp_path / "step").mkdir()
+    torch.save({"num_layers": 1, "hidden_size": 4, "vocab_size": 8}, tmp_path / "step" / "model_config.pt")
+    whole = torch.randn(6, 4)
+    for tp, ep in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        part = whole[3 * tp : 3 * tp + (width if tp == 0 and ep == 1 else 3), 2 * ep : 2 * ep + 2].clone()
+        state = {"embed.weight": whole[:4], "layers.0.mlp": part, "head.weight": torch.ones(8, 2)}
+        torch.save(state, tmp_path / "step" / f"model_tp{tp}_ep{ep}_stage0.pt")
+    if code is None:
+        got = dict(engine.iter_tensors(engine.plan(words, tmp_path / "step")))
+        assert torch.equal(got["h.0.mlp"], whole)
+        return
+    with pytest.raises(EngineError, match="3 as in its other ranks") as caught:
+        engine.plan(words, tmp_path / "step")
+    assert caught.value.code == code
 
 
 @sampled(2, "code")
