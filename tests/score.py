@@ -195,6 +195,18 @@ EQUAL = (
     ),
     (r"meta-llama", r"dims\.ffn", r"^`\(\(\(8 \* dim ", "the axis `hidden` is that key"),
     (
+        r"megatron-.*",
+        r"norms",
+        r"^fused: not \(apply_layernorm_1p \| default\(add_rmsnorm_offset ",
+        "what Megatron-Bridge saves has neither numbered layers nor arguments, so it is never `fused`",
+    ),
+    (
+        r"megatron-.*",
+        r"norms",
+        r"^(fused|minus_one): .*layernorm_zero_centered_gamma \| default\((true|false)\)",
+        "norms' names, with arguments that say nothing of them, are not among what is tried; tests try each",
+    ),
+    (
         r"internlm2",
         r"fusion",
         r"^apart: not \(enable_qkv_fusion \| default\(false\)\) and not present",
