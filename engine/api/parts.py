@@ -63,6 +63,7 @@ def part(path: str | Path, which: Part | str, out: str | Path | None = None, **o
         written = write_part(moved, jobs, store, how)
         if isinstance(store, Upload):
             store.complete(last=mine.marker)
+            written = replace(written, objects=store.objects(store.names()))
         write_marker(work, store, mine, written)
         if isinstance(store, Upload):
             store.complete()

@@ -53,6 +53,7 @@ class Written:
     done: Mapping[int, Done]
     spans: Sequence[Span] = field(default=())
     kept: int = 0  # bytes that an interrupted run had written
+    objects: Mapping[str, Any] = field(default_factory=dict)  # states of whole files in a store, by their names
 
 
 def share(jobs: Sequence[Job], part: Part, *, cut: bool = False) -> list[Job]:
@@ -105,6 +106,7 @@ def write_marker(work: str, store: Target, part: Part, written: Written) -> None
         "part": [part.number, part.count],
         "outputs": {str(output): [one.digest, one.checksum] for output, one in written.done.items()},
         "spans": written.spans,
+        "objects": written.objects,
     }
     store.put(part.marker, json.dumps(told, separators=(",", ":")).encode())
 
@@ -153,7 +155,7 @@ def read_markers(plan: Plan, work: str, store: Store) -> Written:
         raise _not_together(
             store, "parts do not cover the plan", f"{len(there)} of {len(plan.outputs)} tensors", "Run the parts again."
         )
-    return Written(done, spans)
+    return Written(done, spans, objects={k: v for one in found.values() for k, v in one["objects"].items()})
 
 
 def check_parts(plan: Plan, store: Target, told: Mapping[int, Done], found: Mapping[int, Done]) -> None:
@@ -183,8 +185,9 @@ def _read(store: Store, name: str) -> dict[str, Any]:
         spans = [tuple(one) for one in told["spans"]]
         sound = all(tuple(map(type, one)) == (str, int) for one in outputs.values())
         sound &= [*map(type, told["part"])] == [int, int]
-        if isinstance(told["work"], str) and sound and all([*map(type, one)] == [int, int, int, str] for one in spans):
-            return {**told, "outputs": outputs, "spans": spans}
+        sound &= all([*map(type, one)] == [int, int, int, str] for one in spans)
+        if isinstance(told["work"], str) and isinstance(objects := told.get("objects", {}), dict) and sound:
+            return {**told, "outputs": outputs, "spans": spans, "objects": objects}
     except (ValueError, LookupError, TypeError, AttributeError, EngineError):
         pass
     raise _not_together(store, "a marker of a part cannot be read", name, "Remove it, and run that part again.")

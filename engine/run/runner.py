@@ -23,6 +23,7 @@ from engine.run.writer import Writer
 from engine.storage.output import sweep
 from engine.storage.sources import check_unchanged
 from engine.storage.store import Target
+from engine.storage.upload import Upload
 
 _WAITING = 16  # files that are brought to stable storage at the same time
 
@@ -152,8 +153,8 @@ def take_parts(plan: Plan, store: Target, written: Written) -> Written:
     Raises:
         EngineError: E409 when the files no longer hold what they wrote.
     """
-    if store.positioned:
-        writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True)
+    writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True)
+    if not isinstance(store, Upload):
         if store.folder is not None:
             sweep(store.folder, {*(name for name in store.names() if name.startswith(MARKER)),
                                  *(file.name for file in plan.shards)})  # fmt: skip
@@ -170,8 +171,12 @@ def take_parts(plan: Plan, store: Target, written: Written) -> Written:
         side_by_side(partial(writer.sync, index) for index in range(len(plan.shards)))
     else:
         with store.sinks([file.name for file in plan.shards]) as sinks:
-            whole = [f for n, f in enumerate(plan.shards) if sinks.whole(n, layout_of(plan, f).size)]
-        check_parts(plan, store, written.done, {o: written.done[o] for file in whole for o in file.outputs})
+            whole = {n: f for n, f in enumerate(plan.shards) if sinks.whole(n, layout_of(plan, f).size)}
+        now = store.objects([file.name for file in whole.values()])
+        same = {n for n, f in whole.items() if now[f.name] and now[f.name] == written.objects.get(f.name)}
+        writer.take_whole(whole.keys() - same)  # written anew, so they are read
+        kept = {o: written.done[o] for n in same for o in whole[n].outputs}
+        check_parts(plan, store, written.done, {**kept, **writer.done})
     for name, data in index_file(plan).items():
         store.put(name, data)
     return written

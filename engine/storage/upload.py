@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.storage.client import give_back_memory, library, refused
@@ -182,6 +183,10 @@ class Upload:
         found = name in self._there and self.is_left(name) and self._store.states([name])[name].size == size
         self._whole |= {name} if found else set()
         return found
+
+    def objects(self, names: Sequence[str]) -> dict[str, Any]:
+        """The states of complete objects as JSON, each another one once it is written anew."""
+        return {name: dict(state.told()) for name, state in self._store.states(names).items()}
 
     def read(self, name: str, offset: int, nbytes: int) -> Iterator[memoryview]:
         """Some bytes of an object that is complete."""

@@ -72,9 +72,9 @@ def test_a_fork_of_a_process_that_used_a_store_does_not_wait_without_end(bucket:
     assert ended.returncode == 1 and b"E001 stores cannot be used in a fork" in ended.stderr
 
 
-@pytest.mark.parametrize("of_another_plan", [False, True])
+@pytest.mark.parametrize(("mark", "code"), [(None, "E401"), ("of another plan", "E407"), ("copied", "E409")])
 def test_what_parts_wrote_and_somebody_replaced_is_not_committed(
-    of_another_plan: bool, bucket: Bucket, tmp_path: Path
+    mark: str | None, code: str, bucket: Bucket, tmp_path: Path
 ) -> None:
     """Which once gave an output of other bytes than its manifest says."""
     step, plan = bucket.upload(STEP, "step"), tmp_path / "plan.json"
@@ -84,12 +84,32 @@ def test_what_parts_wrote_and_somebody_replaced_is_not_committed(
         api.part(plan, which, out)
     name = "model-00001-of-00002.safetensors"
     client, data = bucket.client("hf"), bytearray(bucket.contents("hf")[name])
+    own = client.get(name, options={"head": True}).attributes["enginework"]
     data[-1] ^= 1
     from obstore import put
 
-    put(client, name, bytes(data), attributes={"enginework": "of another plan"} if of_another_plan else None)
-    assert name in str(refused("E407" if of_another_plan else "E401", lambda: api.commit(plan, out)).place)
+    put(client, name, bytes(data), attributes={"enginework": own if mark == "copied" else mark} if mark else None)
+    assert name in str(refused(code, lambda: api.commit(plan, out)))
     client.delete(name)
     refused("E409", lambda: api.commit(plan, out))
     assert "conversion.json" not in bucket.contents("hf")
     assert len(api.clean(out)) == 3 and not bucket.contents("hf")
+
+
+def test_the_same_weights_written_in_another_way_are_read_and_committed(bucket: Bucket, tmp_path: Path) -> None:
+    """As where a part ran twice with other windows: then the store gives its object another ETag."""
+    plan, out = tmp_path / "plan.json", f"{bucket.url}/hf"
+    api.save_plan(plan, MAPPING, bucket.upload(STEP, "step"), max_shard_size=300_000)
+    api.part(plan, "1/1", out)
+    name = "model-00001-of-00002.safetensors"
+    client = bucket.client("hf")
+    then = client.get(name, options={"head": True})
+    from obstore import put
+
+    put(client, name, bucket.contents("hf")[name], attributes=then.attributes, use_multipart=False)
+    assert client.head(name)["e_tag"] != then.meta["e_tag"]
+    read: list[str] = []
+    bucket.proxy.spoil = lambda one: read.append(one.path) if one.method == "GET" and "hf/model-" in one.path else None
+    api.commit(plan, out)
+    assert read and all(name in path for path in read), "the other is as the part left it"
+    assert not api.verify(out).problems
