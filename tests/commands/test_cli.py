@@ -640,6 +640,19 @@ def test_an_option_without_effect_is_wrong_usage(arguments: str) -> None:
     assert done.exit_code == 2 and "has no effect" in done.output, done.output
 
 
+@pytest.mark.parametrize("name", ["src", "like", "config"])
+def test_an_option_of_a_store_has_an_effect_where_a_saved_plan_names_one(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Mock(src="a", like=None, config=None)
+    monkeypatch.setattr("engine.api.plans.read_saved", lambda path: Mock(request=asked))
+    command = ["run", "--plan", str(tmp_path / "plan.json"), "-o", "y", "--store-option", "region=here"]
+    assert "has no effect" in invoke(*command).output
+    setattr(asked, name, "s3://bucket/step")
+    done = invoke(*command)
+    assert done.exit_code and "has no effect" not in done.output  # there is no such plan
+
+
 @pytest.mark.parametrize("value", ["007", "1e5", "+1", "true", "9" * 40, "x" * 2000])
 def test_an_option_of_a_store_is_the_text_that_was_given(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and passwords may look like numbers."""
