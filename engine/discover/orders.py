@@ -31,7 +31,7 @@ def find_order(ours: Prints64, theirs: Prints64) -> np.ndarray | None:
     [2, 3, 0, 1]
     """
     count = len(ours)
-    if count != len(theirs) or count < 2 or not _same_bag(ours, theirs):
+    if count < 2 or not _same_bag(ours, theirs):
         return None
     for size in sorted(divisors(count), reverse=True):
         if size == count:
@@ -215,13 +215,13 @@ def _in_stretches(runs: Sequence[tuple[int, int, int]]) -> str:
 def _axes(blocks: np.ndarray) -> tuple[int, int] | None:
     """Two axes that changed places: reference (a, b), output (b, a)."""
     count = len(blocks)
-    if count < 4 or blocks[0] != 0:
+    if count < 4:
         return None
     b = int(blocks[1])
     if b < 2 or count % b:
         return None
     a = count // b
-    return (a, b) if a > 1 and np.array_equal(blocks, np.arange(count).reshape(a, b).T.reshape(-1)) else None
+    return (a, b) if np.array_equal(blocks, np.arange(count).reshape(a, b).T.reshape(-1)) else None
 
 
 def read_loops(order: np.ndarray) -> list[tuple[int, int]] | None:

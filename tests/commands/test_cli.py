@@ -17,6 +17,7 @@ from click.testing import CliRunner
 
 import engine
 from engine import api
+from engine.api import plans
 from engine.commands import progress
 from engine.commands.main import cli
 from engine.commands.values import parse_size, parse_value
@@ -645,7 +646,7 @@ def test_an_option_of_a_store_has_an_effect_where_a_saved_plan_names_one(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = Mock(src="a", like=None, config=None)
-    monkeypatch.setattr("engine.api.plans.read_saved", lambda path: Mock(request=asked))
+    monkeypatch.setattr(plans, "read_saved", lambda path: Mock(request=asked))
     command = ["run", "--plan", str(tmp_path / "plan.json"), "-o", "y", "--store-option", "region=here"]
     assert "has no effect" in invoke(*command).output
     setattr(asked, name, "s3://bucket/step")
