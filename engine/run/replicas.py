@@ -164,9 +164,9 @@ def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:
     )
 
 
-def replica_bytes(plan: Work, some: Sequence[Check] | None = None) -> int:
-    """Bytes that comparing replicas reads besides the first of each set, for some of the `checks` or all."""
-    sets = [check for check in (checks(plan) if some is None else some) if isinstance(check, Replicas)]
+def replica_bytes(plan: Work) -> int:
+    """Bytes that comparing replicas reads besides the first of each set."""
+    sets = [check for check in checks(plan) if isinstance(check, Replicas)]
     return sum(plan.sources[source].header.nbytes for replicas in sets for source in replicas.sources[1:])
 
 

@@ -20,6 +20,7 @@ from engine.storage.store import unreadable
 
 T = TypeVar("T")
 
+_INDENT = "  "  # before a row of a table
 _NARROWEST = 40  # columns; a terminal that claims less is not one
 _LEAST = 16  # columns that a wide column of a table keeps; with fewer, each row is told in lines of its own
 _SPACES = re.compile(r"(?<=\s)(?=\S)")
@@ -171,28 +172,29 @@ def _columns(text: str) -> int:
     return len(click.unstyle(text))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, indent: str = "  ") -> list[str]:
-    """Aligned columns that fit the terminal; those whose cells are all numbers are aligned right.
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    """Aligned columns that fit the terminal; those whose cells are all numbers are aligned right, empty ones left out.
 
     The widest columns give way first, and their cells go on in further lines. Into a pipe or a file every row is
     one line.
     """
-    cells = [list(map(str, row)) for row in rows]
-    columns = list(zip(header, *cells, strict=True))
+    every = [list(map(str, row)) for row in rows]
+    columns = [one for one in zip(header, *every, strict=True) if any(one[1:]) or not every]
+    header, *cells = zip(*columns, strict=True)
     widths = [max(map(_columns, column)) for column in columns]
     right = [len(column) > 1 and all(c.replace(",", "").isdecimal() for c in column[1:]) for column in columns]
     width = terminal_width()
     if width is not None:
-        room = width - len(indent) - 2 * (len(widths) - 1)
+        room = width - len(_INDENT) - 2 * (len(widths) - 1)
         widths = narrowed(widths, room)
         if sum(widths) > room:
-            return [line for row in cells for line in _record(header, row, indent, width)]
+            return [line for row in cells for line in _record(header, row, width)]
 
     def lines(row: Sequence[str]) -> list[str]:
         parts = [wrap(cell, w) if _columns(cell) > w else [cell] for cell, w in zip(row, widths, strict=True)]
         height = max(map(len, parts), default=0)
         return [
-            (indent + "  ".join(_padded(p[i] if i < len(p) else "", w, r)
+            (_INDENT + "  ".join(_padded(p[i] if i < len(p) else "", w, r)
                                 for p, w, r in zip(parts, widths, right, strict=True))).rstrip()
             for i in range(height)
         ]  # fmt: skip
@@ -200,12 +202,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]], *, indent: st
     return [*(click.style(line, dim=True) for line in lines(header)), *(line for row in cells for line in lines(row))]
 
 
-def _record(header: Sequence[str], row: Sequence[str], indent: str, width: int) -> list[str]:
+def _record(header: Sequence[str], row: Sequence[str], width: int) -> list[str]:
     """A row of a table that is too wide: its first cell, and below it the others by name."""
     first, *rest = row
     told = "; ".join(f"{name} {cell}" for name, cell in zip(header[1:], rest, strict=True) if cell)
-    lines = [indent + line for line in wrap(first, width - len(indent))]
-    return [*lines, *(indent + "    " + line for line in wrap(told, width - len(indent) - 4))]
+    lines = [_INDENT + line for line in wrap(first, width - len(_INDENT))]
+    return [*lines, *(_INDENT + "    " + line for line in wrap(told, width - len(_INDENT) - 4))]
 
 
 def _padded(text: str, width: int, right: bool) -> str:

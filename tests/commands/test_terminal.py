@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -81,3 +82,9 @@ def test_lines_go_on_under_their_own_first_word_and_break_at_separators() -> Non
 def test_into_a_pipe_every_row_is_one_line() -> None:
     assert terminal_width() is None
     assert len(table(("a", "b"), [("x" * 300, "y" * 300)])) == 2
+
+
+def test_a_column_without_anything_to_say_is_left_out() -> None:
+    plain = [click.unstyle(line) for line in table(("step", "why", "size"), [(10, "", "1 kB"), (20, "", "2 kB")])]
+    assert plain == ["  step  size", "    10  1 kB", "    20  2 kB"]
+    assert click.unstyle(table(("step", "why"), [])[0]) == "  step  why"
