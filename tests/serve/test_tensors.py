@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
 from engine.formats.headers import ITEM_SIZES
+from engine.serve import tensors as lazy_tensors
 from engine.serve.readers import Once
 from engine.serve.tensors import Tensors, torch_types
 from tests.support.depth import sampled
@@ -183,6 +184,18 @@ def test_a_slice_of_stacked_experts_is_that_of_the_whole_tensor(index: Any) -> N
     with engine.open(FIXTURES / "moe_tp2_pp2_dp1", mapping="families/moe-stacked.yaml") as opened:
         name = next(name for name in opened if name.endswith("gate_up_proj"))
         assert opened.get_slice(name)[index].equal(opened.get_tensor(name)[index])
+
+
+@pytest.mark.parametrize("part", [1, 100, 1 << 10])
+@pytest.mark.parametrize(
+    "index", [slice(None, None, 3), (slice(None), 1), (slice(1, 50, 2), slice(2, 5)), slice(5, 5, 2)]
+)
+def test_a_slice_that_is_read_in_several_parts_has_all_its_rows(
+    part: int, index: Any, opened: Tensors, written: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lazy_tensors, "PART_BYTES", part)
+    name = "model.embed_tokens.weight"
+    assert opened.get_slice(name)[index].equal(written.get_tensor(name)[index])
 
 
 @pytest.mark.parametrize(
