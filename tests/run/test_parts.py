@@ -64,10 +64,12 @@ def test_any_number_of_parts_gives_the_bytes_of_one_run(
 ) -> None:
     order = list(range(1, count + 1))
     random.Random(count).shuffle(order)
+    nbytes = 0
     for number in order:
-        api.part(plan, f"{number}/{count}", tmp_path / "out", workers=1)
+        nbytes += api.part(plan, f"{number}/{count}", tmp_path / "out", workers=1)
         assert not (tmp_path / "out").exists()
     report = api.commit(plan, tmp_path / "out")
+    assert nbytes == report.bytes
     assert files(tmp_path / "out") == whole and report.content_id
     assert [path.name for path in tmp_path.glob(".*")] == []
     assert not api.verify(tmp_path / "out").problems

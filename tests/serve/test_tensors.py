@@ -186,7 +186,7 @@ def test_a_slice_of_stacked_experts_is_that_of_the_whole_tensor(index: Any) -> N
         assert opened.get_slice(name)[index].equal(opened.get_tensor(name)[index])
 
 
-@pytest.mark.parametrize("part", [1, 100, 1 << 10])
+@pytest.mark.parametrize("part", [1, 1 << 10])
 @pytest.mark.parametrize(
     "index", [slice(None, None, 3), (slice(None), 1), (slice(1, 50, 2), slice(2, 5)), slice(5, 5, 2)]
 )
