@@ -104,7 +104,7 @@ def _fit(mapping: MappingFile, plan: Plan | None, error: EngineError | None, *, 
         return Fit(mapping.name, mapping.description, not differing, None, why, differing, traits(mapping))
     # the mapping is the right one, once a person has decided
     asks = error.code == "E202" and (told or plan is not None or "config" in error.answers)
-    why = f"{error.message}; {error.fix}" if asks else error.message
+    why = f"{error.message}. {error.fix}" if asks else error.message
     more: dict[str, Any] = {"traits": traits(mapping), "family": not mapping.expect, "answers": tuple(error.answers)}
     return Fit(mapping.name, mapping.description, asks, error.code, why, **more)
 
