@@ -13,6 +13,7 @@ from engine.assets.generation import GENERATION, TOKENS
 from engine.errors import EngineError, Place
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _FIX = "Give the model's own tokenizer with --tokenizer."
@@ -57,15 +58,15 @@ def ids_of(
     """
     from tokenizers import Tokenizer
 
-    given, added = objects.get(SETTINGS, {}), objects.get("added_tokens.json", {})
+    given, added = objects.get(SETTINGS, {}), objects.get(_ADDED, {})
     said = {name: value for name, value in given.items() if value is not None}
-    older = objects.get("special_tokens_map.json", {})
+    older = objects.get(_MAP, {})
     settings = {**older, **said}
-    ids_that_are_none = (
-        (key, value, "has no id", "a number") for key, value in added.items() if type(value) is not int
-    )
-    for key, value, told, expected in (*_damaged(older), *_damaged(said), *_of_no_use(given), *ids_that_are_none):
-        raise wrong(f"the tokenizer's settings are damaged: `{key}` {told}", place, f"{value!r:.60}", expected, _FIX)
+    without = ((key, value, "has no id", "a number") for key, value in added.items() if type(value) is not int)
+    damaged = {_MAP: _damaged(older), SETTINGS: (*_damaged(said), *_of_no_use(given)), _ADDED: without}
+    for name, (key, value, told, expected) in ((name, one) for name, every in damaged.items() for one in every):
+        raise wrong(f"the tokenizer's settings are damaged: `{key}` {told}", place.removesuffix(WHOLE) + name,
+                    f"{value!r:.60}", expected, _FIX)  # fmt: skip
     named = _named(settings, added)
     try:
         check_prefix(data)

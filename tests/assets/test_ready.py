@@ -333,8 +333,8 @@ def test_settings_that_transformers_cannot_load_are_refused_and_no_others(
                 continue
             with pytest.raises((TypeError, ValueError, LookupError, AttributeError)):
                 AutoTokenizer.from_pretrained(tmp_path)("w1")
-            with pytest.raises(EngineError, match=f"`{key}`"):
-                ids_of(data, "", 131, objects, {})
+            with pytest.raises(EngineError, match=rf"`{key}`.*\n +given/{name}\n"):
+                ids_of(data, "given/tokenizer.json", 131, objects, {})
 
 
 def test_a_tokenizer_of_few_letters_that_has_no_token_for_others_is_right() -> None:
