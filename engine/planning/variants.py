@@ -240,6 +240,8 @@ def because(
     >>> because([rotary], {"adapt_hf": False}, "model_config.pt")
     'model_config.pt has adapt_hf false, and no qk_interleaved'
     >>> because([Expression("given.vocab_size", Place("x.yaml"))], {}, "model_config.pt")
+    'no config.json is given'
+    >>> because([Expression("given.vocab_size", Place("x.yaml"))], {"given": {"eos_token_id": 2}}, "model_config.pt")
     'the given configuration has no vocab_size'
     >>> because([Expression("options.vocab_size", Place("x.yaml"))], {"options": {"vocab_size": None}})
     'the options have no vocab_size'
@@ -251,7 +253,9 @@ def because(
         found = {path.removeprefix(above): value_at(names, path, _MISSING) for path in listed}
         lacks = [path for path, value in found.items() if value is _MISSING or (value is None and above == "options.")]
         has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if path not in lacks]
-        if has and lacks:
+        if above == "given." and not names.get("given"):
+            told.append("no config.json is given")
+        elif has and lacks:
             told.append(f"{whose} {_list(has)}, and no {_list(lacks, 'or')}")
         elif has:
             told.append(f"{whose} {_list(has)}")
