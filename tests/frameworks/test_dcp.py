@@ -141,6 +141,18 @@ def test_a_directory_is_read_once_whatever_is_looked_for_in_it(
     assert read_dcp_directory(LocalStore(folder)).entries == ()
 
 
+def test_a_directory_larger_than_any_is_refused(
+    copy: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy("fsdp4-bf16-threads2")
+    size = (folder / ".metadata").stat().st_size
+    monkeypatch.setattr(dcp, "_MOST_BYTES", size)
+    convert("fsdp4-bf16-threads2", tmp_path / "whole", folder)
+    monkeypatch.setattr(dcp, "_MOST_BYTES", size - 1)
+    error = refused("fsdp4-bf16-threads2", folder, tmp_path)
+    assert error.code == "E301" and f"more than {size - 1} bytes" in str(error)
+
+
 def test_an_unfinished_save_is_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("fsdp4-bf16-threads2")
     (folder / ".metadata").rename(folder / ".metadata.tmp")
