@@ -96,6 +96,9 @@ def draft(request: Request) -> Scaffold:
     kind, parent, body = _release(request) or _renamed(request, observed) or _own(request, observed)
     head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
     head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
+    for reference, mapping in _ordered(request) if kind != "release" else ():
+        if mapping.as_model and planned(mapping, request.layout, request.checkpoint)[0] is not None:
+            head += comment(f"decide: whether this mapping is needed. `{spelled(reference)}` fits as it is.")
     tail: list[str] = []
     for name in hopeless:
         tail += comment(f"decide: no pattern can express the tensor `{shown(name)}`, so a run refuses this checkpoint.")

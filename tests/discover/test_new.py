@@ -468,3 +468,9 @@ def test_what_a_person_must_say_is_not_expected_of_the_release(tmp_path: Path) -
     written = CliRunner().invoke(cli, ["new", *how, "-o", str(tmp_path / "y.yaml")])
     assert f"next: engine plan --mapping {tmp_path / 'y.yaml'} {' '.join(how)}" in written.stdout
     assert yaml.safe_load((tmp_path / "y.yaml").read_text())["expect"]["vocab"] and "decide" not in written.stdout
+
+
+def test_a_draft_where_a_mapping_of_a_models_own_names_fits_as_it_is_says_so() -> None:
+    folder = FOLDER.parent / "dcp" / "fsdp2tp2-f32-model"
+    made = api.new_mapping(folder / "step-10", config=folder / "hf_config.json", name="mine")
+    assert made.kind != "release" and "`transformers` fits as it is" in made.decisions[0][1]
