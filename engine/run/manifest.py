@@ -10,7 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.checkpoint.folder import list_folder
+from engine.errors import EngineError, Place, first_of
 from engine.formats.safetensors import INDEX, index_json
 from engine.language.documents import plain
 from engine.language.validation import first_violation
@@ -132,6 +133,7 @@ def read_manifest(folder: Store) -> dict[str, Any]:
             "E304",
             f"there is no `{NAME}`",
             place=Place(folder.place()),
+            got=first_of(list_folder(folder), 6) or "an empty folder",  # refused if there is no folder
             expected="an output of this engine",
             fix="Only the output of `engine run`, `reverse` or `reshard` can be verified.",
         )

@@ -99,7 +99,10 @@ def test_a_manifest_that_names_no_configuration_is_no_proof_though_none_is_there
 def test_without_any_manifest_nothing_is_checked(out: Path) -> None:
     (out / "conversion.json").unlink()
     result = verify(out)
-    assert result.exit_code == 1 and result.output.startswith("E304")
+    assert result.exit_code == 1 and result.output.startswith("E304 there is no `conversion.json`")
+    assert "got       README.md, config.json" in result.output
+    shutil.rmtree(out)
+    assert "there is no such checkpoint folder" in verify(out).output
 
 
 def test_without_a_manifest_the_source_still_tells_and_what_was_not_checked_is_said(made: Path, out: Path) -> None:
