@@ -116,8 +116,9 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
     given = {name: value for name, value in asked.settings.items() if name in layout.layers.variants}
     names |= {n: d.choice for n, d in decide(layout.layers.variants, given, names).items()}
     read = paths_in([one.when for one in layout.prefixes])
-    told = any(f"options.{name}" in read for name in asked.settings)  # then the layout's `when` picks the prefix
-    prefix = like.prefix if (chunks > 1) == (like.chunks > 1) and not told else None
+    told = any(f"options.{name}" in read for name in asked.settings)
+    other = (chunks > 1) != (like.chunks > 1) or ("mode" in read and mode.name != like.mode)
+    prefix = None if told or other else like.prefix  # without, the layout's `when` picks it
     found = Destination(layout, mode, sizes, Stages({}, {}, chunks), names, mapping.even, prefix)
     if chunks > 1 and found.prefix(0) == found.prefix(1):
         raise EngineError(

@@ -16,7 +16,7 @@ from tests.support.frameworks import source_of
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten, state
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-DENSE, MIXTURE = "leg_t2_distopt", "torch-ep2-moe"
+DENSE, MIXTURE, DIST = "leg_t2_distopt", "torch-ep2-moe", "dist-tp2pp2"
 ENGINE = {DENSE: {"norms": "fused"}, MIXTURE: {"norms": "fused", "gemm": "grouped"}}
 RANKS = {DENSE: "tp=2", MIXTURE: "ep=2"}
 
@@ -108,6 +108,16 @@ def test_of_torch_dist_only_a_mixture_is_for_one_implementation(tmp_path: Path) 
     report = engine.reverse(FAMILIES[MIXTURE], tmp_path / MIXTURE, tmp_path / "like", like=like)
     assert state(tmp_path / "like").keys() == state(like).keys()
     assert not any("--like" in one for one in report.notices)
+
+
+def test_names_begin_as_in_the_mode_that_is_written_whatever_the_mode_of_like(tmp_path: Path) -> None:
+    """The weights of legacy files are under `model`, where Megatron looks for them; those of torch_dist are not."""
+    first, legacy, stacked = convert(DENSE, tmp_path / "hf").out, *(source_of(MEGATRON / one) for one in (DENSE, DIST))
+    made = engine.reverse(FAMILIES[DENSE], first, tmp_path / "dist", like=legacy, mode="torch_dist").out
+    assert state(Path(made)).keys() == state(stacked).keys()
+    back = engine.reverse(FAMILIES[DENSE], first, tmp_path / "back", like=made, mode="torch", ranks=RANKS[DENSE]).out
+    rewritten(shutil.copytree(legacy, tmp_path / "step"), lambda _: None)  # without Megatron's own classes
+    check_same(Path(back), tmp_path / "step")
 
 
 @sampled(2)
