@@ -143,16 +143,18 @@ def key_of(target: str, source: str, when: Mapping[str, Sequence[str]]) -> str:
 
 
 def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], listed: Sequence[Case]) -> Iterator[World]:
-    """A few worlds, found by a greedy search, that together make every rule active that some case writes."""
-    left = {one.key for one in instances(mapping)}
-    found = [choices for choices, most in combinations_of(mapping) if most]
-    possible = [choices for choices in found if any(case.takes(choices) for case in listed)]
-    every = [(choices, {one.key for one in worlds.used(choices, most=True) or ()}) for choices in possible]
+    """A few worlds, found by a greedy search, that together make every rule active in every mode that writes it."""
+    every: list[tuple[Mapping[str, str], set[tuple[str, str]]]] = []
+    for choices in (choices for choices, most in combinations_of(mapping) if most):
+        modes = {case.mode for case in listed if case.takes(choices)}
+        used = worlds.used(choices, most=True) if modes else None
+        every.append((choices, {(one.key, mode) for one in used or () for mode in modes}))
+    left = {pair for _, pairs in every for pair in pairs}
     while every:
-        choices, keys = max(every, key=lambda one: len(one[1] & left))
-        if not keys & left:
+        choices, pairs = max(every, key=lambda one: len(one[1] & left))
+        if not pairs & left:
             return
-        left -= keys
+        left -= pairs
         world = worlds.make(choices, free)
         if world is not None:
             yield world

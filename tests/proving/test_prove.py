@@ -400,6 +400,13 @@ def test_what_each_rank_holds_is_part_of_it(edited: Callable[..., Path]) -> None
     assert "tensor tp2 pp2: tp0 pp0 [:, 0:24]; tp1 pp0 [:, 24:48]" in found
 
 
+def test_what_each_rank_holds_is_part_of_it_in_every_mode_that_writes_a_rule(edited: Callable[..., Path]) -> None:
+    """Of biases of queries only isp was tried with halves."""
+    axes = ("axes: (groups queries head_dim)\n", "axes: (queries groups head_dim)\n")
+    found = told(check_meaning(load_mapping(edited("internevo-qwen2", axes))))
+    assert "q_proj.bias (rotary=halves) is cut differently over ranks" in found and "tensor tp2 pp2: tp0 pp0" in found
+
+
 def test_a_copy_of_a_bundled_mapping_is_held_against_what_is_committed_of_its_name(tmp_path: Path) -> None:
     (tmp_path / "copy.yaml").write_text((ROOT / META).read_text().replace("stage: last", "stage: first"))
     check = check_meaning(load_mapping(tmp_path / "copy.yaml"))
