@@ -171,11 +171,12 @@ def _compiled(
         found = found_at(asked.src, "the checkpoint")
         config = found.beside("config.json") if isinstance(found, File) else File(found, "config.json")
     like = None if asked.like is None else read_checkpoint(asked.like, layout, config)
+    mapping, plain = loaded, layout
+    if like is not None:
+        loaded, layout, like = fitted(mapping, plain, like)
     if asked.reads == "training":
-        loaded, layout, checkpoint = fitted(loaded, layout, checkpoint)
+        loaded, layout, checkpoint = fitted(mapping, plain, checkpoint)
     else:
-        if like is not None:
-            loaded, layout, like = fitted(loaded, layout, like)
         loaded = written_as_model(loaded, checkpoint)
     made = checked(make_plan(loaded, layout, checkpoint, asked, like=like))
     if through is None:

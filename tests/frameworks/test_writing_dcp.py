@@ -110,6 +110,15 @@ def test_a_tied_model_has_its_embedding_again_as_the_head_that_trainers_load(
     assert {*weights(tmp_path / "again")} == {*weights(tmp_path / "hf")}
 
 
+def test_a_checkpoint_with_an_optimizer_is_resharded_like_one_with_an_optimizer() -> None:
+    fixture = DCP / "fsdp4-f32-optim"
+    step, config = source_of(fixture), fixture / "hf_config.json"
+    alike, asked = (
+        engine.plan_reshard("transformers", step, config=config, **how) for how in ({"like": step}, {"ranks": "dp=1"})
+    )
+    assert alike.outputs == asked.outputs and alike.notices == asked.notices
+
+
 def test_another_number_of_ranks_is_written_without_a_detour(whole: Path, tmp_path: Path) -> None:
     engine.reverse("transformers", whole, tmp_path / "one", ranks="dp=4")
     engine.reshard("transformers", tmp_path / "one", tmp_path / "other", ranks="dp=7")
