@@ -255,7 +255,8 @@ def check_tokenizer(saved: SavedPlan, taken: Mapping[str, str]) -> None:
     A tokenizer that came later is used: then the saved plan has none, and a run says where it is from.
     """
     for name, now, then in changed(taken, saved.data.get("tokenizer", taken)):
-        got, expected = ("no such file" if one is None else f"digest {one[:12]}" for one in (now, then))
+        got = "no such file, or not of a tokenizer that fits this model" if now is None else f"digest {now[:12]}"
+        expected = "no such file" if then is None else f"digest {then[:12]}"
         why = "The tokenizer beside the checkpoint changed; another one is given with --tokenizer."
         raise _differs(saved, f"the tokenizer's `{name}`", got, expected, why)
 
