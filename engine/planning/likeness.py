@@ -108,7 +108,8 @@ def destination_of(mapping: MappingFile, layout: Layout, asked: Request, like: L
         chunks = like.chunks if same or prod(ranks.values()) > 1 else 1
     if chunks < 1:
         raise EngineError("E001", "there must be at least one chunk", got=str(chunks), expected="1 or more")
-    options = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
+    values = {name: option_value(o, asked.settings.get(name, o.default)) for name, o in layout.options.items()}
+    options = {name: value for name, value in values.items() if value is not None}  # an expression has its default
     names: dict[str, Any] = {**counts_of(layout, sizes), "mode": mode.name, "chunks": chunks, "layers": layers}
     names |= {"options": options, "training": like.training}
     kind = like.training.get("model_type") or next(iter(mapping.model_types), None)  # the first of historical ones

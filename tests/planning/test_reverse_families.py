@@ -142,13 +142,18 @@ def test_the_weight_ranks_of_written_experts_are_what_the_configuration_says(tmp
     assert "'expert_weight': {'size': 4}" in torch.load(tmp_path / "back" / "config_file.pt")
     assert (tmp_path / "back" / "model_moe_layer0_expert0_wp3.pt").is_file()
     how: dict[str, Any] = {"mode": "isp_wp", "wp": 4, "settings": {"expert_weight": 2}}
-    for job, source in ((engine.reverse, "hf"), (engine.reshard, "back")):
-        job(model.mapping, tmp_path / source, tmp_path / f"own {source}", **how)
-        names = {path.name for path in (tmp_path / f"own {source}").glob("model_moe_layer0_expert0_*")}
+    jobs: list[tuple[Any, str, str, dict[str, Any]]] = [
+        (engine.reverse, "hf", "own", how),
+        (engine.reshard, "back", "own of ranks", how),
+        (engine.reverse, "hf", "like", {"like": tmp_path / "own"}),
+        (engine.reshard, "own", "fewer", {"wp": 1}),
+    ]
+    for job, source, made, asked in jobs:
+        job(model.mapping, tmp_path / source, tmp_path / made, **asked)
+        names = {path.name for path in (tmp_path / made).glob("model_moe_layer0_expert0_*")}
         assert names == {f"model_moe_layer0_expert0_wp{rank}.pt" for rank in range(2)}
-        engine.convert(model.mapping, tmp_path / f"own {source}", tmp_path / f"{source} again", settings=told(model))
-        one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", f"{source} again"))
-        same(one, two)
+        engine.convert(model.mapping, tmp_path / made, tmp_path / f"{made} again", settings=told(model))
+        same(*(load_file(tmp_path / name / "model.safetensors") for name in ("hf", f"{made} again")))
 
 
 def test_experts_of_uneven_stages_that_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:
