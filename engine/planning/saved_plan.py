@@ -257,7 +257,7 @@ def check_tokenizer(saved: SavedPlan, taken: Mapping[str, str]) -> None:
     for name, now, then in changed(taken, saved.data.get("tokenizer", taken)):
         got = "no such file, or not of a tokenizer that fits this model" if now is None else f"digest {now[:12]}"
         expected = "no such file" if then is None else f"digest {then[:12]}"
-        why = "The tokenizer beside the checkpoint changed; another one is given with --tokenizer."
+        why = "The tokenizer beside the checkpoint changed; to use another one on purpose, give it with --tokenizer."
         raise _differs(saved, f"the tokenizer's `{name}`", got, expected, why)
 
 
