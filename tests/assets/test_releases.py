@@ -67,17 +67,20 @@ def test_a_release_names_itself_and_its_sizes(name: str) -> None:
     assert mapping.expect["hidden"] % mapping.expect["heads"] == 0
 
 
+ENDS_OF_TURNS = {"internlm-": 103028, "internlm2": 92542, "internlm3": 128131}  # <eoa>, and <|im_end|> of two tokenizers
+
+
 @pytest.mark.parametrize("name", [name for name in RELEASES if name not in META])
 def test_chat_releases_end_turns_and_base_releases_do_not(name: str) -> None:
     mapping = load_mapping(name)
-    assert (mapping.chat_template is not None) == ("chat" in name)
+    assert (mapping.chat_template is not None) == ("chat" in name or "instruct" in name)
     assert mapping.generation is not None
     config = render_tree({"eos_token_id": mapping.config["eos_token_id"]}, {"vocab": mapping.expect["vocab"]})
     eos = json.loads(generation_config(mapping.generation, config))["eos_token_id"]
     if mapping.chat_template is None:
         assert eos == 2
     else:
-        assert eos == [2, 92542 if name.startswith("internlm2") else 103028]
+        assert eos == [2, next(end for start, end in ENDS_OF_TURNS.items() if name.startswith(start))]
         assert "role" in chat_template(mapping.chat_template)
 
 
