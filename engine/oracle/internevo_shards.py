@@ -93,11 +93,15 @@ class Shards(FloatTensors):
         self.spots = self._order()
 
     def _order(self) -> list[Spot]:
-        """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk in reverse."""
+        """Layers first to last: chunk by chunk, pipeline ranks in turn, in ZBV every second chunk in reverse.
+
+        Where no mode is told, it is ZBV if pipeline rank 0 holds the last norm, in a second chunk.
+        """
         parallel = self.training.get("parallel")
         pipeline = parallel.get("pipeline") if isinstance(parallel, Mapping) else None
         mode = pipeline.get("mode") if isinstance(pipeline, Mapping) else None
-        zbv = isinstance(mode, str) and mode.upper() == "ZBV"
+        ends = {(one.pp, one.chunk % 2) for one, key in self._held if one.layer < 0 and key == "norm.weight"}
+        zbv = mode.upper() == "ZBV" if isinstance(mode, str) else (0, 1) in ends
         spots = {spot for spot, _ in self._held if spot.layer >= 0}
         return sorted(spots, key=lambda one: (one.chunk, -one.pp if zbv and one.chunk % 2 else one.pp, one.layer))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
+from itertools import product
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid, Stage, counts_of, layout_dims
@@ -15,6 +16,7 @@ from engine.language.model import Exclusion, Layout, MappingFile
 from engine.language.names import form, pattern
 from engine.planning.stages import Indices, Stages, alike, file_numbers, number_layers
 from engine.planning.stored import End, Instance, Stored
+from engine.planning.variants import decide, untold
 
 Match = tuple[Stored, Instance, Mapping[str, int]]
 
@@ -152,7 +154,13 @@ def check_spellings(stored: Sequence[Stored], active: Sequence[Instance]) -> Non
 def stages_of(
     stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout, names: Mapping[str, Any]
 ) -> Stages:
-    """Count each stage's layers, file by file, in files that hold whole stages."""
+    """Count each stage's layers, file by file, in files that hold whole stages.
+
+    What decides their order in the layout is seen by the first and the last stage's tensors if no configuration tells.
+
+    Raises:
+        EngineError: E211 if these tensors are in other stages.
+    """
     local: dict[Stage, dict[int, int]] = {}
     stage_of = cache(grid.stage)
     for one in stored:
@@ -165,13 +173,23 @@ def stages_of(
         counts = local.setdefault(stage_of(one.file, one.chunk), {})
         seen_in = 0 if file.pattern.boxes else one.file  # a file of boxes may hold boxes of any layers
         counts[seen_in] = max(counts.get(seen_in, 0), layer + 1)
-    stages = number_layers(local, grid, layout, names)
-    _check_order(stored, matches, grid, stages)
-    return stages
+    variants = layout.layers.variants
+    decided = {name: one.choice for name, one in decide(variants, {}, names).items()}
+    stages = number_layers(local, grid, layout, {**names, **decided})
+    wrong = _wrong_order(stored, matches, grid, stages)
+    if wrong is None:
+        return stages
+    open_to = {name: one.choices for name, one in variants.items() if untold(one, names)}
+    others = [{**names, **decided, **dict(zip(open_to, chosen, strict=True))} for chosen in product(*open_to.values())]
+    found = [number_layers(local, grid, layout, other) for other in others]
+    right = [one for one in found if _wrong_order(stored, matches, grid, one) is None]
+    if len(right) != 1:
+        raise wrong
+    return right[0]
 
 
-def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, stages: Stages) -> None:
-    """E211 when a tensor of the first or last stage is in another stage: files were renamed or exchanged.
+def _wrong_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, stages: Stages) -> EngineError | None:
+    """E211 if a tensor of the first or last stage is in another stage: files were renamed or exchanged.
 
     Nothing else shows this: every layer would be present, but in another order.
     """
@@ -186,7 +204,7 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
     for (kind, name), places in found.items():
         wanted = 0 if kind == "first" else len(order) - 1
         if all(at != wanted for at, _ in places):
-            raise EngineError(
+            return EngineError(
                 "E211",
                 f"the pipeline stages are in another order than their files say: `{name}` belongs to the {kind} one",
                 place=Place(grid.files[places[0][1].file].name, tensor=name),
@@ -194,6 +212,7 @@ def _check_order(stored: Sequence[Stored], matches: Matches, grid: RankGrid, sta
                 expected=f"in {stages.name(order[wanted])}",
                 fix="Files were renamed or exchanged, or are from another run; copy the folder again.",
             )
+    return None
 
 
 def indices_of(stored: Sequence[Stored], matches: Matches, grid: RankGrid, layout: Layout) -> Indices:

@@ -22,7 +22,7 @@ from engine.planning.sides import Side, keys_at
 from engine.planning.sizes import check_known, size_error
 from engine.planning.stages import Stages, laid_out
 from engine.planning.stored import Instance, Stored, at_end, instances, strip
-from engine.planning.variants import Decision, decide, options_of
+from engine.planning.variants import Decision, options_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +140,7 @@ def read_source(
     check_refused(stored, matches, files, end)
     _check_kind(stored, matches, mapping, checkpoint, layout)
     facts = facts_of(mapping, layout, checkpoint, options, rules, stored, settings, like, cut or {}, expressed)
-    layout_choices = {n: d.choice for n, d in decide(layout.layers.variants, {}, facts.names).items()}
-    stages = stages_of(stored, matches, checkpoint.grid, layout, {**facts.names, **layout_choices})
+    stages = stages_of(stored, matches, checkpoint.grid, layout, facts.names)
     decided = {n: d.choice for n, d in facts.decisions.items()}
     if facts.read.config.get("tie_word_embeddings"):
         stored = _with_tied(stored, tied, matches, decided)

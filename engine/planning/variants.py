@@ -106,6 +106,12 @@ def decide(
     return decided
 
 
+def untold(variant: Variant, names: Mapping[str, Any]) -> bool:
+    """Whether nothing that a variant's expressions read has a value."""
+    read = {path for one in variant.choices.values() if one is not None for path in compile_expression(one).paths}
+    return all(value_at(names, path, _MISSING) is _MISSING for path in read)
+
+
 def _by_setting(variant: Variant, choice: str, names: Mapping[str, Any], called: str, *, known: bool) -> Decision:
     """A setting may override a configuration, which can be wrong, but not the files.
 

@@ -67,7 +67,7 @@ def test_a_release_names_itself_and_its_sizes(name: str) -> None:
     assert mapping.expect["hidden"] % mapping.expect["heads"] == 0
 
 
-ENDS_OF_TURNS = {"internlm-": 103028, "internlm2": 92542, "internlm3": 128131}  # <eoa>, and <|im_end|> of two tokenizers
+ENDS_OF_TURNS = {"internlm-": 103028, "internlm2": 92542, "internlm3": 128131}  # <eoa>, and twice <|im_end|>
 
 
 @pytest.mark.parametrize("name", [name for name in RELEASES if name not in META])

@@ -150,6 +150,14 @@ def test_other_ranks_and_families_pass_too(kind: str, dtype: str, tmp_path: Path
     assert found.problems == ()
 
 
+def test_a_schedule_that_no_file_tells_is_seen_by_where_the_last_norm_is(tmp_path: Path) -> None:
+    model, layout = OTHERS["zbv"]
+    save(model, tmp_path / "step", **layout)
+    (tmp_path / "step" / "config_file.pt").unlink()
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    assert engine.api.verify(tmp_path / "hf", src=tmp_path / "step", logits=True).problems == ()
+
+
 def test_gate_and_up_exchanged_in_a_mapping_are_caught_in_layer_0(tmp_path: Path) -> None:
     mapping = swapped(tmp_path, "mlp.gate_proj.{param}", "mlp.up_proj.{param}")
     engine.convert(mapping, FOLDER / V2, tmp_path / "hf")

@@ -247,3 +247,28 @@ def test_an_expert_whose_file_is_missing_is_named(tmp_path: Path) -> None:
     assert caught.value.code == "E207"
     assert "wrapped_experts.1.w1.weight` is missing on rank tp1" in str(caught.value)
     assert "model_moe_layer3_expert1_tp0.pt" in str(caught.value)
+
+
+def _no_text(folder: Path) -> None:
+    (folder / "config_file.pt").unlink()
+
+
+def _computed_schedule(folder: Path) -> None:
+    said = torch.load(folder / "config_file.pt", weights_only=True)
+    torch.save("import cluster\n" + said.replace('"ZBV"', "cluster.mode"), folder / "config_file.pt")
+
+
+@pytest.mark.parametrize("silenced", [_no_text, _computed_schedule])
+def test_where_the_ends_of_a_model_lie_shows_a_schedule_that_no_file_tells(silenced: Any, tmp_path: Path) -> None:
+    truth = save(replace(V2, layers=6, hidden=32, ffn=40), tmp_path / "step", tp=2, pp=3, chunks=2, zbv=True)
+    silenced(tmp_path / "step")
+    same(dict(engine.iter_tensors(engine.plan("families/internlm2", tmp_path / "step"))), truth)
+
+
+def test_a_schedule_that_the_training_config_tells_is_not_another_one(tmp_path: Path) -> None:
+    save(V2, tmp_path / "step", pp=2, chunks=2, zbv=True)
+    said = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(said.replace("ZBV", "1F1B"), tmp_path / "step" / "config_file.pt")
+    with pytest.raises(EngineError) as caught:
+        engine.plan("families/internlm2", tmp_path / "step")
+    assert caught.value.code == "E211"
