@@ -83,7 +83,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
             notices += never_written(template, generation, dict(enumerate(found.names)), own=True)
         memory, read = predicted_memory(model), {model.name: found.data}
         if len(found.data) < APART:
-            files.update(convert_understood(found, spec, Place(str(model))))
+            files.update(convert_understood(found, spec, str(model)))
         else:
             later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
         notices += [] if rows is None else fewer(len(found.names), "pieces", rows)

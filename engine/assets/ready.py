@@ -13,7 +13,8 @@ from typing import Any
 
 from engine.assets.chat import check_template, unmarked
 from engine.assets.generation import GENERATION, TOKENS, as_json, check_tokens
-from engine.assets.ready_ids import SETTINGS, WHOLE, ids_of, wrong
+from engine.assets.ready_ids import SETTINGS, WHOLE, ids_of
+from engine.assets.tokenizer_read import wrong
 from engine.checkpoint.hf_folder import BESIDE
 from engine.errors import EngineError, Place, first_of
 from engine.formats.configs import json_object

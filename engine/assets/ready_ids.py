@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 from engine.assets.generation import GENERATION, TOKENS
-from engine.errors import EngineError, Place
+from engine.assets.tokenizer_read import OWN, wrong
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_FIX = "Give the model's own tokenizer with --tokenizer."
 _SIDES = (lambda value: value in ("left", "right")), "left or right"
 _FORMS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "padding_side": _SIDES,
@@ -66,7 +65,7 @@ def ids_of(
     damaged = {_MAP: _damaged(older), SETTINGS: (*_damaged(said), *_of_no_use(given)), _ADDED: without}
     for name, (key, value, told, expected) in ((name, one) for name, every in damaged.items() for one in every):
         raise wrong(f"the tokenizer's settings are damaged: `{key}` {told}", place.removesuffix(WHOLE) + name,
-                    f"{value!r:.60}", expected, _FIX)  # fmt: skip
+                    f"{value!r:.60}", expected)  # fmt: skip
     named = _named(settings, added)
     try:
         check_prefix(data)
@@ -78,14 +77,13 @@ def ids_of(
             tokenizer.no_padding()  # which may be endless
             encoded = tokenizer.encode("")  # of any text, some tokenizers do not have the letters
     except Exception as error:  # a library's own
-        told = " ".join(str(error).split())[:160]
-        raise wrong("the tokenizer cannot be loaded", place, told, "a tokenizer.json that `tokenizers` reads",
-                    _FIX) from error  # fmt: skip
+        got = " ".join(str(error).split())[:160]
+        raise wrong("the tokenizer cannot be loaded", place, got, "a tokenizer.json that `tokenizers` reads") from error
     if not own:
-        raise wrong("the tokenizer has no token", place, "an empty vocabulary", "the model's tokens", _FIX)
+        raise wrong("the tokenizer has no token", place, "an empty vocabulary", "the model's tokens")
     most = max(ids, key=lambda token: ids[token])
     if rows is not None and ids[most] >= rows:
-        got, fix = f"ids up to {ids[most]}", _FIX
+        got, fix = f"ids up to {ids[most]}", OWN
         if most not in own:
             got += f": `{most}`, which only its settings name, is added when it is loaded"
             fix += " If the model has no such token, take it out of the settings."
@@ -94,11 +92,11 @@ def ids_of(
     for token, index, special in zip(encoded.tokens, encoded.ids, encoded.special_tokens_mask, strict=True):
         if special and index != ids.get(token):
             raise wrong(f"the tokenizer is not whole: `{token}` is put into texts as another id than it has", place,
-                        f"{index}, says `post_processor`", f"{ids.get(token, 'no such token')}", _FIX)  # fmt: skip
+                        f"{index}, says `post_processor`", f"{ids.get(token, 'no such token')}")  # fmt: skip
     for token, number in named.items():
         if number is not None and token not in own and number != ids[token]:
             raise wrong(f"the tokenizer does not give `{token}` the id that its settings say", place,
-                        f"{ids[token]}, since {WHOLE} lacks it", f"{number}", _FIX)  # fmt: skip
+                        f"{ids[token]}, since {WHOLE} lacks it", f"{number}")  # fmt: skip
     ends: dict[str, int] = {}
     for key in TOKENS[:2]:
         text = _content(settings.get(key.removesuffix("_id")))
@@ -108,7 +106,7 @@ def ids_of(
         known = {i for one in found for i in (one if isinstance(one, list) else [one])}
         if known and key in ends and ends[key] not in known:
             raise wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
-                        place, f"{ends[key]}", f"{json.dumps(found[0])}, the `{key}`", _FIX)  # fmt: skip
+                        place, f"{ends[key]}", f"{json.dumps(found[0])}, the `{key}`")  # fmt: skip
     return ids, ends
 
 
@@ -184,8 +182,3 @@ def panics_caught() -> Iterator[None]:
         if type(error).__name__ != "PanicException":
             raise
         raise ValueError(str(error)) from None
-
-
-def wrong(told: str, place: str, got: str, expected: str, fix: str) -> EngineError:
-    """The error for a given tokenizer."""
-    return EngineError("E501", told, place=Place(place), got=got, expected=expected, fix=fix)

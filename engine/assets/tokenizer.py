@@ -28,8 +28,8 @@ from engine.assets.tokenizer_read import (
     no_model,
     refuse_kind,
     understand_tokenizer,
+    wrong,
 )
-from engine.errors import EngineError, Place
 
 _ALL = 1 << 30  # spaces, more than any text has
 
@@ -48,10 +48,10 @@ def convert_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> dict[str, by
     Raises:
         EngineError: E501 when it is not such a model, or cannot be expressed exactly.
     """
-    return convert_understood(understand_tokenizer(model_file, spec), spec, Place(str(model_file)))
+    return convert_understood(understand_tokenizer(model_file, spec), spec, str(model_file))
 
 
-def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place) -> dict[str, bytes]:
+def convert_understood(found: Understood, spec: Mapping[str, Any], place: str) -> dict[str, bytes]:
     """As `convert_tokenizer`, for a model that has been read."""
     model, data, pieces, names = found.model, found.data, found.pieces, found.names
     bos, eos, pad, unk = found.bos, found.eos, found.pad, found.unk
@@ -97,7 +97,7 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: Place)
     }
 
 
-def _processor(data: bytes, place: Place) -> Any:
+def _processor(data: bytes, place: str) -> Any:
     """SentencePiece itself: unlike the file, it knows which pieces it uses."""
     import sentencepiece
 
@@ -241,7 +241,7 @@ def _probes(pieces: Pieces) -> Iterator[str]:
         yield from (char * count for count in (2, 3, 5, 7, 11, 23, 100, 301))
 
 
-def _compare(pieces: Pieces, theirs: Any, backend: str, place: Place) -> None:
+def _compare(pieces: Pieces, theirs: Any, backend: str, place: str) -> None:
     """Encode with SentencePiece and with the result; E501 if the ids differ."""
     from tokenizers import Tokenizer
 
@@ -259,11 +259,6 @@ def _compare(pieces: Pieces, theirs: Any, backend: str, place: Place) -> None:
         got, expected = ours.encode(text, add_special_tokens=False).ids, theirs.encode(text)
         if got != expected:
             at = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), 0)
-            raise EngineError(
-                "E501",
-                "the converted tokenizer would give other ids than SentencePiece",
-                place=place,
-                got=f"{got[at : at + 8]} at position {at} of {text[:40]!r}",
-                expected=f"{expected[at : at + 8]}",
-                fix="Report it with the tokenizer file; run without it to convert the weights.",
-            )
+            raise wrong("the converted tokenizer would give other ids than SentencePiece", place,
+                        f"{got[at : at + 8]} at position {at} of {text[:40]!r}", f"{expected[at : at + 8]}",
+                        "Report it with the tokenizer file; run without it to convert the weights.")  # fmt: skip

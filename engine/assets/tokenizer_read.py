@@ -16,6 +16,7 @@ from engine.storage.local import open_regular
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 SPACE = "▁"  # stands for a space in pieces
+OWN = "Give the model's own tokenizer with --tokenizer."
 _LARGEST = 256 << 20  # bytes of a model; a longer file is not read further, and refused
 
 
@@ -60,7 +61,7 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
         EngineError: E501 when it is not such a model, or cannot be expressed exactly.
     """
     model, data = _read(model_file)
-    place = Place(str(model_file))
+    place = str(model_file)
     pieces = Pieces.of(model)
     if not all(isinstance(text, str) for text in pieces.texts):  # protobuf keeps invalid UTF-8 as bytes
         raise no_model(place, "a piece that is not text")
@@ -69,14 +70,9 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
     bos, eos, pad = (_named(spec, key, pieces, names, place) for key in ("bos", "eos", "pad"))
     unk = names[pieces.types.index(UNKNOWN)]
     if spec.get("unk", unk) != unk:
-        raise EngineError(
-            "E501",
-            f"the unknown token is not `{spec['unk']}`",
-            place=place,
-            got=f"`{unk}`, by the model",
-            expected=f"`{spec['unk']}`, by the mapping",
-            fix="Correct `tokenizer.unk` in the mapping, or leave it out.",
-        )
+        raise wrong(f"the unknown token is not `{spec['unk']}`", place, f"`{unk}`, by the model",
+                    f"`{spec['unk']}`, by the mapping",
+                    "Correct `tokenizer.unk` in the mapping, or leave it out.")  # fmt: skip
     return Understood(model, data, pieces, names, bos, eos, pad, unk)
 
 
@@ -90,29 +86,16 @@ def check_tokenizer(
         config: config.json, overridden by the generation settings: its `bos_token_id`, `eos_token_id` and
             `pad_token_id` must be, or contain, the ids of the tokens that the mapping names.
     """
-    found = understand_tokenizer(model_file, spec)
-    fix = "Give the model's own tokenizer with --tokenizer."
+    found, place = understand_tokenizer(model_file, spec), str(model_file)
     if rows is not None and len(found.names) > rows:
-        raise EngineError(
-            "E501",
-            "the tokenizer is not this model's: it has more pieces than the embedding has rows",
-            place=Place(str(model_file)),
-            got=f"{len(found.names)} pieces",
-            expected=f"at most {rows}, the vocabulary size",
-            fix=fix,
-        )
+        raise wrong("the tokenizer is not this model's: it has more pieces than the embedding has rows", place,
+                    f"{len(found.names)} pieces", f"at most {rows}, the vocabulary size")  # fmt: skip
     for key, token in (("bos", found.bos), ("eos", found.eos), ("pad", found.pad)):
         wanted = config.get(f"{key}_token_id")
         ids = wanted if isinstance(wanted, list) else [wanted]
         if token is not None and wanted is not None and found.names.index(token) not in ids:
-            raise EngineError(
-                "E501",
-                f"the tokenizer is not this model's: `{token}` has another id than config.json says",
-                place=Place(str(model_file)),
-                got=f"{found.names.index(token)}",
-                expected=f"{wanted}, the `{key}_token_id`",
-                fix=fix,
-            )
+            raise wrong(f"the tokenizer is not this model's: `{token}` has another id than config.json says", place,
+                        f"{found.names.index(token)}", f"{wanted}, the `{key}_token_id`")  # fmt: skip
     return found
 
 
@@ -121,7 +104,6 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    place = Place(str(model_file))
     with open_regular(model_file) as file:
         data = file.read(_LARGEST)
     model = sentencepiece_model_pb2.ModelProto()
@@ -131,20 +113,19 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
     except DecodeError:
         found = f"{len(data)} bytes that start with {data[:12]!r}"
     if not model.HasField("trainer_spec") or all(piece.type != UNKNOWN for piece in model.pieces):
-        raise no_model(place, found)
+        raise no_model(str(model_file), found)
     return model, data
 
 
-def no_model(place: Place, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:
+def wrong(told: str, place: str, got: str, expected: str, fix: str = OWN) -> EngineError:
+    """E501 for a tokenizer that was given, or lies beside a checkpoint."""
+    return EngineError("E501", told, place=Place(place), got=got, expected=expected, fix=fix)
+
+
+def no_model(place: str, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:
     """E501 for a file that SentencePiece did not write or cannot read."""
-    return EngineError(
-        "E501",
-        message,
-        place=place,
-        got=found,
-        expected="a tokenizer.model that SentencePiece wrote",
-        fix="Give the model's own tokenizer.model; check that it was copied whole.",
-    )
+    return wrong(message, place, found, "a tokenizer.model that SentencePiece wrote",
+                 "Give the model's own tokenizer.model; check that it was copied whole.")  # fmt: skip
 
 
 def _reason(model: Any, pieces: Pieces) -> str | None:
@@ -174,62 +155,44 @@ def _reason(model: Any, pieces: Pieces) -> str | None:
     return found
 
 
-def refuse_kind(found: str | None, place: Place) -> None:
+def refuse_kind(found: str | None, place: str) -> None:
     if found is not None:
-        raise EngineError(
-            "E501",
-            "this kind of SentencePiece model cannot be converted exactly",
-            place=place,
-            got=found,
-            expected="a BPE model as InternLM trains them",
-            fix="Check that the file is this model's tokenizer. If it is, give the folder of the tokenizer.json "
-            "that you use with it: --tokenizer DIR.",
-        )
+        fix = "Check that the file is this model's tokenizer. If it is, give the folder of the tokenizer.json that you "
+        fix += "use with it: --tokenizer DIR."
+        told = "this kind of SentencePiece model cannot be converted exactly"
+        raise wrong(told, place, found, "a BPE model as InternLM trains them", fix)
 
 
-def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: Place) -> list[str]:
+def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: str) -> list[str]:
     """The pieces' names by id, after `rename`."""
-
-    def wrong(told: str, got: str, expected: str, fix: str = "Check names under `tokenizer.rename`.") -> EngineError:
-        return EngineError("E501", told, place=place, got=got, expected=expected, fix=fix)
-
+    check = "Check names under `tokenizer.rename`."
     names = list(pieces.texts)
     for key, name in (spec.get("rename") or {}).items():
         index = int(key)
         if not 0 <= index < len(names):
             told = f"id {index} is to be named `{name}` but the tokenizer ends before it"
             fix = "Give this model's tokenizer, or drop the id from `tokenizer.rename`."
-            raise wrong(told, f"{len(names)} pieces", f"more than {index}", fix)
+            raise wrong(told, place, f"{len(names)} pieces", f"more than {index}", fix)
         if pieces.types[index] not in (USER_DEFINED, CONTROL):
             told = f"id {index} is to be named `{name}` but is not a reserved piece"
             got = f"`{pieces.texts[index]}`, which ordinary text uses"
-            raise wrong(told, got, "a reserved piece", "Check the ids under `tokenizer.rename`.")
+            raise wrong(told, place, got, "a reserved piece", "Check the ids under `tokenizer.rename`.")
         if not name:
-            raise wrong(f"id {index} is to have no name", "an empty text", "the token's name")
+            raise wrong(f"id {index} is to have no name", place, "an empty text", "the token's name", check)
         if name in names and names.index(name) != index:
-            raise wrong(f"two ids would be named `{name}`", f"{names.index(name)} and {index}", "one id for a name")
+            both = f"{names.index(name)} and {index}"
+            raise wrong(f"two ids would be named `{name}`", place, both, "one id for a name", check)
         names[index] = name
     return names
 
 
-def _named(spec: Mapping[str, Any], key: str, pieces: Pieces, names: list[str], place: Place) -> str | None:
-    token = spec.get(key)
+def _named(spec: Mapping[str, Any], key: str, pieces: Pieces, names: list[str], place: str) -> str | None:
+    token, fix = spec.get(key), f"Correct `tokenizer.{key}` in the mapping."
     if token is not None and token not in names:
-        raise EngineError(
-            "E501",
-            f"the {key} token `{token}` is not a piece of the tokenizer",
-            place=place,
-            got=f"{len(names)} pieces, starting with {' '.join(names[:4])}",
-            expected=f"a piece `{token}`",
-            fix=f"Correct `tokenizer.{key}` in the mapping.",
-        )
+        raise wrong(f"the {key} token `{token}` is not a piece of the tokenizer", place,
+                    f"{len(names)} pieces, starting with {' '.join(names[:4])}", f"a piece `{token}`", fix)  # fmt: skip
     if token is not None and pieces.types[names.index(token)] == NORMAL:  # any text with it would contain the token
-        raise EngineError(
-            "E501",
-            f"the {key} token `{token}` is a piece of ordinary text",
-            place=place,
-            got=f"`{token}`, id {names.index(token)}",
-            expected="a piece that no text produces, such as a control piece",
-            fix=f"Correct `tokenizer.{key}` in the mapping.",
-        )
+        raise wrong(f"the {key} token `{token}` is a piece of ordinary text", place,
+                    f"`{token}`, id {names.index(token)}", "a piece that no text produces, such as a control piece",
+                    fix)  # fmt: skip
     return None if token is None else str(token)
