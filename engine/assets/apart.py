@@ -1,23 +1,25 @@
-"""Converts the tokenizer in a separate process, while tensors are being copied.
+"""Calls functions in a separate process: converts the tokenizer there, while tensors are being copied.
 
 Converting takes seconds of Python. A thread would compete for the interpreter with the copying, which needs
-it between any two blocks; a process runs on another core.
+it between any two blocks; a process runs on another core. The memory of a process is free again when it ends.
 """
 
 from __future__ import annotations
 
-import base64
-import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.assets.tokenizer import convert_tokenizer
+from engine.errors import EngineError
+
+T = TypeVar("T")
 
 APART = 256 << 10  # bytes of a model: converting a smaller one is faster than starting a process
 _LOOK = 0.1  # seconds between checks of the stop flag
@@ -36,19 +38,16 @@ def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.
     Args:
         stopped: ends the process early; the result is then meaningless.
     """
-    asked = json.dumps({"file": os.fspath(model_file), "spec": spec}).encode()
-    files = _ask(asked, stopped) if sys.executable else None
+    files = call_apart(convert_tokenizer, model_file, spec, stopped=stopped)
     if stopped.is_set():
         return {}
-    if files is None:  # convert here, which raises the error if there is one
-        return convert_tokenizer(model_file, spec)
-    return {name: base64.b64decode(text) for name, text in files.items()}
+    return convert_tokenizer(model_file, spec) if files is None else files
 
 
-def _ask(question: bytes, stopped: threading.Event) -> dict[str, str] | None:
-    """The answer of the process; None when it is not valid."""
+def call_apart(function: Callable[..., T], *given: Any, stopped: threading.Event | None = None) -> T | None:
+    """What a function returns in another process, or its `EngineError`; None if that process fails or is stopped."""
     # -P: never import modules from the current folder, which may be a checkpoint's.
-    command = [sys.executable, "-P", "-m", "engine.assets.apart"]
+    command = [sys.executable or "", "-P", "-c", "from engine.assets.apart import main; main()"]
     path = os.pathsep.join(os.path.abspath(folder) for folder in sys.path if folder)
     try:
         process = subprocess.Popen(
@@ -62,29 +61,32 @@ def _ask(question: bytes, stopped: threading.Event) -> dict[str, str] | None:
     except OSError:
         return None
     with process:
-        given: bytes | None = question
-        while True:
-            with suppress(subprocess.TimeoutExpired):
-                answer, _ = process.communicate(given, timeout=_LOOK)
-                break
-            given = None
-            if stopped.is_set():
-                process.kill()
-    if process.returncode != 0:
+        asked: bytes | None = pickle.dumps((function, given))
+        try:
+            while True:
+                with suppress(subprocess.TimeoutExpired):
+                    answer, _ = process.communicate(asked, timeout=_LOOK)
+                    break
+                asked = None
+                if stopped is not None and stopped.is_set():
+                    process.kill()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or not answer:
         return None
-    try:
-        files: dict[str, str] = json.loads(answer)
-    except ValueError:
-        return None
-    return files
+    found: T | EngineError = pickle.loads(answer)  # from this engine's own process
+    if isinstance(found, EngineError):
+        raise found
+    return found
 
 
 def main() -> None:
     """Read a question from standard input and write the answer to standard output."""
-    asked = json.load(sys.stdin)
-    files = convert_tokenizer(Path(asked["file"]), asked["spec"])
-    json.dump({name: base64.b64encode(data).decode() for name, data in files.items()}, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()
+    answer, sys.stdout = sys.stdout.buffer, sys.stderr  # what libraries print must not mix with the answer
+    function, given = pickle.load(sys.stdin.buffer)
+    try:
+        found = function(*given)
+    except EngineError as error:
+        found = error
+    answer.write(pickle.dumps(found))

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
-import pickle
-import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from engine.assets.apart import call_apart
 from engine.errors import EngineError, shape_text
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -68,31 +66,14 @@ def asked(config: Mapping[str, Any]) -> Wanted:
     if "transformers" in sys.modules:
         return _wanted_here(config)
     # Torch and transformers take ten times the memory of a conversion; it is freed when the process ends.
-    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
-    done = subprocess.run(  # -P: no module is taken from the current folder, which may be a checkpoint's
-        [sys.executable, "-P", "-c", "from engine.proving.meta_model import tell; tell()"],
-        input=pickle.dumps(dict(config)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=paths, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        return _wanted_here(config)  # raises the error
-    answer: Wanted | EngineError = pickle.loads(done.stdout)  # from this engine's own process
-    if isinstance(answer, EngineError):
-        raise answer
-    return answer
+    return call_apart(_wanted_apart, dict(config)) or _wanted_here(config)
 
 
-def tell() -> None:
-    """Send the tensors of a configuration's model class to the parent process."""
+def _wanted_apart(config: Mapping[str, Any]) -> Wanted:
     from torch import distributed
 
-    answer, sys.stdout = sys.stdout.buffer, sys.stderr  # what libraries print must not mix with the answer
     distributed.is_available = lambda: False  # saves imports that take a third of the time
-    config = pickle.load(sys.stdin.buffer)
-    try:
-        told: Wanted | EngineError = _wanted_here(config)
-    except EngineError as error:
-        told = error
-    answer.write(pickle.dumps(told))
+    return _wanted_here(config)
 
 
 def _wanted_here(config: Mapping[str, Any]) -> Wanted:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +18,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
+from engine.assets.apart import call_apart
 from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.language.search import find_file
 from engine.planning.wanted import wanted_by_mapping
+from engine.proving import meta_model
 from engine.proving.checks import check_classes
 from engine.proving.meta_model import asked
 from tests.support import shards
@@ -571,18 +571,16 @@ def test_the_process_that_asks_transformers_takes_no_module_from_the_current_fol
 ) -> None:
     """It may be a checkpoint's, and `torch.py` in it would be run."""
     (tmp_path / "torch.py").write_text("print('run')")
-    run, seen = subprocess.run, []
+    called: list[Any] = []
 
-    def instead(command: list[str], **how: Any) -> Any:
-        done = run([*command[:-1], "import sys, importlib.util as u; print(u.find_spec('torch').origin)"], **how)
-        seen.append(done.stdout.decode())
-        return subprocess.CompletedProcess(command, 0, pickle.dumps("told"))
+    def instead(*_: Any) -> Any:
+        called.append(call_apart(eval, "__import__('importlib.util').util.find_spec('torch').origin"))
+        return "told"
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
     monkeypatch.delitem(sys.modules, "transformers")
-    monkeypatch.setattr(subprocess, "run", instead)
-    assert asked({}) == "told" and len(seen) == 1 and str(tmp_path) not in seen[0]
+    monkeypatch.setattr(meta_model, "call_apart", instead)
+    assert asked({}) == "told" and str(tmp_path) not in called[0] and called[0].endswith("__init__.py")
 
 
 @sampled(2)
