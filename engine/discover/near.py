@@ -42,11 +42,7 @@ class Slot:
 
     def instead_of(self, other: Slot) -> bool:
         """Whether the two are never read together: no variant choices make rules of both active."""
-        return all(
-            any(not set(one.when[v]) & set(two.when[v]) for v in one.when.keys() & two.when.keys())
-            for one in self.rules
-            for two in other.rules
-        )
+        return not any(one.together(two) for one in self.rules for two in other.rules)
 
     @property
     def fused(self) -> bool:

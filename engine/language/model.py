@@ -60,6 +60,10 @@ class Rule:
         """Whether `when` holds; a variant that is still open does not exclude the rule."""
         return _holds(self.when, choices)
 
+    def together(self, other: Rule) -> bool:
+        """Whether some variant choices make both rules active."""
+        return all(set(self.when[name]) & set(other.when[name]) for name in self.when.keys() & other.when.keys())
+
     @property
     def changes(self) -> tuple[object, ...]:
         """How it changes values, and when."""

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from engine.errors import EngineError
+from engine.errors import EngineError, rounded
 from engine.language.documents import changed
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -95,14 +95,6 @@ def check_round_trip(
     return check_of(ROUND_TRIP, told, failures)
 
 
-def _in_words(elements: int) -> str:
-    """
-    >>> _in_words(7_737_708_544), _in_words(48_000)
-    ('7.7 billion', '48,000')
-    """
-    return f"{elements / 1e9:.1f} billion" if elements >= 1e9 else f"{elements:,}"
-
-
 def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Check:
     """Check that a release's sizes follow from its configuration, and that both directions are exact at them.
 
@@ -131,7 +123,7 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world
                 failures.append(Failure.of(error, f"{case.label}; {world.label}"))
             ran.append(case.label)
             break
-    told = f"{_in_words(world.elements)} elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    told = f"{rounded(world.elements)} elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
     return check_of(REAL_SIZES, told, failures)
 
 

@@ -134,10 +134,7 @@ def gather(diffs: Sequence[MappingDiff]) -> list[MappingDiff]:
         for one in diffs
         if not one.equal
     )
-    return [
-        replace(first, same_in=tuple(one.name for one in rest))
-        for first, *rest in found.values()
-    ]  # fmt: skip
+    return [replace(first, same_in=tuple(one.name for one in rest)) for first, *rest in found.values()]
 
 
 def _changes(section: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:

@@ -19,7 +19,7 @@ from engine.explaining.describe import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.documents import grouped
 from engine.language.expressions import evaluate
-from engine.language.model import Layout, MappingFile, Rule
+from engine.language.model import Layout, MappingFile
 from engine.language.names import Pattern
 from engine.language.rules import STORED, said
 from engine.planning.boxes import Copy, swap
@@ -65,7 +65,9 @@ def holdings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> dict[str, 
                 usual = plan.grid.mode.files[0].name
                 file = f" in {held[0][1]}" if held[0][1] != usual else ""
                 ranks[key][case.label] = _ranks(held, plan) + file
-    return {"layers": grids, "ranks": {key: _gathered(held) or "in no plan" for key, held in ranks.items()}}
+    alike = {key: grouped((said, grid) for grid, said in held.items()) for key, held in ranks.items()}
+    told = {key: {", ".join(grids): said for said, grids in held.items()} for key, held in alike.items()}
+    return {"layers": grids, "ranks": {key: held or "in no plan" for key, held in told.items()}}
 
 
 def _targets(mapping: MappingFile) -> Iterator[tuple[str, Instance, Pattern, Axes]]:
@@ -99,30 +101,28 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
     if rule.stage is not None:
         told["stage"] = rule.stage
     try:
-        told["shape"] = " → ".join(_by([extent(dim, sizes) for dim in shape.dims]) for shape in (one.axes, axes))
+        shapes = (" × ".join(str(extent(dim, sizes)) for dim in both.dims) or "1" for both in (one.axes, axes))
+        told["shape"] = " → ".join(shapes)
         told["order"] = _order(moves_of(one, sizes).get(target.text, []))
     except KeyError as error:
         told["order"] = f"not known: axis {error} has no size"
-    if len(one.sources) > 1:
-        told["also read as"] = [source.text for source in one.sources[1:]]
-    if one.parts:
-        told["also read in pieces"] = [part.text for part in one.parts]
-    if rule.transform is not None:
-        told["changed"] = change_text(rule)
-    if rule.drop:
-        told["dropped"] = sorted(rule.drop)
-    told |= {"written as zeros": sorted(rule.zeros)} if rule.zeros else {}
-    told |= {"own dtype": True} if rule.keep_dtype else {}
-    told |= {"optional": True} if rule.optional else {}
-    told |= {"tied to": rule.tied_to} if rule.tied_to else {}
-    return told
+    more = {
+        "also read as": [source.text for source in one.sources[1:]],
+        "also read in pieces": [part.text for part in one.parts],
+        "changed": rule.transform and said(rule.transform) + _under(rule.transform_when),
+        "dropped": sorted(rule.drop),
+        "written as zeros": sorted(rule.zeros),
+        "own dtype": rule.keep_dtype,
+        "optional": rule.optional,
+        "tied to": rule.tied_to,
+    }
+    return told | {name: fact for name, fact in more.items() if fact}
 
 
-def change_text(rule: Rule) -> str:
-    """How a rule changes values, and under which choices."""
-    assert rule.transform is not None
-    under = ", ".join(f"{name}={'|'.join(allowed)}" for name, allowed in sorted(rule.transform_when.items()))
-    return f"{said(rule.transform)}{f' ({under})' if under else ''}"
+def _under(when: Mapping[str, Sequence[str]]) -> str:
+    """Choices in parentheses, to append; nothing if there are none."""
+    told = ", ".join(f"{name}={'|'.join(allowed)}" for name, allowed in sorted(when.items()))
+    return f" ({told})" if told else ""
 
 
 def small_cases(layout: Layout) -> list[Case]:
@@ -138,8 +138,7 @@ def small_cases(layout: Layout) -> list[Case]:
 
 def key_of(target: str, source: str, when: Mapping[str, Sequence[str]]) -> str:
     """The name of an entry: `model.norm.weight ← norm.weight`, with choices if it depends on them."""
-    told = ", ".join(f"{name}={'|'.join(allowed)}" for name, allowed in sorted(when.items()))
-    return f"{target} ← {source}" + (f" ({told})" if told else "")
+    return f"{target} ← {source}{_under(when)}"
 
 
 def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], listed: Sequence[Case]) -> Iterator[World]:
@@ -262,16 +261,6 @@ def _stages(plan: Plan) -> str:
     listed = sorted(stages.starts.items(), key=lambda one: one[1])
     told = ((f"{start}:{start + stages.counts[one]}", stages.name(one)) for one, start in listed)
     return ", ".join(layers if alone else f"{layers} at {name}" for layers, name in told)
-
-
-def _gathered(ranks: Mapping[str, str]) -> dict[str, str]:
-    """Merge grids with equal ranks: `grid, grid` → what ranks hold."""
-    alike = grouped((held, grid) for grid, held in ranks.items())
-    return {", ".join(grids): held for held, grids in alike.items()}
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " × ".join(map(str, shape)) or "1"
 
 
 _KEY = re.compile(r"(.*) ← (.*?)(?: \((.*)\))?")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from fnmatch import fnmatchcase
-from itertools import product
+from fnmatch import translate
 
 from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
@@ -68,7 +68,7 @@ def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
     for index, (rule, name) in enumerate(named):
         sample = pattern(name).sample()
         for position, (other, other_name) in enumerate(named):
-            if other is rule or not _together(rule, other) or (name == other_name and position > index):
+            if other is rule or not rule.together(other) or (name == other_name and position > index):
                 continue
             if pattern(other_name).match(sample) is not None:
                 yield Finding(
@@ -76,11 +76,6 @@ def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
                     f"rules `{other.name}` and `{rule.name}` both read `{name}`",
                     f"Give them different `when`, or remove one; the other is at {other.place}.",
                 )
-
-
-def _together(one: Rule, two: Rule) -> bool:
-    """Whether some variant choices make both rules active."""
-    return all(set(one.when[name]) & set(two.when[name]) for name in one.when.keys() & two.when.keys())
 
 
 def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
@@ -143,33 +138,29 @@ def _unused(mapping: MappingFile) -> Iterator[Finding]:
 
 
 def _shadowed(mapping: MappingFile) -> Iterator[Finding]:
-    """L004: rules whose names a pattern of `ignore` or `refuse` takes; tried with sample names."""
-    entries = [e for e in (*mapping.ignore, *mapping.refuse) if e.side == "source"]
-    for rule, entry in product(mapping.rules, entries):
-        names, takes = sorted(spelled_out(rule.sources)), pattern(entry.pattern)
-        taken = [name for name in names if takes.match(pattern(name).sample()) is not None]
-        if taken:
-            told = " and ".join(f"`{name}`" for name in taken)
-            yield Finding(
-                rule.place,
-                f"rule `{rule.name}` never sees {told}: `{entry.pattern}` at {entry.place} takes it",
-                "Narrow the entry, or remove the rule.",
-            )
+    """L004: rules whose names a pattern of `ignore` or `refuse` takes."""
+    for entry in (one for one in (*mapping.ignore, *mapping.refuse) if one.side == "source"):
+        yield from _unseen(mapping, pattern(entry.pattern).regex, f"`{entry.pattern}` at {entry.place}", "entry")
 
 
 def _skipped(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
     """L004: rules whose names `skip_tensors` of the layout takes, with any prefix of it."""
     starts = [pattern(one.prefix).sample() if one.prefix else "" for one in layout.prefixes]
-    for rule, glob in product(mapping.rules, layout.skip_tensors):
-        names = sorted(spelled_out(rule.sources))
-        taken = [name for name in names if any(fnmatchcase(f"{s}{pattern(name).sample()}", glob) for s in starts)]
-        if taken:
-            told = " and ".join(f"`{name}`" for name in taken)
-            yield Finding(
-                rule.place,
-                f"rule `{rule.name}` never sees {told}: `{glob}` in `skip_tensors` of {layout.files[0]} takes it",
-                "Narrow the pattern, or remove the rule.",
-            )
+    for glob in layout.skip_tensors:
+        what = f"`{glob}` in `skip_tensors` of {layout.files[0]}"
+        yield from _unseen(mapping, re.compile(translate(glob)), what, "pattern", starts)
+
+
+def _unseen(
+    mapping: MappingFile, taken: re.Pattern[str], what: str, noun: str, starts: Sequence[str] = ("",)
+) -> Iterator[Finding]:
+    """Rules with names that something else takes; tried with sample names, after any of these starts."""
+    for rule in mapping.rules:
+        samples = {name: pattern(name).sample() for name in sorted(spelled_out(rule.sources))}
+        names = [f"`{name}`" for name, sample in samples.items() if any(taken.fullmatch(s + sample) for s in starts)]
+        if names:
+            told = f"rule `{rule.name}` never sees {' and '.join(names)}: {what} takes it"
+            yield Finding(rule.place, told, f"Narrow the {noun}, or remove the rule.")
 
 
 def _lonely_axes(mapping: MappingFile) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from engine.errors import EngineError, EngineErrors, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import Layout, MappingFile
+from engine.language.model import MappingFile
 from engine.language.search import bundled
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
@@ -26,7 +26,8 @@ def checked(plan: Plan) -> Plan:
     mapping = plan.mapping
     named = _of_its_name(mapping)
     copied = all(one.digest != mapping.digest for one in named)
-    layout = _of_its_kind(plan.layout)
+    path = bundled("mappings") / "layouts" / f"{plan.layout.name}.yaml"
+    layout = load_layout(str(path)) if path.is_file() else None  # the bundled one with its name
     if named and not copied and layout is not None and layout.digest == plan.layout.digest:
         return plan
     from engine.proving.lint import lint  # late, since most runs use bundled mappings
@@ -66,12 +67,6 @@ def _of_its_name(mapping: MappingFile) -> list[MappingFile]:
     """The bundled mappings with a mapping's name: it may be one of them, or an edited copy."""
     paths = (bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families"))
     return [load_mapping(path) for path in paths if path.is_file()]
-
-
-def _of_its_kind(layout: Layout) -> Layout | None:
-    """The bundled layout with a layout's name."""
-    path = bundled("mappings") / "layouts" / f"{layout.name}.yaml"
-    return load_layout(str(path)) if path.is_file() else None
 
 
 def _check_class(plan: Plan) -> None:
