@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from engine.language.loader import load_text
+from engine.language.mapping_file import digest_of
 
 _MAPPING_ORDER = (
     "mapping", "layout", "name", "version", "description", "extends", "remove", "source", "target",
@@ -54,18 +55,7 @@ def format_mapping(text: str, name: str = "text.yaml") -> str:
     if any(c in text for c in "\r\x85\u2028\u2029"):
         return text  # line breaks for YAML but not for editors: positions would be wrong
     after = _format(text)
-    return after if _same(load_text(after).data, before.data) else text
-
-
-def _same(left: Any, right: Any, key: str = "") -> bool:
-    """Equal data of equal types, with the choices of a variant in the same order."""
-    if isinstance(left, dict) and isinstance(right, dict):
-        if left.keys() != right.keys() or (key == "choices" and list(left) != list(right)):
-            return False
-        return all(_same(value, right[k], str(k)) for k, value in left.items())
-    if isinstance(left, list) and isinstance(right, list):
-        return len(left) == len(right) and all(map(_same, left, right))
-    return type(left) is type(right) and left == right
+    return after if digest_of(load_text(after).data) == digest_of(before.data) else text
 
 
 def _format(text: str) -> str:
