@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from engine.errors import first_of
-from engine.language.documents import same
+from engine.language.documents import changed
 from engine.planning.config_keys import shown
 
 Grade = Literal["function", "cast", "told"]  # changes the result; only its precision; neither
@@ -66,26 +66,11 @@ def effect_of(key: str, *, scaled: bool = False, own: frozenset[str] | None = No
 
 
 def differing(
-    part: str,
-    ours: Mapping[str, Any],
-    theirs: Mapping[str, Any],
-    said: Any,
-    *,
-    defaults: Mapping[str, Any] | None = None,
+    part: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], said: Callable[[str], tuple[str, Grade]]
 ) -> list[Difference]:
-    """A difference for each key whose values differ.
-
-    Args:
-        said: takes a key, returns the effect of another value and its grade.
-        defaults: the values of absent keys.
-    """
-    found = []
-    for key in sorted(ours.keys() | theirs.keys()):
-        one, two = ((defaults or {}).get(key) if key not in side else side[key] for side in (ours, theirs))
-        if not same(one, two):
-            effect, grade = said(key)
-            found.append(Difference(part, key, worded(one), worded(two), effect, grade))
-    return found
+    """A difference for each key whose values differ; `said` takes a key, returns the effect and its grade."""
+    unlike = sorted(changed(ours, theirs))  # by key
+    return [Difference(part, key, worded(one), worded(two), *said(key)) for key, one, two in unlike]
 
 
 def worded(value: Any) -> str:

@@ -185,7 +185,7 @@ def _generations(
     if same(here, there) or (ours is None and theirs is None):
         return []
     defaults = default_generation()
-    return differing("generation", here, there, _generating, defaults=defaults)
+    return differing("generation", {**defaults, **here}, {**defaults, **there}, _generating)
 
 
 def _generating(key: str) -> tuple[str, Grade]:

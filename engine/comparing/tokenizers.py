@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.ready_ids import check_prefix, panics_caught
-from engine.comparing.effects import Difference, both, keys_of
+from engine.comparing.effects import Difference, Grade, both, differing, keys_of
 from engine.comparing.texts import MODELS, Files, named_texts, texts, unlike_merges
 from engine.oracle.load_model import quiet
 from engine.planning.config_keys import shown
@@ -209,8 +209,8 @@ def _tokenizers(one: Tokenizer, two: Tokenizer, others: Sequence[str]) -> Iterat
         sizes = both(lambda side: f"{len(side.vocabulary):,} tokens", one, two)
         yield Difference("tokenizer", "the vocabulary", *sizes, "some ids exist on one side only")
     yield from _vocabularies(one, two)
-    for setting in _set_otherwise(one.named, two.named):
-        yield Difference("tokenizer", *setting, "text begins, ends or is padded with a different token")
+    token: tuple[str, Grade] = ("text begins, ends or is padded with a different token", "function")
+    yield from differing("tokenizer", one.named, two.named, lambda _: token)
     special = [str(name) for side in (one, two) for value in (*side.named.values(), list(side.added))
                for name in (value if isinstance(value, list) else [value]) if name]  # fmt: skip
     with_special = [True, False] if one.whole and two.whole else [False]
@@ -236,11 +236,13 @@ def _tokenizers(one: Tokenizer, two: Tokenizer, others: Sequence[str]) -> Iterat
         if kind == "text from ids":
             told = shown(one.decode(here)[:40]), shown(two.decode(there)[:40])
         yield Difference("tokenizer", what, *told, _EFFECTS[kind])
-    for name, ours, theirs in _set_otherwise(one.other, two.other):
-        if name == "model_max_length":
-            yield Difference("tokenizer", name, ours, theirs, "only a warning for long text changes", "told")
-        else:
-            yield Difference("tokenizer", name, ours, theirs, "batches or texts are assembled differently")
+    yield from differing("tokenizer", one.other, two.other, _setting)
+
+
+def _setting(name: str) -> tuple[str, Grade]:
+    if name == "model_max_length":
+        return "only a warning for long text changes", "told"
+    return "batches or texts are assembled differently", "function"
 
 
 _EFFECTS = {
@@ -248,10 +250,3 @@ _EFFECTS = {
     "ids with special tokens": "special tokens are added to text differently",
     "text from ids": "generated text is decoded differently",
 }
-
-
-def _set_otherwise(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Settings whose values differ, and both values in words."""
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            yield name, shown(ours.get(name)), shown(theirs.get(name))
