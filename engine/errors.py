@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -39,20 +39,19 @@ def visible(text: str, keep: str = "") -> str:
     >>> visible("two\\nlines"), visible("\\x1b[31mred\\u202e"), visible("http://me:secret@host/a")
     ('two\\\\nlines', '\\\\x1b[31mred\\\\u202e', 'http://***@host/a')
     """
-    text = _SECRET.sub("***@", text)
-    if text.isprintable():
-        return text
-    hidden = [c for c in set(text) if not _shows(c) and c not in keep]
-    return text.translate({ord(c): c.encode("unicode_escape").decode() for c in hidden})
+    return _escaped(text, keep, lambda c: c.encode("unicode_escape").decode())
 
 
 def escaped_json(text: str) -> str:
     """JSON with all invisible characters as JSON escapes; the same data, except that passwords are masked."""
+    return _escaped(text, "\n", lambda c: json.dumps(c)[1:-1].replace("\x7f", "\\u007f"))
+
+
+def _escaped(text: str, keep: str, escape: Callable[[str], str]) -> str:
     text = _SECRET.sub("***@", text)
     if text.isprintable():
         return text
-    hidden = [c for c in set(text) if not _shows(c) and c != "\n"]
-    return text.translate({ord(c): json.dumps(c)[1:-1].replace("\x7f", "\\u007f") for c in hidden})
+    return text.translate({ord(c): escape(c) for c in set(text) if not _shows(c) and c not in keep})
 
 
 def _shows(c: str) -> bool:
@@ -215,7 +214,7 @@ class EngineError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle all attributes, so that another process can pass the error on."""
-        return _again, (type(self), self.__dict__)
+        return type(self).__new__, (type(self), self.message), self.__dict__
 
     def as_dict(self) -> dict[str, object]:
         """The same as data, for `--json`."""
@@ -225,12 +224,6 @@ class EngineError(Exception):
             "place": None if self.place is None else self.place.as_dict(),
             **{name: (told := getattr(self, name)) and _lines(told) for name in ("got", "expected", "fix")},
         }
-
-
-def _again(kind: type[EngineError], state: dict[str, Any]) -> EngineError:
-    made = kind.__new__(kind, state["message"])
-    made.__dict__.update(state)
-    return made
 
 
 class EngineErrors(EngineError):

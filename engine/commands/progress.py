@@ -82,14 +82,10 @@ def progress(*, show: bool, doing: str = "planning", also: Listener | None = Non
         yield _both(plain_progress(lambda line: say(line, err=True)), also)
 
 
-def _both(one: Listener, other: Listener | None) -> Listener:
-    if other is None:
-        return one
-    second = other
-
+def _both(*listeners: Listener | None) -> Listener:
     def listen(state: Progress) -> None:
-        one(state)
-        second(state)
+        for one in filter(None, listeners):
+            one(state)
 
     return listen
 
