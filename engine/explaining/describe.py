@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import span
-from engine.language.documents import grouped
+from engine.language.documents import even_runs, grouped
 from engine.language.names import is_number, pattern
 from engine.planning.boxes import Copy
 from engine.planning.model import Plan
@@ -133,11 +133,20 @@ def copy_texts(copies: Sequence[Copy], labels: Sequence[Label], names: Sequence[
     >>> copy_texts([row, Copy(1, 0, 0, 8, (4, 8), (8, 1), (16, 1))], [(("tp", 0),), (("tp", 1),)], ["a", "a"])
     ['tp0…1 @0 → @0+8i: 4 (8→16) × 8 (1→1)']
     """
+
+    def step(index: int) -> tuple[object, ...] | None:
+        a, b = copies[index], copies[index + 1]
+        alike = all(getattr(a, name) == getattr(b, name) for name in ("shape", "source_strides", "target_strides"))
+        if not alike or names[a.source] != names[b.source]:
+            return None
+        moved = tuple(y - x for (_, x), (_, y) in zip(labels[a.source], labels[b.source], strict=True))
+        if sorted(moved)[-1:] not in ([], [0], [1]) or sum(map(abs, moved)) > 1:
+            return None
+        return moved, b.source_offset - a.source_offset, b.target_offset - a.target_offset
+
     several = len(set(names)) > 1
     result: list[str] = []
-    start = 0
-    while start < len(copies):
-        end = _run(copies, labels, names, start)
+    for start, end in even_runs(len(copies), step):
         first, last = copies[start], copies[end - 1]
         count = end - start
         label = " ".join(
@@ -152,33 +161,7 @@ def copy_texts(copies: Sequence[Copy], labels: Sequence[Label], names: Sequence[
         told.append(" × ".join(f"{size} ({a}→{b})" for size, a, b in shape) or "1 element")
         same = all(labels[c.source] == labels[first.source] for c in copies[start:end])
         result.append(" ".join(told) + (f", {count} times" if count > 1 and same else ""))
-        start = end
     return result
-
-
-def _run(copies: Sequence[Copy], labels: Sequence[Label], names: Sequence[str], start: int) -> int:
-    """The end of the longest run of copies from `start` on that differ by equal steps."""
-
-    def step(index: int) -> tuple[object, ...] | None:
-        a, b = copies[index], copies[index + 1]
-        if (a.shape, a.source_strides, a.target_strides, names[a.source]) != (
-            b.shape, b.source_strides, b.target_strides, names[b.source]
-        ):  # fmt: skip
-            return None
-        moved = tuple(y - x for (_, x), (_, y) in zip(labels[a.source], labels[b.source], strict=True))
-        if sorted(moved)[-1:] not in ([], [0], [1]) or sum(map(abs, moved)) > 1:
-            return None
-        return moved, b.source_offset - a.source_offset, b.target_offset - a.target_offset
-
-    if start + 1 >= len(copies):
-        return start + 1
-    wanted = step(start)
-    if wanted is None:
-        return start + 1
-    end = start + 2
-    while end < len(copies) and step(end - 1) == wanted:
-        end += 1
-    return end
 
 
 def _offsets(first: int, last: int, count: int) -> str:

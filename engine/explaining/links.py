@@ -13,7 +13,7 @@ from math import prod
 
 from engine.formats.headers import ITEM_SIZES, TensorHeader
 from engine.language.axes import Axes
-from engine.language.documents import grouped
+from engine.language.documents import even_runs, grouped
 from engine.planning.boxes import Box, Interval, Region, common, regions
 from engine.planning.groups import Group
 from engine.planning.pieces import Key
@@ -71,6 +71,13 @@ class Lattice:
         return len(flat) // (flat.steps[-1][1] if flat.steps and flat.steps[-1][0] == 1 else 1)
 
 
+def joined(lattices: Sequence[Lattice], strides: Sequence[int]) -> Lattice:
+    """The positions along several dimensions as positions of one, by the strides of the dimensions in it."""
+    both = list(zip(lattices, strides, strict=True))
+    steps = ((stride * step, size) for one, stride in both for step, size in one.steps)
+    return Lattice(sum(stride * one.start for one, stride in both), tuple(steps))
+
+
 def join_lattices(lattices: Sequence[Lattice], keep: int) -> tuple[list[tuple[int, int]], int]:
     """The first runs of all lattices together, and the number of runs."""
     total = sum(one.run_count() for one in lattices)
@@ -109,30 +116,15 @@ def words(positions: Sequence[int]) -> str:
     >>> words(range(8)), words([5]), words([0, 2, 4, 6, 8]), words([0, 2, 4, 6, 1, 3, 5, 7])
     ('0…7', '5', '0, 2, 4, … 8', '0, 2, 4, 6, then 1, 3, 5, 7')
     """
-    parts: list[tuple[int, int, int]] = []  # first, step, count
-    at = 0
-    while at < len(positions):
-        step = positions[at + 1] - positions[at] if at + 1 < len(positions) else 1
-        end = at + 1
-        while end < len(positions) and positions[end] - positions[end - 1] == step:
-            end += 1
-        parts.append((positions[at], step, end - at))
-        at = end
-    told = [_progression(*part) for part in parts]
-    if len(told) > 4:
-        told = [*told[:3], f"… (altogether {len(parts)} stretches)"]
-    return ", then ".join(told)
+    stretches = even_runs(len(positions), lambda at: positions[at + 1] - positions[at])
+    told = [_progression(positions[start:end]) for start, end in stretches]
+    return ", then ".join(told if len(told) <= 4 else [*told[:3], f"… (altogether {len(told)} stretches)"])
 
 
-def _progression(first: int, step: int, count: int) -> str:
-    last = first + step * (count - 1)
-    if count == 1:
-        return str(first)
-    if step == 1:
-        return f"{first}…{last}"
-    if count <= 4:
-        return ", ".join(str(first + step * i) for i in range(count))
-    return f"{first}, {first + step}, {first + 2 * step}, … {last}"
+def _progression(some: Sequence[int]) -> str:
+    if len(some) > 1 and some[1] - some[0] == 1:
+        return f"{some[0]}…{some[-1]}"
+    return ", ".join(map(str, some)) if len(some) <= 4 else f"{some[0]}, {some[1]}, {some[2]}, … {some[-1]}"
 
 
 Window = Sequence[Interval]  # an interval of positions per storage dimension
@@ -182,12 +174,7 @@ class Link:
 
     def source_elements(self, header: TensorHeader) -> Lattice:
         """Element addresses in the stored tensor's storage, relative to its first element."""
-        start, steps = 0, []
-        for dim, stride in enumerate(header.strides):
-            lattice = self.source.positions(dim, self.box)
-            start += stride * lattice.start
-            steps += [(stride * step, size) for step, size in lattice.steps]
-        return Lattice(start, tuple(steps))
+        return joined([self.source.positions(dim, self.box) for dim in range(len(header.strides))], header.strides)
 
 
 def links(sources: Sequence[Spot], targets: Sequence[Spot]) -> Iterator[Link]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -221,6 +221,25 @@ def portions(items: Iterable[tuple[V, int]], most: int | None, count: int | None
         total += size
     if held:
         yield held
+
+
+def even_runs(count: int, step: Callable[[int], object]) -> Iterator[tuple[int, int]]:
+    """The longest stretches (start, end) of items that differ by equal steps.
+
+    Args:
+        step: how the item after this one differs from it; None: such two are in no stretch together.
+
+    >>> numbers = [1, 2, 3, 7, 9]
+    >>> list(even_runs(5, lambda at: numbers[at + 1] - numbers[at]))
+    [(0, 3), (3, 5)]
+    """
+    start = 0
+    while start < count:
+        first, end = step(start) if start + 1 < count else None, start + 1
+        while first is not None and end < count and step(end - 1) == first:
+            end += 1
+        yield start, end
+        start = end
 
 
 def plain(data: Any) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 from engine.errors import span
 from engine.explaining.describe import leaf
-from engine.explaining.links import Lattice, Link, Spot, links, spots
+from engine.explaining.links import Lattice, Link, Spot, joined, links, spots
 from engine.explaining.words import cut_sentence, index_texts, shard_words
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import ITEM_SIZES, dense_strides
 from engine.language.documents import grouped
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group
@@ -183,17 +183,8 @@ def flat_shape(shape: Sequence[int]) -> tuple[int, int]:
 
 
 def _boxes(number: int, spot: Spot, link: Link, shape: Sequence[int]) -> list[Box]:
-    if len(shape) == 1:
-        rows, columns = spot.positions(0, link.box), Lattice(0)
-    else:
-        columns = spot.positions(len(shape) - 1, link.box)
-        start, steps, factor = 0, list[tuple[int, int]](), 1
-        for dim in range(len(shape) - 2, -1, -1):
-            one = spot.positions(dim, link.box)
-            start += factor * one.start
-            steps += [(factor * stride, size) for stride, size in one.steps]
-            factor *= shape[dim]
-        rows = Lattice(start, tuple(steps))
+    *outer, columns = (spot.positions(dim, link.box) for dim in range(len(shape)))
+    rows, columns = (joined(outer, dense_strides(shape[:-1])), columns) if outer else (columns, Lattice(0))
     (across, woven), (down, also) = coarse(columns, MOST_RUNS), coarse(rows, MOST_RUNS)
     return [Box(number, row, column, woven or also) for row in down for column in across]
 
