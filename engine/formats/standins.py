@@ -256,6 +256,8 @@ _KNOWN: dict[tuple[str, str], Any] = {
     # As Ascend's torch before 2.1 saves a tensor, from a copy in host memory; the last argument is for the device.
     ("torch_npu.utils.storage", "_rebuild_npu_tensor"): Function(lambda *given: _rebuild_tensor(*given[:-1])),
     ("torch", "Size"): Function(lambda value=(): int_list(value)),
+    # Core 0.15's has data of its own beside torch's.
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): PlainClass("Metadata"),
     ("torch.storage", "UntypedStorage"): StorageType(None),
     ("torch", "UntypedStorage"): StorageType(None),
     ("torch", "Tensor"): OtherClass("torch.Tensor"),

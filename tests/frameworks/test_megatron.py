@@ -83,6 +83,12 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
 
 
+def test_a_directory_of_the_class_that_core_0_15_derives_from_torchs_is_read(tmp_path: Path) -> None:
+    assert b"MCoreMetadata" in (source_of(MEGATRON / "td15_t1") / ".metadata").read_bytes()
+    convert("td15_t1", tmp_path / "out")
+    assert logits_off(tmp_path / "out", MEGATRON / "td15_t1" / "oracle.pt") < 1e-4
+
+
 def test_layers_that_tensors_stack_are_all_in_the_one_stage() -> None:
     name = "dist-tp2pp2"
     plan = engine.plan("megatron-llama", source_of(MEGATRON / name), config=MEGATRON / name / "hf_config.json")

@@ -21,6 +21,7 @@ FAMILIES = {
     "leg_p2_uneven": "megatron-llama",
     "leg_t2_distopt": "megatron-llama",
     "leg_t4_g2": "megatron-llama",
+    "td15_t1": "megatron-llama",
     "td19_t2": "megatron-llama",
     "torch-ep2-moe": "megatron-mixtral",
     "torch-p2-layout": "megatron-llama",
