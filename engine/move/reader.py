@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from itertools import chain
 
 from engine.formats.headers import ITEM_SIZES, span
 from engine.language.documents import grouped, portions
@@ -18,6 +19,9 @@ from engine.storage.coalesce import GAP, Range
 from engine.storage.sources import SourceFiles
 
 _Run = tuple[int, int, int, int]  # begin and end of a byte range of an output, a file, and the offset there
+_LONG = 32 << 10  # bytes: shorter runs are gathered in blocks
+_WORTH = 4  # a block is computed whole if at least a quarter of it is wanted
+_KEPT = 8  # outputs whose blocks are cached
 
 
 class Reader:
@@ -27,8 +31,8 @@ class Reader:
         self._plan, self._files = plan, files
         self._gatherer, self._converter = Gatherer(files, plan.sources), Converter()
         self._last: tuple[int, Block | None, memoryview] = (-1, None, memoryview(b""))  # the last result of `convert`
-        self._runs: OrderedDict[int, list[_Run]] = OrderedDict()
-        self._known: OrderedDict[int, tuple[Sequence[Copy], list[Block], list[int]]] = OrderedDict()
+        self._runs_of = lru_cache(_KEPT)(partial(_long_runs, plan))
+        self._blocks_of = lru_cache(_KEPT)(partial(_listed_blocks, plan))
 
     def convert(self, output: Output, block: Block) -> memoryview:
         """The bytes of one block as they are written, valid until the next call."""
@@ -45,21 +49,13 @@ class Reader:
             The output, a byte offset in it, and bytes that are valid until the next step. An empty output yields
             nothing.
         """
-        if not self._files.block:
-            for index, start in wanted:
-                output = self._plan.outputs[index]
-                item = ITEM_SIZES[output.dtype]
-                for block in output_blocks(output, self._plan.copies(index)):
-                    if block.high * item > start:
-                        skip = max(start - block.low * item, 0)
-                        yield index, block.low * item + skip, self.convert(output, block)[skip:]
-            return
-        for held in self._files.ahead(windows(self._plan, wanted, self._files.block)):
-            for index, start, block in held:
-                output = self._plan.outputs[index]
-                at = block.low * ITEM_SIZES[output.dtype]
-                skip = max(start - at, 0)
-                yield index, at + skip, self.convert(output, block)[skip:]
+        window = self._files.block
+        held = chain.from_iterable(self._files.ahead(windows(self._plan, wanted, window))) if window else None
+        for index, start, block in held or _wanted_blocks(self._plan, wanted):
+            output = self._plan.outputs[index]
+            at = block.low * ITEM_SIZES[output.dtype]
+            skip = max(start - at, 0)
+            yield index, at + skip, self.convert(output, block)[skip:]
 
     def blocks(self, index: int, start: int = 0) -> Iterator[tuple[int, memoryview]]:
         """All bytes of an output from `start` on, in order: (byte offset, bytes that are valid until the next step)."""
@@ -86,8 +82,9 @@ class Reader:
         low, high = start // (item * row) * row, -(-stop // (item * row)) * row
         blocks: Iterable[Block] = self._covering(index, low, high)
         if self._files.block:
-            blocks = list(blocks)
-            (blocks,) = self._files.ahead([(blocks, needed(self._plan, index, blocks))])
+            blocks, needs = list(blocks), _Needs(self._plan)
+            ranges = grouped(one for block in blocks for one in needs.of(index, block))
+            (blocks,) = self._files.ahead([(blocks, ranges)])
         for block in blocks:
             at = block.low * item
             if self._last[:2] != (index, block):  # the next read often continues in the same block
@@ -95,27 +92,6 @@ class Reader:
             data = self._last[2][max(start - at, 0) : stop - at]
             to = max(at - start, 0)
             target[to : to + len(data)] = data
-
-    def _runs_of(self, index: int) -> list[_Run]:
-        """The long runs of an output, if it consists only of long runs; else empty. Cached as blocks are.
-
-        They are read directly into the caller's buffer, without a block in between.
-        """
-        found = self._runs.get(index)
-        if found is None:
-            output, sources = self._plan.outputs[index], self._plan.sources
-            copies = self._plan.copies(index) if output.unchanged else []
-            item = ITEM_SIZES[output.dtype]
-            listed = [long_rows(copy, _LONG // item) for copy in copies]
-            found = self._runs[index] = sorted(
-                (to := (copy.target_offset + inner) * item, to + length * item, sources[copy.source].file,
-                 sources[copy.source].header.offset + (copy.source_offset + outer) * item)
-                for copy, held in zip(copies, listed, strict=True)
-                for outer, inner, length in held
-            ) if all(listed) else []  # fmt: skip
-            while len(self._runs) > _KEPT:
-                self._runs.popitem(last=False)
-        return found
 
     def _read_runs(self, runs: list[_Run], start: int, target: memoryview) -> None:
         stop = start + len(target)
@@ -136,25 +112,40 @@ class Reader:
             yield block_of(copies, low, end) if least else whole
             low, at = end, at + 1
 
-    def _blocks_of(self, index: int) -> tuple[Sequence[Copy], list[Block], list[int]]:
-        """The copies of an output, its blocks, and where each ends; cached for the last few outputs."""
-        found = self._known.get(index)
-        if found is None:
-            copies = self._plan.copies(index)
-            blocks = list(output_blocks(self._plan.outputs[index], copies))
-            found = self._known[index] = copies, blocks, [block.high for block in blocks]
-            while len(self._known) > _KEPT:
-                self._known.popitem(last=False)
-        return found
+
+def _long_runs(plan: Work, index: int) -> list[_Run]:
+    """The long runs of an output, if it consists only of long runs; else empty.
+
+    They are read directly into the caller's buffer, without a block in between.
+    """
+    output, sources = plan.outputs[index], plan.sources
+    copies = plan.copies(index) if output.unchanged else []
+    item = ITEM_SIZES[output.dtype]
+    listed = [long_rows(copy, _LONG // item) for copy in copies]
+    return sorted(
+        (to := (copy.target_offset + inner) * item, to + length * item, sources[copy.source].file,
+         sources[copy.source].header.offset + (copy.source_offset + outer) * item)
+        for copy, held in zip(copies, listed, strict=True)
+        for outer, inner, length in held
+    ) if all(listed) else []  # fmt: skip
 
 
-_LONG = 32 << 10  # bytes: shorter runs are gathered in blocks
-_WORTH = 4  # a block is computed whole if at least a quarter of it is wanted
-_KEPT = 8  # outputs whose blocks are cached
+def _listed_blocks(plan: Work, index: int) -> tuple[Sequence[Copy], list[Block], list[int]]:
+    """The copies of an output, its blocks, and where each ends."""
+    copies = plan.copies(index)
+    blocks = list(output_blocks(plan.outputs[index], copies))
+    return copies, blocks, [block.high for block in blocks]
 
 
-# Blocks whose sources are fetched together before they are moved.
 Wanted = tuple[int, int, Block]  # an output, the byte offset to start from, and one of its blocks
+
+
+def _wanted_blocks(plan: Work, wanted: Iterable[tuple[int, int]]) -> Iterator[Wanted]:
+    """The blocks of outputs, each from a byte offset on."""
+    for index, start in wanted:
+        item = ITEM_SIZES[plan.outputs[index].dtype]
+        blocks = output_blocks(plan.outputs[index], plan.copies(index))
+        yield from ((index, start, block) for block in blocks if block.high * item > start)
 
 
 def windows(
@@ -168,23 +159,16 @@ def windows(
     needs = _Needs(plan)
 
     def listed() -> Iterator[tuple[tuple[Wanted, list[tuple[int, Range]]], int]]:
-        for index, start in wanted:
-            output = plan.outputs[index]
-            item = ITEM_SIZES[output.dtype]
-            for block in output_blocks(output, plan.copies(index)):
-                if block.high * item > start:
-                    found = needs.of(index, block)
-                    read = sum(end - begin for _, (begin, end) in found)
-                    yield ((index, start, block), found), max(read, (block.high - block.low) * item)
+        for index, start, block in _wanted_blocks(plan, wanted):
+            found = needs.of(index, block)
+            read = sum(end - begin for _, (begin, end) in found)
+            yield (
+                ((index, start, block), found),
+                max(read, (block.high - block.low) * ITEM_SIZES[plan.outputs[index].dtype]),
+            )
 
     for held in portions(listed(), nbytes):
         yield [block for block, _ in held], grouped(one for _, found in held for one in found)
-
-
-def needed(plan: Work, index: int, blocks: Iterable[Block]) -> dict[int, list[Range]]:
-    """The byte ranges of each file from which blocks of an output are gathered."""
-    needs = _Needs(plan)
-    return grouped(one for block in blocks for one in needs.of(index, block))
 
 
 class _Needs:

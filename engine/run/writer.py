@@ -249,7 +249,7 @@ class Writer:
         moved = 0
         for copy in copies:
             source = self._plan.sources[copy.source]
-            descriptor = files.descriptor(source.file)
+            descriptor = files.opened(source.file).descriptor
             if descriptor is None:
                 return False
             begin = source.header.offset + copy.source_offset * item

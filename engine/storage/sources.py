@@ -28,13 +28,17 @@ class IndexedFile(Protocol):
 
 
 class SourceFiles(AbstractContextManager["SourceFiles"]):
-    """The files of one plan. Not shared between threads."""
+    """The files of one plan. Not shared between threads.
+
+    Attributes:
+        block: bytes that are worth reading ahead at once; 0 if reading needs no request.
+    """
 
     def __init__(self, files: Sequence[IndexedFile], users: int = 1) -> None:
         """Args: users: how many threads read these files at the same time, each with its own `SourceFiles`."""
         self._files = files
         self._open: OrderedDict[int, Ranges] = OrderedDict()
-        self._block = share(max((header.file.store.block for header in files), default=0), users)
+        self.block = share(max((header.file.store.block for header in files), default=0), users)
         self._holding: set[int] = set()
 
     def __exit__(self, *_: object) -> None:
@@ -48,20 +52,11 @@ class SourceFiles(AbstractContextManager["SourceFiles"]):
         if found is not None:
             self._open.move_to_end(file)
             return found
-        if len(self._open) >= _OPEN_FILES and not self._block:  # objects need no descriptor, and hold fetched bytes
+        if len(self._open) >= _OPEN_FILES and not self.block:  # objects need no descriptor, and hold fetched bytes
             self._open.popitem(last=False)[1].close()
         header = self._files[file]
         found = self._open[file] = header.file.store.ranges(header.file.name, header.state)
         return found
-
-    def descriptor(self, file: int) -> int | None:
-        """The descriptor of an open local file; errors as for `opened`."""
-        return self.opened(file).descriptor
-
-    @property
-    def block(self) -> int:
-        """Bytes that are worth reading ahead at once; 0 if reading needs no request."""
-        return self._block
 
     def ahead(self, items: Iterable[tuple[T, Mapping[int, Sequence[Range]]]]) -> Iterator[T]:
         """Yield items in order, each once its bytes have been fetched, while those of the next are being fetched.
@@ -72,7 +67,7 @@ class SourceFiles(AbstractContextManager["SourceFiles"]):
         coming: deque[tuple[T, Mapping[int, Fetched]]] = deque()
         for item, ranges in items:
             self._let_go()
-            wanted = ranges if self._block else {}
+            wanted = ranges if self.block else {}
             coming.append((item, {file: self.opened(file).fetch(join(r)) for file, r in wanted.items()}))
             if len(coming) > AHEAD:
                 yield self._hold(*coming.popleft())
