@@ -77,17 +77,17 @@ class TorchFile:
         return at + len(data)
 
     def start(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of every header, and of members other than tensors."""
+        """Every header, and members other than tensors."""
         return [(member.header, _local(member) + (member.data or b"")) for member in self.members]
 
     def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of the record after a tensor's payload, given its CRC-32."""
+        """The record after a tensor's payload."""
         member = self.tensors[tensor]
         kind = _RECORD if member.record == _RECORD.size else _RECORD64
         return [(member.payload + member.size, kind.pack(b"PK\x07\x08", checksum, member.size, member.size))]
 
     def finish(self, checksums: Sequence[int]) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of the directory, given the CRC-32 of each tensor."""
+        """The directory."""
         left = iter(checksums)
         central = [_central(m, next(left) if m.data is None else zlib.crc32(m.data)) for m in self.members]
         directory = b"".join(central)
@@ -204,12 +204,11 @@ class DcpFile:
         return tuple(at + entry.offsets[0] for at, entry in zip(self.starts, self.entries, strict=True))
 
     def start(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of what comes before the payload of each entry."""
         both = zip(self.starts, self.entries, strict=True)
         return [(base + at, data) for base, entry in both for at, data in entry.start()]
 
     def after(self, tensor: int, checksum: int) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of the rest of an entry, given the CRC-32 of its tensor."""
+        """The rest of an entry."""
         base, entry = self.starts[tensor], self.entries[tensor]
         return [(base + at, data) for at, data in (*entry.after(0, checksum), *entry.finish((checksum,)))]
 

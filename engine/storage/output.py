@@ -66,7 +66,7 @@ class OutputFolder:
         self.partial = self.final.with_name(f".{self.final.name}.partial-{work[:8]}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes to be written: entering raises E403 if there is no room for them
-        self._held = ExitStack()
+        self._held = ExitStack()  # what is let go of at the end
         _check_apart(self.final, source, read)
         self._check_free()
 
@@ -93,7 +93,6 @@ class OutputFolder:
             )
 
     def buffer(self, files: int) -> int:
-        """As for `Target`."""
         return LocalStore(self.partial).buffer(files)
 
     @property
@@ -129,13 +128,13 @@ class OutputFolder:
             self.partial.chmod(mode)
 
     def __enter__(self) -> Target:
-        try:
-            missing = [p for p in self.final.parents if not os.path.lexists(p)]
-            self._held.callback(remove_empty, missing)
-            for folder in reversed(missing):  # mkdir(parents=True) recurses for each
-                folder.mkdir(exist_ok=True)
-            lock = self._held.enter_context(OutputLock(self.final))
+        with ExitStack() as held:
             try:
+                missing = [p for p in self.final.parents if not os.path.lexists(p)]
+                held.callback(remove_empty, missing)
+                for folder in reversed(missing):  # mkdir(parents=True) recurses for each
+                    folder.mkdir(exist_ok=True)
+                lock = held.enter_context(OutputLock(self.final))
                 found = _put_back(self.final)
                 self._check_free()  # a run that held the lock may just have finished
                 if self._resume and not self._shared:
@@ -148,12 +147,9 @@ class OutputFolder:
                 self._check_room()
                 self.partial.mkdir(exist_ok=self._resume or self._shared)
                 self._let_in_as_before()
-            except BaseException:
-                self._held.close()
-                raise
-        except OSError as error:
-            self._held.close()
-            raise write_error(self.partial, error) from error
+            except OSError as error:
+                raise write_error(self.partial, error) from error
+            self._held = held.pop_all()
         return LocalStore(self.partial)
 
     def _check_room(self) -> None:

@@ -102,16 +102,14 @@ class SinkFiles(Sinks):
         os.ftruncate(descriptor, size)
 
     def complete(self, file: int) -> None:
-        """Start flushing a file to stable storage, so that `sync` need not wait long."""
+        """Start flushing it, so that `sync` need not wait long."""
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self, file: int) -> None:
-        """Flush a file to stable storage."""
         os.fsync(self._descriptor(file))
 
     def read(self, file: int, offset: int, nbytes: int) -> Iterator[memoryview]:
-        """The bytes written, in blocks that are valid until the next one; OSError when the file is shorter."""
         buffer = memoryview(bytearray(min(nbytes, 1 << 20)))
         descriptor = self._descriptor(file)
         while nbytes:
@@ -123,11 +121,7 @@ class SinkFiles(Sinks):
             nbytes -= count
 
     def copy(self, file: int, offset: int, source: int, start: int, nbytes: int) -> int:
-        """Have the system copy bytes from another open file; some file systems share them instead.
-
-        Returns:
-            How many bytes it copied: 0 where it cannot, for whatever reason.
-        """
+        """Some file systems share the bytes instead."""
         copy_range = getattr(os, "copy_file_range", None)  # Linux only
         if copy_range is None:
             return 0
@@ -138,7 +132,6 @@ class SinkFiles(Sinks):
         return moved
 
     def write(self, file: int, offset: int, parts: Sequence[bytes | memoryview]) -> None:
-        """Write buffers one after the other at a byte offset; passes on the system's OSError."""
         descriptor = self._descriptor(file)
         left: Sequence[bytes | memoryview] = parts
         nbytes = sum(len(part) for part in parts)

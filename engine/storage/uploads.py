@@ -129,7 +129,6 @@ class Uploads:
             return set()
 
     def buffer(self, files: int) -> int:
-        """As for `Target`."""
         return buffer_of(share(self._store.block, files))
 
     @property
