@@ -89,7 +89,8 @@ def read_headers(
         case "whole":
             headers = (read_safetensors(File(folder, name)) for name in names)
         case _:
-            headers = _torch(folder, names, [pattern(text).regex for text in mode.state] if mode else [], says)
+            load, state = Pickles(_KEPT), [pattern(text).regex for text in mode.state] if mode else []
+            headers = side_by_side(lambda name: read_rank_file(File(folder, name), load, state, says), names)
             headers = (replace(one, left=tuple(n for n in one.left if wanted(f"{n}."))) for one in headers)
     return _unwrapped(tuple(header.only(wanted) for header in headers), wrappers)
 
@@ -114,14 +115,6 @@ def _unwrapped(headers: tuple[FileHeader, ...], wrappers: Sequence[str]) -> tupl
         replace(header, tensors=tuple(replace(one, name=plain[one.name]) for one in header.tensors))
         for header in headers
     )
-
-
-def _torch(
-    folder: Store, names: Sequence[str], state: list[re.Pattern[str]], says: Sequence[str]
-) -> Iterator[FileHeader]:
-    """Files that torch saved, a few at a time."""
-    load = Pickles(_KEPT)
-    yield from side_by_side(lambda name: read_rank_file(File(folder, name), load, state, says), names)
 
 
 def side_by_side(read: Callable[[str], FileHeader], names: Sequence[str]) -> Iterator[FileHeader]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, span
-from engine.language.documents import tree_of
+from engine.language.documents import grouped, tree_of
 from engine.language.expressions import compile_expression, whole_number
 from engine.language.model import FilePattern, Layout
 from engine.language.names import pattern
@@ -154,23 +154,12 @@ def _check_contents(claims: list[Claim]) -> None:
     """E306 for two files that are bit-identical, unless every tensor is constant, for example zeros."""
     order = sorted(claims[0].header.tensors, key=lambda t: (-t.nbytes, t.name))
     groups, telling = [claims], False
-    for name in (t.name for t in order):
-        split: list[list[Claim]] = []
-        for group in groups:
-            by_sample: dict[bytes, list[Claim]] = {}
-            for claim in group:
-                tensor = _tensor(claim, name)
-                sample = next(_blocks(claim, tensor, _SAMPLE), b"")
-                item = ITEM_SIZES[tensor.dtype]
-                telling |= sample != sample[:item] * (len(sample) // item)
-                by_sample.setdefault(sample, []).append(claim)
-            split += [alike for alike in by_sample.values() if len(alike) > 1]
-        groups = split
-        if not groups:
-            return
-    if not telling:
-        return
-    for group in groups:
+    for tensor in order:
+        item = ITEM_SIZES[tensor.dtype]
+        samples = [grouped((begins(c.header, _tensor(c, tensor.name)), c) for c in group) for group in groups]
+        telling |= any(sample != sample[:item] * (len(sample) // item) for each in samples for sample in each)
+        groups = [alike for each in samples for alike in each.values() if len(alike) > 1]
+    for group in groups if telling else ():
         for other in group[1:]:
             if all(_equal(group[0], other, t.name) for t in order):
                 raise _refused(
@@ -184,7 +173,7 @@ def _check_contents(claims: list[Claim]) -> None:
 
 def begins(header: FileHeader, tensor: TensorHeader) -> bytes:
     """The first bytes of a tensor; tensors that differ nearly always differ there."""
-    return next(_blocks(Claim(header, None, ()), tensor, _SAMPLE), b"")
+    return next(_blocks(header, tensor, _SAMPLE), b"")
 
 
 def _tensor(claim: Claim, name: str) -> TensorHeader:
@@ -195,16 +184,17 @@ def _equal(one: Claim, other: Claim, name: str) -> bool:
     """Whether two tensors hold the same bytes; only known if both have the same strides."""
     pair = _tensor(one, name), _tensor(other, name)
     return pair[0].strides == pair[1].strides and all(
-        x == y for x, y in zip(_blocks(one, pair[0], _BLOCK), _blocks(other, pair[1], _BLOCK), strict=False)
+        x == y
+        for x, y in zip(_blocks(one.header, pair[0], _BLOCK), _blocks(other.header, pair[1], _BLOCK), strict=False)
     )
 
 
-def _blocks(claim: Claim, tensor: TensorHeader, size: int) -> Iterator[bytes]:
+def _blocks(header: FileHeader, tensor: TensorHeader, size: int) -> Iterator[bytes]:
     """The bytes from a tensor's first element to its last, including those of others in between."""
     if not prod(tensor.shape):
         return
     end = tensor.offset + span(tensor.shape, tensor.strides) * ITEM_SIZES[tensor.dtype]
-    file = claim.header.file.store.ranges(claim.header.file.name, None)
+    file = header.file.store.ranges(header.file.name, None)
     try:
         for at in range(tensor.offset, end, size):
             block = bytearray(min(size, end - at))

@@ -13,6 +13,7 @@ from math import prod
 from typing import Any, ClassVar
 
 from engine.formats.headers import STORAGES, dense_strides
+from engine.language.documents import grouped
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,7 @@ def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapp
     made = [(name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)]
     if around is None:
         return dumps(Pairs(tuple(made), _ORDERED))
-    below: dict[str, list[tuple[str, Any]]] = {}
-    for name, one in made:
-        key, _, inside = name.partition(".")
-        below.setdefault(key, []).append((inside, one))
+    below = grouped((key, (inside, one)) for name, one in made for key, _, inside in (name.partition("."),))
     states = {key: Pairs(tuple(items), _ORDERED) for key, items in below.items()}
     return dumps(Pairs(tuple({**around, **states}.items())))
 

@@ -154,7 +154,7 @@ def _value_at(value: Any, path: str) -> Any:
 def _holds_tensors(value: Any, known: dict[tuple[int, int], bool], depth: int = 3) -> bool:
     """Whether a mapping, or one nested in it, holds tensors; `known` caches the answer for repeated mappings."""
     if not isinstance(value, Mapping) or not depth:
-        return isinstance(value, Tensor | Distributed | Sharded)
+        return isinstance(value, Tensor | Distributed)
     at = (id(value), depth)
     if at not in known:
         known[at] = any(_holds_tensors(one, known, depth - 1) for one in value.values())
@@ -189,14 +189,11 @@ def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], f
             if isinstance(one, Tensor):
                 yield tensor_header(name, one, payload, file)
             elif isinstance(one, Distributed):
-                local, part = read_distributed(one)
-                yield replace(tensor_header(name, local, payload, file), part=part)
-            elif isinstance(one, Sharded):
-                tensor, dtype, part = shards.read(one)
+                tensor, part = shards.read(one) if isinstance(one, Sharded) else read_distributed(one)
                 if tensor is not None:
                     yield replace(tensor_header(name, tensor, payload, file), part=part)
-                elif dtype in ITEM_SIZES:
-                    yield TensorHeader(name, dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
+                elif one.dtype in ITEM_SIZES:
+                    yield TensorHeader(name, one.dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
         except Refused as refused:
             raise error_of(refused, file, name) from None
 

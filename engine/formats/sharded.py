@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from engine.formats.dtensor import Distributed
@@ -38,13 +37,8 @@ from engine.formats.standins import (
 _MOST_RANKS = 1 << 20
 
 
-@dataclass(frozen=True, slots=True, eq=False, repr=False)
-class Sharded:
+class Sharded(Distributed):
     """A sharded tensor with its state as in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    state: tuple[Any, ...]
 
 
 _SHARDED = OtherClass("ShardedTensor")  # never instantiated directly
@@ -127,8 +121,8 @@ class ShardReader:
     def __init__(self) -> None:
         self._lists: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def read(self, sharded: Sharded) -> tuple[Tensor | None, str, Part]:
-        """The local shard's tensor (None if this rank holds no rows), its element type and its place.
+    def read(self, sharded: Sharded) -> tuple[Tensor | None, Part]:
+        """The local shard's tensor, None if this rank holds no rows, and its place.
 
         Raises:
             Refused: E301 for anything that torch would not have written, E303 for shards that are
@@ -151,7 +145,7 @@ class ShardReader:
                 "E301", f"{len(shards)} local shards on rank {rank} of a tensor cut over {len(ends[0])} ranks"
             )
         tensor = _local(shards[0], start, (end - start, *whole[1:]), sharded.dtype) if shards else None
-        return tensor, sharded.dtype, Part((start, *(0,) * (len(whole) - 1)), whole)
+        return tensor, Part((start, *(0,) * (len(whole) - 1)), whole)
 
     def _ends(self, listed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The end of each rank's rows, and the other dimensions; rows are consecutive in the order of ranks."""

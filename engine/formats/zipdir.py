@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from engine.errors import EngineError, Place, first_of
@@ -204,7 +205,8 @@ class TorchZip:
             rest = self._read(fixed, length)
         if local[3] or rest[: local[9]] != one.raw:
             raise self._damaged(f"member {one.name} differs between its local header and the directory")
-        if not _records_fill(rest[local[9] :]):
+        extra = rest[local[9] :]
+        if max((end for _, _, end in _records(extra)), default=0) != len(extra):  # one wrong length moves the payload
             raise self._damaged(f"member {one.name} has a local header of unclear length")
         begin = fixed + len(rest)
         end = begin + one.size
@@ -219,27 +221,25 @@ class TorchZip:
 
 def _wide(extra: bytes, size: int, header: int) -> tuple[int, int]:
     """A member's size and offset, from an extra field if they do not fit in 32 bits."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<2H", extra, at)
+    for kind, at, end in _records(extra):
         if kind == 1:
-            fields = extra[at + 4 : at + 4 + length]
+            fields = extra[at:end]
             wide = iter(value for (value,) in struct.iter_unpack("<Q", fields[: len(fields) // 8 * 8]))
             if size == _LONG:  # the packed size, which is equal, comes second
                 size = next(wide, size)
                 next(wide, None)
             header = next(wide, header) if header == _LONG else header
-        at += 4 + length
     return size, header
 
 
-def _records_fill(extra: bytes) -> bool:
-    """Whether an extra field is whole records: one wrong length byte would shift the payload.
+def _records(extra: bytes) -> Iterator[tuple[int, int, int]]:
+    """The kind of each record of an extra field, and where its content begins and ends, by its length.
 
-    >>> _records_fill(b"FB\\x02\\x00ZZ"), _records_fill(b"FB\\x02\\x00Z")
-    (True, False)
+    >>> list(_records(b"FB\\x02\\x00ZZ"))
+    [(16966, 4, 6)]
     """
-    at = 0
-    while at + 4 <= len(extra):
-        at += 4 + int.from_bytes(extra[at + 2 : at + 4], "little")
-    return at == len(extra)
+    end = 0
+    while end + 4 <= len(extra):
+        kind, length = struct.unpack_from("<2H", extra, end)
+        at, end = end + 4, end + 4 + length
+        yield kind, at, end
