@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from engine.errors import EngineError, Place
 from engine.language.axes import Axes, Axis
+from engine.language.documents import grouped
 from engine.language.keys import Key, Limits
 from engine.language.model import Expression, Layout, MappingFile, Prefix, Rule, Target
 from engine.language.names import numbers_in, without_numbers
@@ -241,11 +242,9 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
 
 def _families(wanted: Wanted) -> list[_Family]:
     """Names folded by their numbers, if these count from 0 without gaps and all folded tensors have one shape."""
-    listed: dict[tuple[str, _Kind], list[tuple[int, ...]]] = {}
     every = {**wanted.shapes, **{name: wanted.shapes[to] for name, to in wanted.tied.items() if to in wanted.shapes}}
-    for name, shape in every.items():
-        key = without_numbers(name), _Kind(shape, wanted.tied.get(name), wanted.types.get(name))
-        listed.setdefault(key, []).append(numbers_in(name))
+    kinds = {name: _Kind(shape, wanted.tied.get(name), wanted.types.get(name)) for name, shape in every.items()}
+    listed = grouped(((without_numbers(name), kind), numbers_in(name)) for name, kind in kinds.items())
     full = {key: _counts(numbers) for key, numbers in listed.items()}
     alike = Counter(text for text, _ in full)
     layers = Counter(counts[0] for counts in full.values() if counts)

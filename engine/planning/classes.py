@@ -9,11 +9,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from math import prod
 from typing import NamedTuple
 
 from engine.errors import EngineError, Lines, Place, shape_text
 from engine.formats.headers import FLOATS
+from engine.language.documents import grouped
 from engine.planning.boxes import Copy, Part, intersect
 from engine.planning.groups import Group, GroupKey
 from engine.planning.sides import Side
@@ -25,14 +27,6 @@ class Template(NamedTuple):
 
     copies: tuple[Copy, ...]
     used: tuple[int, ...]
-
-    def put(self, sources: Sequence[int], target: int) -> list[Copy]:
-        """The copies of a target that other sources fill in the same way."""
-        return [
-            Copy(sources[c.source], target, c.source_offset, c.target_offset, c.shape, c.source_strides,
-                 c.target_strides)
-            for c in self.copies
-        ]  # fmt: skip
 
 
 _Filled = tuple[list[Template], "array[int]", str | None]  # templates of a group's shards, their sources, type
@@ -62,7 +56,7 @@ class CopyTable:
 
     def __call__(self, output: int) -> list[Copy]:
         template, sources = self.filled(output)
-        return template.put(sources, output)
+        return [Copy(sources[one.source], output, *one[2:]) for one in template.copies]
 
     def subset(self, kept: Sequence[int]) -> CopyTable:
         """The copies of some outputs, renumbered; templates are shared."""
@@ -114,32 +108,24 @@ class CopyTable:
         return template, [numbers[one] for one in template.used]
 
     def _group(self, output: int) -> _Filled:
-        """The cached templates of an output's group."""
+        """The cached templates of an output's group, which are those of its class."""
         group, _ = self.outputs[output]
         found = self._filled.get(group.key)
         if found is None:
-            found = self._filled[group.key] = self._fill(group)
+            reaching = self.source.reaching(group, self.target)
+            key = _class_of(group, reaching)
+            templates = self._templates.get(key)
+            if templates is None:
+                templates = self._templates[key] = self._make(group, reaching)
+            numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
+            dtypes = {self.source.stored[number].header.dtype for number in numbers}
+            found = self._filled[group.key] = templates, numbers, dtypes.pop() if len(dtypes) == 1 else None
         return found
-
-    def _fill(self, group: Group) -> _Filled:
-        reaching = self.source.reaching(group, self.target)
-        key = _class_of(group, reaching)
-        templates = self._templates.get(key)
-        if templates is None:
-            templates = self._templates[key] = self._make(group, reaching)
-        numbers = array("q", [n[0] for one in reaching for n in self.source.numbers(one)])
-        dtypes = {self.source.stored[number].header.dtype for number in numbers}
-        return templates, numbers, dtypes.pop() if len(dtypes) == 1 else None
 
     def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
         """Intersect every region of the group with every region of the groups that overlap it."""
-        sources: dict[object, list[Part]] = {}
-        count = 0
-        for one in reaching:
-            for held in self.source.place(one):
-                for key, region in held:
-                    sources.setdefault(key, []).append(Part(count, region))
-                count += 1
+        shards = chain.from_iterable(map(self.source.place, reaching))
+        sources = grouped((key, Part(number, region)) for number, held in enumerate(shards) for key, region in held)
         made: list[Template] = []
         for (ranks, replicas), held in zip(group.shards.items(), self.target.place(group), strict=True):
             copies = [

@@ -25,8 +25,6 @@ from engine.planning.whole_outputs import whole_configuration, whole_outputs
 from engine.planning.written import summed
 from engine.planning.zeros import padded
 
-__all__ = ["Checkpoint", "make_plan"]
-
 
 def make_plan(
     mapping: MappingFile,

@@ -47,10 +47,9 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     mapping, layout, sizes = source.mapping, source.layout, source.side.sizes
     check_known(source.used, sizes, source.unread)
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
-    pads = source.checkpoint.end == "whole"
-    invented = RankGroups(destination, source.used, sizes, like.spelt, pads=pads)
-    listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
     back = source.checkpoint.end == "whole"
+    invented = RankGroups(destination, source.used, sizes, like.spelt, pads=back)
+    listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
     wanted = [
         Wanted(group, position, one, rule.name, undone(rule.transform) if back and rule.transform else None)
         for one, group, position in listed
@@ -108,7 +107,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
         beside=small_files(destination, invented.files, config) | directory_of(destination, files, outputs, parts),
         notices=_unlike_rows(invented, sizes),
     )
-    if source.checkpoint.end != "training":
+    if back:
         _check_again(source, written, destination)
     else:
         _check_kept(source, destination)

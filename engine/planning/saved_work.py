@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 from engine.formats.headers import ITEM_SIZES, FileHeader, span
@@ -93,16 +94,14 @@ class _Coded:
 
     def places(self, sources: Iterable[int]) -> Places:
         """The places of sources, in order; zeros are named by their type and shape."""
-        found: Places = []
-        for source in sources:
-            one = self._plan.sources[source]
-            zeros = self._plan.files[one.file] == ZEROS
-            name = self.name((one.header.dtype, one.header.shape) if zeros else one.header.name)
-            if found and found[-1][0] == name:
-                found[-1].append(one.file)
-            else:
-                found.append([name, one.file])
-        return found
+        plan = self._plan
+
+        def named(one: Stored) -> int:
+            zeros = plan.files[one.file] == ZEROS
+            return self.name((one.header.dtype, one.header.shape) if zeros else one.header.name)
+
+        runs = groupby((plan.sources[source] for source in sources), named)
+        return [[name, *(one.file for one in held)] for name, held in runs]
 
     def name(self, name: object) -> int:
         """The index of a name."""

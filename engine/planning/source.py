@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place, first_of, printable
-from engine.language.documents import completed
+from engine.language.documents import completed, grouped
 from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.rules import loses
@@ -103,10 +103,11 @@ class Source:
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             own |= {*group.instance.numbered}
             at = [position for position, (_, axis) in enumerate(group.cut.dims) if axis in own]
-            found: dict[tuple[object, ...], list[int]] = {}
-            for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
-                where = tuple([ranks[position] for position in at])
-                found.setdefault((stored[0].header.shape, where), []).append(numbers[0])
+            shards = zip(self.side.numbers(group), group.shards.items(), strict=True)
+            found = grouped(
+                ((stored[0].header.shape, *(ranks[position] for position in at)), numbers[0])
+                for numbers, (ranks, stored) in shards
+            )
             result += [Slices(tuple(alike), group.name, in_rows) for alike in found.values() if len(alike) > 1]
         return tuple(result)
 

@@ -32,7 +32,10 @@ def whole_outputs(source: Source, asked: Request) -> Written:
     """
     groups = whole_groups(source.pieces, source.side.sizes, source.unread)
     changes = source.checkpoint.end == "training"  # only then does a transform change values
-    wanted = [_wanted(group, source.pieces, changes=changes) for group in groups]
+    wanted: list[Wanted] = []
+    for group in groups:
+        rules = " + ".join(one.rule.name for one in source.pieces.targets[group.instance.key].instances)
+        wanted.append(Wanted(group, 0, group.first, rules, group.instance.rule.transform if changes else None))
     every, table = fill(wanted, groups, keys_at("whole", source.used, source.pieces), source, asked.dtype)
     config = whole_configuration(source)
     ties = bool(config.get("tie_word_embeddings", source.read.config.get("tie_word_embeddings")))  # or by default
@@ -56,12 +59,6 @@ def whole_configuration(source: Source) -> dict[str, Any]:
     config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
     config = with_given(config, source.checkpoint.target_config, mapping, source.layout)
     return with_parts(config, mapping, source.layout) if mapping.as_model else config
-
-
-def _wanted(group: Group, pieces: Pieces, *, changes: bool) -> Wanted:
-    transform = group.instance.rule.transform if changes else None
-    rules = " + ".join(one.rule.name for one in pieces.targets[group.instance.key].instances)
-    return Wanted(group, 0, group.first, rules, transform)
 
 
 def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> list[Group]:

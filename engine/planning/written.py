@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -101,11 +102,8 @@ def _changed_along(one: Wanted) -> int | None:
 
 def summed(outputs: Sequence[Output]) -> list[str]:
     """Notices on how exact tensors are whose values are sums: one sentence for each number and type."""
-    found: dict[tuple[str, str], int] = {}
-    for one in outputs:
-        if one.transform is not None and not loses(one.transform):
-            key = one.transform[1], TORCH_NAMES.get(one.dtype, one.dtype)
-            found[key] = found.get(key, 0) + 1
+    changed = ((one.transform, TORCH_NAMES.get(one.dtype, one.dtype)) for one in outputs)
+    found = Counter((change[1], dtype) for change, dtype in changed if change is not None and not loses(change))
     exact = "which holds the sums: a program that loads them in a narrower type rounds them"
     rounded = "which rounds the sums: what is stored does not come back exactly"
     return [
@@ -138,8 +136,8 @@ def configuration(
 
 def main_dtype(outputs: Sequence[Output]) -> str:
     """The element type of most written elements, as config.json spells it."""
-    count: dict[str, int] = {}
+    count = Counter[str]()
     for output in outputs:
-        count[output.dtype] = count.get(output.dtype, 0) + output.elements
+        count[output.dtype] += output.elements
     best = max(count, key=lambda d: (count[d], d))
     return TORCH_NAMES.get(best, best.lower())
