@@ -66,21 +66,20 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
         )
     for name in WEIGHTS:
         single, index = File(where, name), File(where, f"{name}.index.json")
-        if single.exists and index.exists:
-            if set(_read_index(index).values()) != {name}:
-                raise EngineError(
-                    "E304",
-                    "the folder has two sets of weights",
-                    place=Place(where.place()),
-                    got=f"{name} and {name}.index.json with other files",
-                    expected="one of them",
-                    fix="Remove the one left over from another save, or give the file itself.",
-                )
-            return _read_shards(index)
-        if single.exists:
-            return (_read_weights(single),)
-        if index.exists:
-            return _read_shards(index)
+        if not index.exists:
+            if single.exists:
+                return (_read_weights(single),)
+            continue
+        if single.exists and set(_read_index(index).values()) != {name}:
+            raise EngineError(
+                "E304",
+                "the folder has two sets of weights",
+                place=Place(where.place()),
+                got=f"{name} and {name}.index.json with other files",
+                expected="one of them",
+                fix="Remove the one left over from another save, or give the file itself.",
+            )
+        return _read_shards(index)
     raise _no_weights(where)
 
 

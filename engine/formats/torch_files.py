@@ -16,7 +16,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from engine.formats.headers import ITEM_SIZES, TORCH_NAMES, Part
+from engine.formats.headers import ITEM_SIZES, TORCH_NAMES, TensorHeader
 from engine.formats.pickling import Call, Global, Made, Pairs, dumps, state_dict, tensor
 from engine.language.documents import grouped
 
@@ -181,17 +181,6 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Saved:
-    """A box of a tensor to write: its file, and its place in the whole tensor."""
-
-    file: str
-    name: str
-    dtype: str
-    shape: Shape
-    part: Part
-
-
-@dataclass(frozen=True, slots=True)
 class DcpFile:
     """The layout of a `.distcp` file: small torch files one after the other, at `starts`."""
 
@@ -235,8 +224,8 @@ def _entry(dtype: str, shape: Shape) -> tuple[TorchFile, int]:
     return file, at + len(data)
 
 
-def encode_directory(saved: Iterable[Saved]) -> bytes:
-    """`.metadata` for boxes, given in the order in which their files hold them."""
+def encode_directory(saved: Iterable[tuple[str, TensorHeader]]) -> bytes:
+    """`.metadata` for boxes, given with their files in the order in which these hold them."""
     kinds = {
         name: Global(_METADATA, name)
         for name in ("Metadata", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties", "MetadataIndex")
@@ -248,17 +237,17 @@ def encode_directory(saved: Iterable[Saved]) -> bytes:
     def sized(shape: Shape) -> Call:
         return Call(size, (shape,))
 
-    tensors: dict[str, tuple[Saved, list[Made]]] = {}
+    tensors: dict[str, tuple[TensorHeader, list[Made]]] = {}
     stored: list[tuple[Made, Made]] = []
-    for file, boxes in grouped((one.file, one) for one in saved).items():
+    for file, boxes in grouped(saved).items():
         laid = dcp_file([(one.name, one.dtype, one.shape) for one in boxes], file)
         ends = (*laid.starts[1:], laid.size)
         for one, start, end in zip(boxes, laid.starts, ends, strict=True):
             chunks = tensors.setdefault(one.name, (one, []))[1]
-            key = {"fqn": one.name, "offset": sized(one.part.starts), "index": len(chunks)}
+            key = {"fqn": one.name, "offset": sized(one.starts), "index": len(chunks)}
             place = {"relative_path": file, "offset": start, "length": end - start}
             stored.append((Made(kinds["MetadataIndex"], key), Made(info, place)))
-            box = {"offsets": sized(one.part.starts), "sizes": sized(one.shape)}
+            box = {"offsets": sized(one.starts), "sizes": sized(one.shape)}
             chunks.append(Made(kinds["ChunkStorageMetadata"], box))
     listed = []
     for name, (one, chunks) in tensors.items():
@@ -266,7 +255,7 @@ def encode_directory(saved: Iterable[Saved]) -> bytes:
         properties = (dtype, Call(layout, ("torch.strided",)), False, Call(memory, (0,)), False)
         state = {
             "properties": Made(kinds["TensorProperties"], properties),
-            "size": sized(one.part.whole),
+            "size": sized(one.whole),
             "chunks": chunks,
         }
         listed.append((name, Made(kinds["TensorStorageMetadata"], state)))

@@ -10,9 +10,8 @@ from typing import Any
 from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError, Place, first_of
 from engine.formats.dcp import DIRECTORY
-from engine.formats.headers import Part
+from engine.formats.headers import TensorHeader
 from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
-from engine.formats.torch_files import Saved
 from engine.language.axes import extent
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
@@ -24,7 +23,7 @@ from engine.planning.config_keys import declared, read_training, shown
 from engine.planning.destination import Destination, flag
 from engine.planning.facts import UNASKED, present_in, render_known
 from engine.planning.likeness import Like, destination_of
-from engine.planning.model import Output, OutputFile, Plan
+from engine.planning.model import OutputFile, Plan
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
 from engine.planning.sides import keys_at
@@ -95,7 +94,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     place = _inside(layout, destination.mode)
     if place is not None:  # each weights file holds the configuration
         files = tuple(replace(one, around=around_of(place, config)) for one in files)
-    parts = [one.header.part for one, _, _ in listed]
+    headers = [replace(one.header, dtype=output.dtype) for (one, _, _), output in zip(listed, outputs, strict=True)]
     written = Written(
         tuple(outputs),
         copies,
@@ -104,7 +103,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
         names,
         grid=RankGrid(destination.mode, destination.sizes, tuple(invented.files), staged=destination.stages.dims),
         stages=destination.stages,
-        beside=small_files(destination, invented.files, config) | directory_of(destination, files, outputs, parts),
+        beside=small_files(destination, invented.files, config) | directory_of(destination, files, headers),
         notices=_unlike_rows(invented, sizes),
     )
     if back:
@@ -135,18 +134,11 @@ def _unlike_rows(invented: RankGroups, sizes: Mapping[str, int]) -> tuple[str, .
 
 
 def directory_of(
-    destination: Destination, files: Sequence[OutputFile], outputs: Sequence[Output], parts: Sequence[Part | None]
+    destination: Destination, files: Sequence[OutputFile], headers: Sequence[TensorHeader]
 ) -> dict[str, tuple[str, Any]]:
     """The file that lists the boxes, if the mode's format has one: name → (format, content)."""
-    if destination.mode.format != "dcp":
-        return {}
-    saved = [
-        Saved(file.name, one.name, one.dtype, one.shape, part)
-        for file in files
-        for i in file.outputs
-        if (one := outputs[i]) and (part := parts[i]) is not None
-    ]
-    return {DIRECTORY: ("dcp", saved)}
+    saved = [(file.name, headers[i]) for file in files for i in file.outputs]
+    return {DIRECTORY: ("dcp", saved)} if destination.mode.format == "dcp" else {}
 
 
 def around_data(plan: Plan) -> Any:
