@@ -124,7 +124,7 @@ def _some(saved: SavedPlan, held: SavedWork, layout: Layout, outputs: Collection
 
 
 def _store(src: Source) -> Store:
-    found = found_at(src, "the checkpoint")
+    found = found_at(src)
     return found.store if isinstance(found, File) else found
 
 

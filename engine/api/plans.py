@@ -168,7 +168,7 @@ def _compiled(
     """The plan for `asked`, which one mapping can do. `given` is the user's request, `through` the plan that reads."""
     config: Path | str | File | None = asked.config
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
-        found = found_at(asked.src, "the checkpoint")
+        found = found_at(asked.src)
         config = found.beside("config.json") if isinstance(found, File) else File(found, "config.json")
     like = None if asked.like is None else read_checkpoint(asked.like, layout, config)
     mapping, plain = loaded, layout
@@ -190,7 +190,7 @@ def _compiled(
 
 def read_whole(src: Source) -> Checkpoint:
     """A Hugging Face checkpoint's headers and configuration; E304 when `config.json` is missing."""
-    found = found_at(src, "the checkpoint")
+    found = found_at(src)
     folder = found if isinstance(found, File) else followed(found)
     files = read_hf_folder(folder)
     checkpoint = whole_checkpoint(str(src), files, read_hf_config(folder), other_weights(folder, files))

@@ -60,7 +60,7 @@ def compare(
 
         return None if mapping is None else made
 
-    sides = [read_side(found_at(one, "the checkpoint"), planned(one)) for one in (out, ref)]
+    sides = [read_side(found_at(one), planned(one)) for one in (out, ref)]
     if mapping is not None and not any(side.training for side in sides):
         raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no effect",
                           fix="Leave --mapping out.")  # fmt: skip

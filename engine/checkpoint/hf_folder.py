@@ -80,7 +80,14 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
                 fix="Remove the one left over from another save, or give the file itself.",
             )
         return _read_shards(index)
-    raise _no_weights(where)
+    raise EngineError(
+        "E304",
+        "the folder is not a Hugging Face checkpoint",
+        place=Place(where.place()),
+        got=first_of(list_folder(where), 6) or "an empty folder",  # refused if it cannot be listed
+        expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
+        fix="Give the folder that `from_pretrained` would take, or one weights file.",
+    )
 
 
 def other_weights(where: Store | File, files: tuple[FileHeader, ...]) -> tuple[str, ...]:
@@ -204,16 +211,3 @@ def _check(weight_map: Mapping[str, str], files: tuple[FileHeader, ...], index: 
             expected="every tensor of the files in the index",
             fix="The index and the files are of two different saves; copy the folder again.",
         )
-
-
-def _no_weights(folder: Store) -> EngineError:
-    """E304 for a folder without weights; raises E304 or E305 when it cannot be listed."""
-    names = list_folder(folder)
-    return EngineError(
-        "E304",
-        "the folder is not a Hugging Face checkpoint",
-        place=Place(folder.place()),
-        got=first_of(names, 6) or "an empty folder",
-        expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
-        fix="Give the folder that `from_pretrained` would take, or one weights file.",
-    )

@@ -13,7 +13,7 @@ from engine.planning.boxes import Copy
 from engine.planning.model import Plan
 from engine.planning.zeros import ZEROS
 from engine.run.memory import predicted_memory
-from engine.storage.coalesce import join
+from engine.storage.sources import join
 
 
 def fold(numbers: Sequence[int]) -> str:

@@ -18,7 +18,7 @@ from engine.planning.boxes import Box, Interval, Region, common, regions
 from engine.planning.groups import Group
 from engine.planning.pieces import Key
 from engine.planning.sides import Shard, Side
-from engine.storage.coalesce import join
+from engine.storage.sources import join
 
 MOST_RUNS = 200_000  # more runs than this are counted, not listed
 

@@ -15,8 +15,8 @@ from engine.move.runs import MOST_SPAN, dense_parts, long_rows
 from engine.move.values import Converter, check_transform
 from engine.planning.boxes import Copy
 from engine.planning.model import Output, Work
-from engine.storage.coalesce import GAP, Range
-from engine.storage.sources import SourceFiles
+from engine.storage.sources import GAP, SourceFiles
+from engine.storage.store import Range
 
 _Run = tuple[int, int, int, int]  # begin and end of a byte range of an output, a file, and the offset there
 _LONG = 32 << 10  # bytes: shorter runs are gathered in blocks

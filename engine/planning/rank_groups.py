@@ -11,17 +11,18 @@ from engine.formats.headers import Part, TensorHeader, dense_strides
 from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import pattern
+from engine.language.rules import undone
 from engine.planning.destination import Destination, check_cuts, file_of, flag, shares
 from engine.planning.groups import Cut, Group, cut_of, undivided
 from engine.planning.stages import Indices, file_numbers, shared_out
 from engine.planning.stored import Instance, Stored
+from engine.planning.written import Wanted
 
 Order = tuple[int, ...]
 # The slice of a tensor, the ranks that hold a shard of it, its coordinates, shape, strides and recorded box.
 _Holder = tuple[int, Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None]
 _Share = tuple[tuple[int, ...], tuple[int, ...], Part | None]  # coordinates in its group, shape, recorded box
 _Shares = Callable[[Mapping[str, int]], _Share | None]  # gives a rank's share of a tensor; None if it holds none
-Held = tuple[Order, Stored, Group, int]  # order in the file, a tensor, its group and its shard's position
 
 
 class RankGroups:
@@ -30,7 +31,7 @@ class RankGroups:
     Args:
         used: rules in the order of the model.
         spelt: the historical names to write (default: the first of each rule).
-        pads: whether padding is added anew, not taken from the source.
+        pads: whether padding is added anew, and changes of values are undone: neither is taken from the source.
     """
 
     def __init__(
@@ -44,8 +45,8 @@ class RankGroups:
     ) -> None:
         self.groups: list[Group] = []
         self.files: list[RankFile] = []
-        self.held: list[list[Held]] = []  # by file
-        self._destination, self._sizes, self._spelt = destination, sizes, spelt
+        self.held: list[list[tuple[Order, Wanted]]] = []  # by file, in order
+        self._destination, self._sizes, self._spelt, self._pads = destination, sizes, spelt, pads
         self._prefixes = [destination.prefix(chunk) for chunk in range(destination.stages.chunks)]
         self._numbers: dict[tuple[str | int, ...], int] = {}
         self._named: dict[str, int] = {}
@@ -62,11 +63,11 @@ class RankGroups:
         for position, (instance, file) in enumerate(patterns):
             self._add(position, instance, file)
         for held in self.held:
-            held.sort(key=lambda entry: (entry[0], entry[1].name))
+            held.sort(key=lambda entry: (entry[0], entry[1].stored.name))
 
     def _add(self, position: int, instance: Instance, file: FilePattern) -> None:
-        layout = self._destination.layout
-        cut = cut_of(instance, file, layout)
+        rule, cut = instance.rule, cut_of(instance, file, self._destination.layout)
+        change = undone(rule.transform) if self._pads and rule.transform else None
         share = (_boxes if file.boxes else _shards)(instance, file, cut, self._destination, self._sizes)
         names, slices = instance.axis_names(), self._slices(instance)
         spelling = next((s for s in instance.sources if s.text in self._spelt), instance.sources[0])
@@ -97,7 +98,7 @@ class RankGroups:
             self.groups.append(group)
             for place, copies in enumerate(group.shards.values()):
                 for one in copies:
-                    self.held[one.file].append((order, one, group, place))
+                    self.held[one.file].append((order, Wanted(group, place, one, rule.name, change)))
 
     def _holders(
         self, file: FilePattern, cut: Cut, home: Mapping[str, int], share: _Shares, slices: Sequence[Mapping[str, int]]

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from math import gcd
 from typing import Any
 
 from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError, Place, first_of
 from engine.formats.dcp import DIRECTORY
-from engine.formats.headers import TensorHeader
 from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
 from engine.language.axes import extent
 from engine.language.expressions import evaluate, render_tree
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
-from engine.language.rules import undone
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
 from engine.planning.config_keys import declared, read_training, shown
 from engine.planning.destination import Destination, flag
 from engine.planning.facts import UNASKED, present_in, render_known
 from engine.planning.likeness import Like, destination_of
-from engine.planning.model import OutputFile, Plan
+from engine.planning.model import Output, OutputFile, Plan
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
 from engine.planning.sides import keys_at
@@ -48,31 +47,20 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     destination = destination_of(mapping, layout, asked, like, sizes.get("layer", 0))
     back = source.checkpoint.end == "whole"
     invented = RankGroups(destination, source.used, sizes, like.spelt, pads=back)
-    listed = [(one, group, position) for held in invented.held for _, one, group, position in held]
-    wanted = [
-        Wanted(group, position, one, rule.name, undone(rule.transform) if back and rule.transform else None)
-        for one, group, position in listed
-        for rule in (group.instance.rule,)
-    ]
+    wanted = [one for held in invented.held for _, one in held]
     outputs, copies = fill(
         wanted, invented.groups, keys_at("training", source.used, source.pieces), source, asked.dtype
     )
-    members: list[list[int]] = [[] for _ in invented.files]
-    for index, ((one, _, _), output) in enumerate(zip(listed, outputs, strict=True)):
+    for one, output in zip(wanted, outputs, strict=True):
         if output.dtype not in WRITABLE:
             raise EngineError(
                 "E209",
                 f"rank files cannot hold `{output.name}`",
-                place=listed[index][1].instance.rule.place,
+                place=one.group.instance.rule.place,
                 got=output.dtype,
                 expected=", ".join(sorted(WRITABLE)),
                 fix="Give --dtype bfloat16.",
             )
-        members[one.file].append(index)
-    files = tuple(
-        OutputFile(file.name, destination.mode.format, tuple(held))
-        for file, held in zip(invented.files, members, strict=True)
-    )
     names = {**source.names, **destination.names, "dtype": f"torch.{main_dtype(outputs)}"}
     names["options"] = {**destination.names["options"], **source.options}
     known = declared(mapping, layout, "source")
@@ -92,9 +80,12 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
             fix="Leave --mode out: the ranks say which it is.",
         )
     place = _inside(layout, destination.mode)
-    if place is not None:  # each weights file holds the configuration
-        files = tuple(replace(one, around=around_of(place, config)) for one in files)
-    headers = [replace(one.header, dtype=output.dtype) for (one, _, _), output in zip(listed, outputs, strict=True)]
+    around = None if place is None else around_of(place, config)  # each weights file holds the configuration
+    spans = pairwise(accumulate(map(len, invented.held), initial=0))
+    files = tuple(
+        OutputFile(file.name, destination.mode.format, tuple(range(*span)), around)
+        for file, span in zip(invented.files, spans, strict=True)
+    )
     written = Written(
         tuple(outputs),
         copies,
@@ -103,7 +94,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
         names,
         grid=RankGrid(destination.mode, destination.sizes, tuple(invented.files), staged=destination.stages.dims),
         stages=destination.stages,
-        beside=small_files(destination, invented.files, config) | directory_of(destination, files, headers),
+        beside=small_files(destination, invented.files, config) | directory_of(destination, files, wanted, outputs),
         notices=_unlike_rows(invented, sizes),
     )
     if back:
@@ -134,11 +125,13 @@ def _unlike_rows(invented: RankGroups, sizes: Mapping[str, int]) -> tuple[str, .
 
 
 def directory_of(
-    destination: Destination, files: Sequence[OutputFile], headers: Sequence[TensorHeader]
+    destination: Destination, files: Sequence[OutputFile], wanted: Sequence[Wanted], outputs: Sequence[Output]
 ) -> dict[str, tuple[str, Any]]:
     """The file that lists the boxes, if the mode's format has one: name → (format, content)."""
-    saved = [(file.name, headers[i]) for file in files for i in file.outputs]
-    return {DIRECTORY: ("dcp", saved)} if destination.mode.format == "dcp" else {}
+    if destination.mode.format != "dcp":
+        return {}
+    every = ((file.name, i) for file in files for i in file.outputs)
+    return {DIRECTORY: ("dcp", [(name, replace(wanted[i].stored.header, dtype=outputs[i].dtype)) for name, i in every])}
 
 
 def around_data(plan: Plan) -> Any:

@@ -41,7 +41,7 @@ class Contradiction:
 
 @dataclass(slots=True)
 class Sizes:
-    """The state of solving: facts by axis, local extents by (group signature, rank, axis)."""
+    """The state of solving: facts by axis, and what contradicts them."""
 
     facts: dict[str, Fact] = field(default_factory=dict)
     contradictions: list[Contradiction] = field(default_factory=list)

@@ -9,8 +9,7 @@ from engine.errors import EngineError
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
 from engine.planning.model import Work
-from engine.storage.coalesce import LEAST_WINDOW, WINDOW, share
-from engine.storage.sources import AHEAD
+from engine.storage.sources import AHEAD, LEAST_WINDOW, WINDOW, share
 
 MOST_WORKERS = 256  # threads: more do not help any disk, and each has its own buffers
 _BASE = 48 << 20  # the interpreter and the libraries that a run needs

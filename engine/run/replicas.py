@@ -14,8 +14,8 @@ from engine.move.values import elements, float_type
 from engine.planning.boxes import Copy, in_order
 from engine.planning.model import Replicas, Slices, Tied, Work
 from engine.run.meter import Meter
-from engine.storage.coalesce import Range
 from engine.storage.sources import SourceFiles
+from engine.storage.store import Range
 
 Check = Replicas | Tied | Slices
 _SAMPLE = 4096  # bytes of a slice: enough to differ between slices of a trained tensor

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 from engine.formats.headers import ITEM_SIZES
@@ -19,7 +19,7 @@ from engine.run.journal import Begun, Done, Journal
 from engine.run.meter import Meter
 from engine.run.schedule import Shares, Unit, copies_from, layout_of
 from engine.storage.sources import SourceFiles
-from engine.storage.store import Sinks, Target, write_error
+from engine.storage.store import Sinks, Target, writing
 
 MARK_BYTES = 64 << 20  # written of one tensor between journal entries
 _DIRECT_BYTES = 8 << 20  # moved by the system between checks of the stop flag
@@ -229,12 +229,8 @@ class Writer:
         if self.journal is not None:
             self.journal.add(finished)
 
-    @contextmanager
-    def _errors(self, index: int) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise write_error(self._store.place(self._names[index]), error) from error
+    def _errors(self, index: int) -> AbstractContextManager[None]:
+        return writing(self._store.place(self._names[index]))
 
     def _copied(self, outputs: Sequence[int], files: SourceFiles, sinks: Sinks) -> bool:
         """Have the system copy an output that consists of whole runs of its sources; False where it cannot."""

@@ -17,8 +17,8 @@ from engine.errors import EngineError, Place, needs_extra
 
 T = TypeVar("T")
 
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
-_GIVEN_BACK = 1 << 20  # bytes: more than a block, or each block would get freshly cleared pages
+MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
+GIVEN_BACK = 1 << 20  # bytes: more than a block, or each block would get freshly cleared pages
 _REQUESTS = 16  # requests at the same time
 # Texts of errors for a response that was cut off.
 _CUT_OFF = ("kind: Body", "kind: Decode", "IncompleteMessage", "UnexpectedEof")
@@ -84,7 +84,7 @@ def library() -> Any:
     check_process(_first_process(), "stores")
     with needs_extra("store", "URLs need"):
         import obstore
-    _share_memory()
+    allocate(_M_ARENA_MAX, 2)  # threads share freed memory, of which each would keep some
     return obstore
 
 
@@ -107,17 +107,10 @@ def check_process(used: int, what: str) -> None:
 
 
 @cache
-def _share_memory() -> None:
-    """With glibc, have threads share freed memory, of which each would keep some."""
+def allocate(option: int, value: int) -> None:
+    """Set an option of glibc's allocator, where that is the system's."""
     with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 2)
-
-
-@cache
-def give_back_memory() -> None:
-    """Return large buffers to the system once freed: they would leave gaps that fit no other buffer."""
-    with suppress(AttributeError, OSError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _GIVEN_BACK)
+        ctypes.CDLL(None).mallopt(option, value)
 
 
 _VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_"}  # prefixes of the variables that the library reads

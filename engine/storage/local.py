@@ -28,7 +28,7 @@ from engine.storage.store import (
     ends_early,
     no_pointer,
     unreadable,
-    write_error,
+    writing,
 )
 
 
@@ -190,14 +190,12 @@ class LocalStore(Store):
     def put(self, name: str, data: bytes) -> None:
         path = self.path / name
         coming = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        try:
+        with writing(path):
             with coming.open("xb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(coming, path)
-        except OSError as error:
-            raise write_error(path, error) from error
 
 
 class LocalRanges(Ranges):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from engine.storage.client import requests
-from engine.storage.coalesce import Range, split
-from engine.storage.store import Fetched, Ranges
+from engine.storage.sources import split
+from engine.storage.store import Fetched, Range, Ranges
 
 ENDS = 128 << 10  # bytes at either end of a file, which hold the headers of most files
 _LARGEST = 8 << 20  # bytes of a request

@@ -12,8 +12,8 @@ from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
 
 from engine.errors import EngineError, Place
 from engine.storage.client import T, asked, client_of, library, refused, requests
-from engine.storage.coalesce import WINDOW
 from engine.storage.object_files import ObjectBytes, ObjectRanges
+from engine.storage.sources import WINDOW
 from engine.storage.store import (
     OpenFile,
     Positioned,

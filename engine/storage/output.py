@@ -25,7 +25,7 @@ from engine.storage.replacing import (
     remove_empty,
     sync_folder,
 )
-from engine.storage.store import Store, Target, write_error
+from engine.storage.store import Store, Target, write_error, writing
 
 _LEFT = re.compile(r"\..*\.(partial|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
 
@@ -103,11 +103,9 @@ class OutputFolder:
     def join(self) -> Target:
         """The partial folder, to write a part to; entering the context is what puts it in place."""
         self._check_unlinked()
-        try:
+        with writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._let_in_as_before()
-        except OSError as error:
-            raise write_error(self.partial, error) from error
         return LocalStore(self.partial)
 
     def _check_unlinked(self) -> None:
@@ -173,10 +171,8 @@ class OutputFolder:
                 if isinstance(error, OSError):
                     raise write_error(self.partial, error) from error
                 return
-            try:
+            with writing(self.final):
                 self._move()
-            except OSError as failed:
-                raise write_error(self.final, failed) from failed
 
     def _move(self) -> None:
         for folder in (*(path for path in self.partial.iterdir() if path.is_dir()), self.partial):
@@ -236,13 +232,10 @@ def clean(out: Path) -> list[Path]:
     """Remove what interrupted runs left beside an output; E408 while a run writes it."""
     found = leftovers(out)
     if found:
-        try:
-            with OutputLock(located(out)):
-                found = _put_back(located(out))
-                for path in found:
-                    remove(path)
-        except OSError as error:
-            raise write_error(out, error) from error
+        with writing(out), OutputLock(located(out)):
+            found = _put_back(located(out))
+            for path in found:
+                remove(path)
     return found
 
 
@@ -251,7 +244,7 @@ def sweep(folder: Path, keep: Collection[str]) -> None:
 
     Others may have put them there: they would become part of the output, or lead out of the folder.
     """
-    try:
+    with writing(folder):
         for path in sorted(folder.iterdir()):
             found, inside = path.lstat(), f"{path.name}/"
             below = [name.removeprefix(inside) for name in keep if name.startswith(inside)]
@@ -259,8 +252,6 @@ def sweep(folder: Path, keep: Collection[str]) -> None:
                 sweep(path, below)
             elif path.name not in keep or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
                 remove(path)
-    except OSError as error:
-        raise write_error(folder, error) from error
 
 
 def _check_apart(out: Path, source: Path, files: Sequence[Path]) -> None:

@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from engine.errors import EngineError, Place
 from engine.storage.client import no_store
-from engine.storage.coalesce import WINDOW
 from engine.storage.local import LocalStore, local_file
 from engine.storage.objects import SCHEMES, ObjectStore
 from engine.storage.replacing import given_path
+from engine.storage.sources import WINDOW
 from engine.storage.store import File, Store
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -73,7 +73,15 @@ def store_at(place: Source, what: str) -> Store:
         what: what the place holds, in words.
     """
     if not isinstance(place, str | Path):
-        return _given_store(place, what)
+        if hasattr(place, "names"):
+            return place
+        raise EngineError(
+            "E001",
+            f"{what} is neither a path nor a URL",
+            got=f"{place!r:.80}, of type {type(place).__name__}",
+            expected="a path or a URL",
+            fix="Give the path as text or as a pathlib.Path.",
+        )
     found = _URL.match(str(place))
     if found is None:
         return LocalStore(given_path(place, what))
@@ -107,23 +115,11 @@ def followed(store: Store) -> Store:
     return store if folder is None or real is None or real == folder else LocalStore(real, folder)
 
 
-def _given_store(place: Store, what: str) -> Store:
-    """E001 if the caller's object is not a store."""
-    if hasattr(place, "names"):
-        return place
-    raise EngineError(
-        "E001",
-        f"{what} is neither a path nor a URL",
-        got=f"{place!r:.80}, of type {type(place).__name__}",
-        expected="a path or a URL",
-        fix="Give the path as text or as a pathlib.Path.",
-    )
-
-
-def found_at(place: Source, what: str) -> Store | File:
-    """A store, or the single file that a path or URL names; E001 as for `store_at`."""
+def found_at(place: Source) -> Store | File:
+    """The store or the single file of a checkpoint that a path or URL names; E001 as for `store_at`."""
+    what = "the checkpoint"
     if not isinstance(place, str | Path):
-        return _given_store(place, what)
+        return store_at(place, what)
     if is_url(place):
         above, _, name = str(place).rstrip("/").rpartition("/")
         return File(store_at(above, what), name) if name.endswith(_FILES) else store_at(place, what)

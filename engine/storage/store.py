@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from engine.errors import EngineError, Place
-from engine.storage.coalesce import Range
 
+Range = tuple[int, int]  # begin and end
 Fetched = Sequence[tuple[int, Future[memoryview]]]  # start of a range, and its bytes once they have arrived
 
 _POINTER = b"version https://git-lfs.github.com/spec/"  # the start of a file of some 130 bytes
@@ -289,3 +289,12 @@ def write_error(
     """E403; `then` says where to look, and what to do."""
     fix = f"Check free space and permissions {then}; what was there before is untouched."
     return EngineError("E403", "writing failed", place=Place(str(path)), got=error.strerror or str(error), fix=fix)
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """`write_error` for a failure of the system inside."""
+    try:
+        yield
+    except OSError as error:
+        raise write_error(path, error) from error

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.storage.client import give_back_memory, library, refused
-from engine.storage.coalesce import WINDOW, share
+from engine.storage.client import GIVEN_BACK, MMAP_THRESHOLD, allocate, library, refused
 from engine.storage.objects import MARK, ObjectStore
 from engine.storage.replacing import exists
+from engine.storage.sources import WINDOW, share
 from engine.storage.store import Sinks
 
 CONFIG = "config.json"  # without it no program takes the weights for a model
@@ -133,8 +133,8 @@ class Upload:
             replaces: whether objects of other runs may be replaced.
         """
         self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
-        if store.block < WINDOW:  # takes time: a small window trades time for memory
-            give_back_memory()
+        if store.block < WINDOW:  # give large buffers back once freed, which takes time: they would leave gaps
+            allocate(MMAP_THRESHOLD, GIVEN_BACK)
         self.writers: dict[str, InOrder] = {}
         self._small: dict[str, bytes] = {}
         self._whole: set[str] = set()

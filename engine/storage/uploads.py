@@ -17,9 +17,9 @@ from typing import Any
 
 from engine.errors import EngineError, Place, first_of, needs_extra
 from engine.storage.client import refused, requests
-from engine.storage.coalesce import share
 from engine.storage.objects import LOCK, MARK, ObjectStore
 from engine.storage.replacing import exists, held, overlap
+from engine.storage.sources import share
 from engine.storage.store import Store, walk
 from engine.storage.upload import CONFIG, Upload, buffer_of
 

@@ -43,8 +43,8 @@ def read_headers(folder: Path, names: Sequence[str]) -> tuple[FileHeader, ...]:
 
 
 def read_hf_folder(path: Path) -> tuple[FileHeader, ...]:
-    return hf_folder.read_hf_folder(found_at(path, "the checkpoint"))
+    return hf_folder.read_hf_folder(found_at(path))
 
 
 def read_hf_config(path: Path) -> dict[str, Any]:
-    return hf_folder.read_hf_config(found_at(path, "the checkpoint"))
+    return hf_folder.read_hf_config(found_at(path))
