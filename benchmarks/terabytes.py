@@ -136,7 +136,7 @@ def counted(plan: Any, parts: int) -> dict[str, Any]:
     from engine.move.reader import windows
     from engine.run.parts import Part, share
     from engine.run.schedule import schedule
-    from engine.storage.coalesce import join, split
+    from engine.storage.sources import join, split
 
     found: dict[str, Any] = {}
     for name, positioned in (("file system", True), ("store", False)):
