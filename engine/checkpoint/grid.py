@@ -156,7 +156,7 @@ def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
     most = len(present) + MOST_FILES
     wanted = [
         compiled.format(ranks)
-        for ranks in islice(expected_files(main, grid.sizes, counts_of(layout, grid.sizes)), most)
+        for ranks in islice(expected_files(main, grid.sizes, counts_of(layout, grid.sizes), main=True), most)
     ]
     missing = [name for name in wanted if name not in present]
     shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())

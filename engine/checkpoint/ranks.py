@@ -110,8 +110,14 @@ def counts_of(layout: Layout, sizes: Mapping[str, int]) -> dict[str, int]:
     return {f"{dim}s": sizes.get(dim, 1) for dim in layout_dims(layout)}
 
 
-def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[str, Any]) -> Iterator[dict[str, int]]:
-    """Rank coordinates of every file of a pattern, by the layout's rank map or as a cross product."""
+def expected_files(
+    file: FilePattern, sizes: Mapping[str, int], counts: Mapping[str, Any], *, main: bool = False
+) -> Iterator[dict[str, int]]:
+    """Rank coordinates of every file of a pattern, by the layout's rank map or as a cross product.
+
+    Args:
+        main: whether the sizes are those of these files, as of a mode's first; other files may have more ranks.
+    """
     dims = rank_dims(file)
     if file.ranks is None:
         for values in points([sizes[d] for d in dims]):
@@ -121,7 +127,10 @@ def expected_files(file: FilePattern, sizes: Mapping[str, int], counts: Mapping[
     others = [d for d in dims if d not in mapped]
     said = _said(file.ranks, counts)
     for rank in range(max(sizes[d] for d in mapped) if said is None else said):
-        named = {d: whole_number(e, {**counts, "rank": rank}, f"ranks.{d}", MOST_FILES) for d, e in mapped.items()}
+        named = {
+            d: whole_number(e, {**counts, "rank": rank}, f"ranks.{d}", sizes[d] if main else MOST_FILES)
+            for d, e in mapped.items()
+        }
         for values in points([sizes[d] for d in others]):
             yield {**named, **dict(zip(others, values, strict=True))}
 

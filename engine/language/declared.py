@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from typing import Any
 
 from engine.errors import EngineError, Errors, Place
 from engine.language.documents import Document, values_in
 from engine.language.expressions import compile_expression
-from engine.language.model import Expression, Layout, MappingFile, Variant
+from engine.language.model import Expression, FilePattern, Layout, MappingFile, Variant
 from engine.language.names import pattern
 
 # Names in a layout's expressions, besides ranks (`pp`), their numbers (`pps`) and the layout's own variants.
@@ -125,9 +125,12 @@ def check_layout(layout: Layout, document: Document) -> None:
     numbers = [file.number for mode in layout.modes for file in mode.files]
     for expression in expressions_of([[p.when for p in layout.prefixes], layout.layers.stage, choices, numbers]):
         _check_options(expression, layout.options)
+    for index, prefix in enumerate(layout.prefixes):
+        _check_filled(prefix.prefix, ["chunk"], "a prefix", document.value_place("prefixes", index, "prefix"))
     every: dict[str, None] = {}
     for mode in layout.modes:
         for index, file in enumerate(mode.files):
+            _check_number(file, document.value_place("modes", mode.name, "files", index, "name"), first=index == 0)
             if file.boxes == bool(file.cuts):
                 raise EngineError(
                     "E102",
@@ -156,6 +159,9 @@ def check_layout(layout: Layout, document: Document) -> None:
                 if dim not in known:
                     place = document.place(*base, *above, dim)
                     raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
+        for index, small in enumerate(mode.beside):
+            place = document.value_place("modes", mode.name, "beside", index, "file")
+            _check_filled(small.file, pattern(mode.files[0].name).placeholders, f"`{mode.files[0].name}`", place)
     for dim in layout.lone_rank:
         if dim not in every:
             raise undeclared(f"no file has a rank dimension `{dim}`", dim, every, document.place("lone_rank", dim))
@@ -165,6 +171,32 @@ def check_layout(layout: Layout, document: Document) -> None:
     layers = [layout.layers.stage, layout.layers.divides]
     for expression in expressions_of([[p.when for p in layout.prefixes], layers, numbers, cut, layout.training_write]):
         _check_names(expression, seen)
+
+
+def _check_filled(name: str, known: Sequence[str], whose: str, place: Place) -> None:
+    """E108 for a placeholder that nothing fills in when the name is written."""
+    for placeholder in pattern(name, place).placeholders:
+        if placeholder not in known:
+            raise undeclared(f"{whose} has no `{placeholder}` to fill in", placeholder, known, place)
+
+
+def _check_number(file: FilePattern, place: Place, *, first: bool) -> None:
+    """E108 for a file with `{number}` in its name or a `number` alone; E102 if the first file of a mode has them."""
+    if file.boxes:
+        return
+    named = "number" in pattern(file.name).placeholders
+    if named != (file.number is not None):
+        told = f"`{file.name}` has no `number`" if file.number is not None else f"`{file.name}` says no `number`"
+        raise undeclared(f"{told} to fill in", "number", pattern(file.name).placeholders, place)
+    if named and first:
+        raise EngineError(
+            "E102",
+            "the first file of a mode has a number",
+            place=place,
+            got=file.name,
+            expected="the file with most of the model, by whose ranks the mode is known",
+            fix="Put the files of numbered tensors, such as experts, after it.",
+        )
 
 
 def _check_names(expression: Expression, seen: Iterable[str]) -> None:

@@ -47,7 +47,7 @@ class Destination:
     def ranks(self, file: FilePattern) -> list[dict[str, int]]:
         """The coordinates of every file, with the values of all placeholders."""
         if not file.boxes:
-            return list(expected_files(file, self.sizes, self.counts()))
+            return list(expected_files(file, self.sizes, self.counts(), main=file is self.mode.files[0]))
         dims = written_dims(file)
         plain = dict.fromkeys(pattern(file.name).placeholders, 0)
         every = points([self.sizes[dim] for dim in dims])

@@ -75,6 +75,19 @@ def test_an_integer_stage_is_an_expression() -> None:
         ("        cuts: {layers: {wp: rows}}\n", "", "E102", "neither `cuts` nor `boxes`"),
         ("cuts: {layers: {wp: rows}}", "cuts: {layers: {wp: rows}}\n        boxes: recorded", "E102", "in one way"),
         ("name: model_tp{tp}_pp{pp}.pt", 'name: "model_tp{tp}{pp}.pt"', "E104", "touch"),
+        ('prefix: "{chunk}.model."', 'prefix: "{chun}.model."', "E108", "Did you mean `chunk`"),
+        ("topo_wp{wp}_pp{pp}.json", "topo_wp{tp}_pp{pp}.json", "E108", "has no `tp` to fill in"),
+        ("name: model_wp{wp}_pp{pp}.pt", "name: model_wp{wp}_pp{dp}.pt", "E108", "has no `pp` to fill in"),
+        ("lone_rank: {tp: 0}", "lone_rank: {tp: 1}", "E102", "lone_rank.tp"),
+        ("_layer{number}_", "_layer{numbe}_", "E108", "has no `number`"),
+        ("        number: pp * (layers // pps) + nth", "", "E108", "says no `number`"),
+        (
+            "      - name: model_wp{wp}_pp{pp}.pt\n        ranks: {count: wps, wp: rank}\n"
+            "        cuts: {layers: {wp: rows}, first: {wp: split}, last: {wp: split}}\n",
+            "",
+            "E102",
+            "the first file",
+        ),
     ],
 )
 def test_a_mistake_in_a_layout_is_refused_with_its_place(

@@ -255,6 +255,15 @@ def test_a_layout_must_give_each_file_a_rank(rank: str) -> None:
     assert caught.value.code == "E105" and "`ranks.tp` is not a whole number" in str(caught.value)
 
 
+def test_a_rank_of_a_mode_s_first_files_is_below_their_number() -> None:
+    file = next(mode for mode in load_layout("internevo").modes if mode.name == "isp").files[0]
+    assert file.ranks is not None
+    wrong = RankMap(file.ranks.count, {**file.ranks.dims, "tp": Expression("rank % wps", Place("own.yaml", 3))})
+    counts, sizes = {"tps": 2, "wps": 4, "pps": 1}, {"tp": 2, "wp": 4, "pp": 1}
+    with pytest.raises(EngineError, match=r"`ranks.tp` is not a whole number from 0 to 1"):
+        list(expected_files(replace(file, ranks=wrong), sizes, counts, main=True))
+
+
 @pytest.mark.parametrize("rank", ["none", "{'a': 1}", "args.rank"])
 def test_what_a_file_says_of_its_rank_is_nothing_if_it_is_no_number(rank: str) -> None:
     layout = load_layout("megatron")
