@@ -12,7 +12,7 @@ from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, e
 from engine.errors import EngineError, Lines, Place
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, Mode
-from engine.language.names import Pattern, pattern
+from engine.language.names import pattern
 
 
 def folders_in(layout: Layout) -> list[str]:
@@ -82,16 +82,13 @@ def read_grid(
             fix="Keep the files of one checkpoint only.",
         )
     mode = modes[0]
-    files: list[RankFile] = []
-    rest: list[str] = []
-    for name in names:
-        for file in mode.files:
-            ranks = pattern(file.name).match(name)
-            if ranks is not None:
-                files.append(RankFile(name, file, ranks))
-                break
-        else:
-            rest.append(name)
+    known = {
+        name: RankFile(name, file, ranks)
+        for name in names
+        for file in reversed(mode.files)  # the first pattern counts
+        if (ranks := pattern(file.name).match(name)) is not None
+    }
+    files, rest = list(known.values()), [name for name in names if name not in known]
     skipped = tuple(n for n in rest if _known(n, layout))
     unknown = tuple(n for n in rest if n not in skipped)
     main = [f for f in files if f.pattern is mode.files[0]]
@@ -151,13 +148,10 @@ def _order(file: RankFile) -> tuple[bool, tuple[int, ...], str]:
 
 def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
     main = grid.mode.files[0]
-    compiled: Pattern = pattern(main.name)
     present = {f.name for f in grid.files}
     most = len(present) + MOST_FILES
-    wanted = [
-        compiled.format(ranks)
-        for ranks in islice(expected_files(main, grid.sizes, counts_of(layout, grid.sizes), main=True), most)
-    ]
+    expected = expected_files(main, grid.sizes, counts_of(layout, grid.sizes), main=True)
+    wanted = list(map(pattern(main.name).format, islice(expected, most)))
     missing = [name for name in wanted if name not in present]
     shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())
     if missing:

@@ -116,13 +116,9 @@ def _box(
         if type(dim) is not int or not 0 <= dim < len(whole):
             raise Refused("E303", f"a DTensor placed as {kind}")
         if kind == "_StridedShard":
-            after = [
-                size
-                for other, size in zip(placements[number + 1 :], sizes[number + 1 :], strict=True)
-                if isinstance(other, Instance)
-                and other.kind.name == "Shard"
-                and attributes(other, "Shard").get("dim") == dim
-            ]
+            later = zip(placements[number + 1 :], sizes[number + 1 :], strict=True)
+            cut = [(one, size) for one, size in later if isinstance(one, Instance) and one.kind.name == "Shard"]
+            after = [size for one, size in cut if attributes(one, "Shard").get("dim") == dim]
             if told.get("split_factor") != prod(after):
                 raise Refused("E303", f"a DTensor whose strides are {reprlib.repr(told.get('split_factor'))}")
         cuts.append((kind == "_StridedShard", dim, sizes[number], place[number]))

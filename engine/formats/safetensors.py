@@ -202,12 +202,9 @@ def read_boxes(where: File) -> FileHeader:
     tensors = []
     for tensor in header.tensors:
         one = info[tensor.name]
-        starts = one.get("saved_offsets") if isinstance(one, dict) else None
-        if (
-            not isinstance(starts, list)
-            or len(starts) != len(tensor.shape)
-            or not all(type(at) is int and 0 <= at < 1 << 62 for at in starts)
-        ):
+        starts: Any = one.get("saved_offsets") if isinstance(one, dict) else None
+        listed = isinstance(starts, list) and all(type(at) is int and 0 <= at < 1 << 62 for at in starts)
+        if not listed or len(starts) != len(tensor.shape):
             raise damaged(where.name, f"saved_offsets {starts!r}"[:200], tensor.name)
         whole = tuple(at + size for at, size in zip(starts, tensor.shape, strict=True))
         tensors.append(replace(tensor, part=Part(tuple(starts), whole)))
@@ -224,12 +221,8 @@ def read_sharded_safetensors(folder: Store, names: Sequence[str]) -> tuple[FileH
             if len(known) != len(tensor.whole):
                 raise damaged(header.name, f"{len(tensor.whole)} dimensions, elsewhere {len(known)}", tensor.name)
             wholes[tensor.name] = tuple(map(max, known, tensor.whole))
-    return tuple(
-        replace(
-            header,
-            tensors=tuple(
-                replace(t, part=Part(t.part.starts, wholes[t.name])) for t in header.tensors if t.part is not None
-            ),
-        )
-        for header in headers
-    )
+
+    def completed(one: TensorHeader) -> TensorHeader:
+        return replace(one, part=Part(one.starts, wholes[one.name]))
+
+    return tuple(replace(header, tensors=tuple(map(completed, header.tensors))) for header in headers)

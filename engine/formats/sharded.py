@@ -99,14 +99,12 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
 }
 _PACKAGE = "torch.distributed._shard."
 _SPECS = ("ChunkShardingSpec", "EnumerableShardingSpec")
+_PARTS = ("Shard", "ShardMetadata", "ShardedTensorMetadata", "TensorProperties")
 _IN_PACKAGE: Mapping[str, Any] = {
     "ShardedTensor": _SHARDED,
     "ShardedTensor.ProcessGroupState": _GROUP,
     "MEM_FORMAT_ENCODING": PlainClass("MEM_FORMAT_ENCODING", takes=True),
-    **{
-        name: PlainClass(name)
-        for name in ("Shard", "ShardMetadata", "ShardedTensorMetadata", "TensorProperties", *_SPECS)
-    },
+    **{name: PlainClass(name) for name in (*_SPECS, *_PARTS)},
 }
 
 
@@ -157,11 +155,8 @@ class ShardReader:
             _, first = _place(listed[0])
             for one in listed:
                 offsets, sizes = _place(one)
-                if (
-                    offsets != (ends[-1] if ends else 0, *(0,) * (len(first) - 1))
-                    or sizes[1:] != first[1:]
-                    or not sizes[0]
-                ):
+                begin = (ends[-1] if ends else 0, *(0,) * (len(first) - 1))
+                if offsets != begin or sizes[1:] != first[1:] or not sizes[0]:
                     raise Refused("E303", f"a shard at {offsets} of shape {sizes}: not rows in the order of ranks")
                 ends.append(offsets[0] + sizes[0])
             known = self._lists[id(listed)] = (tuple(ends), first[1:])

@@ -157,12 +157,12 @@ class Record(dict[Any, Any]):
 
 def ints(value: Any) -> tuple[int, ...]:
     if (
-        type(value) is not tuple
-        or len(value) > MOST_DIMENSIONS
-        or not all(type(n) is int and 0 <= n < 1 << 62 for n in value)
+        type(value) is tuple
+        and len(value) <= MOST_DIMENSIONS
+        and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
     ):
-        raise Refused("E301", f"a shape or stride is {reprlib.repr(value)}")
-    return value
+        return value
+    raise Refused("E301", f"a shape or stride is {reprlib.repr(value)}")
 
 
 def int_list(value: Any) -> tuple[int, ...]:

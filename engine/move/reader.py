@@ -162,10 +162,8 @@ def windows(
         for index, start, block in _wanted_blocks(plan, wanted):
             found = needs.of(index, block)
             read = sum(end - begin for _, (begin, end) in found)
-            yield (
-                ((index, start, block), found),
-                max(read, (block.high - block.low) * ITEM_SIZES[plan.outputs[index].dtype]),
-            )
+            made = (block.high - block.low) * ITEM_SIZES[plan.outputs[index].dtype]
+            yield ((index, start, block), found), max(read, made)
 
     for held in portions(listed(), nbytes):
         yield [block for block, _ in held], grouped(one for _, found in held for one in found)

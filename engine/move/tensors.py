@@ -92,12 +92,8 @@ def tiles(shape: Sequence[int], strides: Sequence[Sequence[int]], limit: int) ->
         most = isqrt(room) if len(dense) > 1 and axis == dense[0] else room
         extents[axis] = max(1, min(shape[axis], most))
         room //= extents[axis]
-    yield from product(
-        *(
-            [(low, min(low + extent, size)) for low in range(0, size, extent)]
-            for size, extent in zip(shape, extents, strict=True)
-        )
-    )
+    both = zip(shape, extents, strict=True)
+    yield from product(*([(low, min(low + most, size)) for low in range(0, size, most)] for size, most in both))
 
 
 _LIMIT = 1 << 18  # elements of a tile: half a MiB of bfloat16

@@ -35,11 +35,9 @@ def check_returns(
         return
     side, (path, value, other, tree) = read.side, found
     named = _options_in(tree)
-    fit = (
-        fitting(mapping, read.config, options, lambda tried: _lost(read, forth(tried), mapping) is None)
-        if named
-        else {}
-    )
+    fit: dict[str, Any] = {}
+    if named:
+        fit = fitting(mapping, read.config, options, lambda tried: _lost(read, forth(tried), mapping) is None)
     told = " ".join(f"--set {name}={one}" for name, one in fit.items()) or f"--set: {', '.join(named)}"
     there = value_at(read.config, path) is not None
     key = find_key(side.keys, path)

@@ -85,7 +85,7 @@ def rules_of(
     dims: dict[str, int] = {}
     seen = False
     for family in families:
-        dims |= {name: count for name, count in family.counts.items()}
+        dims |= family.counts
         dims |= {f"n{size}": size for size in family.kind.shape}
         axes = Axes(tuple(map(Axis, _axes(family.kind.shape, dims))))
         seen = seen or "layer" in family.counts

@@ -160,22 +160,18 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     matches, stages, checkpoint = question.matches, question.stages, question.checkpoint
     choices = {n: d.choice for n, d in decisions.items()}
     active = tuple(i for i in question.instances if i.rule.active(choices))
-    usable = Matches(
-        {n: kept for n, f in matches.candidates.items() if (kept := tuple(c for c in f if c[0].rule.active(choices)))},
-        matches.ignored,
-        matches.refused,
-    )
+    left = ((n, tuple(c for c in found if c[0].rule.active(choices))) for n, found in matches.candidates.items())
+    usable = replace(matches, candidates={name: found for name, found in left if found})
     matched = assign(question.stored, usable, checkpoint.grid, question.layout, stages)
     groups = group_shards(matched, checkpoint.grid.files, question.layout)
     scope = {**question.names, **choices}
     facts, unread = claims(question.mapping, scope, checkpoint.config_name)
     stated = {axis: fact.value for axis, fact in facts.items()}
-    groups = {
-        key: share_units(
-            group, stated, question.mapping.even, lambda one: begins(checkpoint.files[one.file], one.header)
-        )
-        for key, group in groups.items()
-    }
+
+    def start(one: Stored) -> bytes:
+        return begins(checkpoint.files[one.file], one.header)
+
+    groups = {key: share_units(group, stated, question.mapping.even, start) for key, group in groups.items()}
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
     dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)
@@ -186,17 +182,9 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     sizes = solve(list(groups.values()), facts, checkpoint.grid.files)
     if known is not None and stages.layers and known.value != stages.layers:
         per = ", ".join(f"{stages.name(stage)}: {n}" for stage, n in sorted(stages.counts.items()))
-        sizes.contradictions.insert(
-            0,
-            Contradiction(
-                "layer",
-                f"{counted} ({per})",
-                f"{known.value} from {known.why}",
-                known.place,
-                "Layers are counted in names",
-                "a stage",
-            ),
-        )
+        got, expected = f"{counted} ({per})", f"{known.value} from {known.why}"
+        unlike = Contradiction("layer", got, expected, known.place, "Layers are counted in names", "a stage")
+        sizes.contradictions.insert(0, unlike)
     for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
         seen = [fixed for g in groups.values() if (fixed := g.fixed.get(axis)) is not None]
         count, why = max(seen, default=-1) + 1, f"{{{axis}}} in tensor names"

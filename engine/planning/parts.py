@@ -43,9 +43,8 @@ def fold_replicas(shards: Shards, files: Sequence[RankFile]) -> dict[Ranks, tupl
             if end == rows and any(one.header.shape[0] for one in held):
                 end = position = 0
             for one in held:
-                if one.header.starts != (end, *(0,) * len(one.header.shape[1:])) or (
-                    one.header.shape != held[0].header.shape
-                ):
+                begin = (end, *(0,) * len(one.header.shape[1:]))
+                if one.header.starts != begin or one.header.shape != held[0].header.shape:
                     raise _out_of_order(one, files, end)
             end += held[0].header.shape[0]
             if held[0].header.shape[0]:

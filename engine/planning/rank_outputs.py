@@ -244,9 +244,8 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         with_parts(source.read.config, mapping, source.layout)  # their own spellings must agree too
         return
     names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
-    check_returns(
-        source.read,
-        lambda options: render_known(mapping.config, {**names_then, "options": options}),
-        mapping,
-        source.options,
-    )
+
+    def forth(options: Mapping[str, Any]) -> Any:
+        return render_known(mapping.config, {**names_then, "options": options})
+
+    check_returns(source.read, forth, mapping, source.options)

@@ -24,16 +24,20 @@ if TYPE_CHECKING:
 RANK_OPTIONS = {"tp": "Tensor-parallel ranks.", "pp": "Pipeline ranks.", "wp": "Weight-parallel ranks, in mode isp."}
 
 
-def option(help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> dict[str, str]:
-    """What the command line needs to turn a field into an option.
+def option(default: Any, help: str, kind: str = "text", *, flags: str = "", metavar: str = "", shown: str = "") -> Any:
+    """A field that the command line turns into an option.
 
     Args:
+        default: what it is if nobody gives it, or what makes that, such as `dict`; `...` if it must be given.
         help: what it does, in one line.
         kind: text, flag, no-flag, count, size, workers, dtype, setting or texts (may be repeated).
         flags: how it is spelled, when not as the field is named.
         shown: the default as `--help` shows it.
     """
-    return {"help": help, "kind": kind, "flags": flags, "metavar": metavar, "shown": shown}
+    told = {"help": help, "kind": kind, "flags": flags, "metavar": metavar, "shown": shown}
+    if default is ...:
+        return field(metadata=told)
+    return field(default_factory=default, metadata=told) if callable(default) else field(default=default, metadata=told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,64 +55,36 @@ class Request:
         EngineError: E001 for an invalid value.
     """
 
-    mapping: str | Path | MappingFile = field(
-        metadata=option(
-            "A mapping file, or the name of a bundled one, such as internlm2-7b.",
-            flags="--mapping -m",
-            metavar="FILE|NAME",
-        )
+    mapping: str | Path | MappingFile = option(
+        ..., "A mapping file, or the name of a bundled one, such as internlm2-7b.", flags="--mapping -m",
+        metavar="FILE|NAME",
+    )  # fmt: skip
+    src: Source = option(".", "The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
+    config: str | Path | None = option(
+        None, "The target's config.json, or its folder, if the framework saves none or an incomplete one.",
+        metavar="FILE|DIR",
+    )  # fmt: skip
+    settings: Mapping[str, Any] = option(
+        dict, "Set a variant or an option of the mapping or layout; may be repeated.", "setting", flags="--set"
     )
-    src: Source = field(
-        default=".", metadata=option("The checkpoint folder.", flags="--src -s", metavar="DIR", shown="current folder")
+    dtype: str = option("auto", "Element type to write, such as bf16 or float32; auto: each tensor's own.", "dtype")
+    max_shard_size: int = option(
+        DEFAULT_SHARD_SIZE, "Largest size of an output file, such as 2GB or 5GiB.", "size", shown="2GB"
     )
-    config: str | Path | None = field(
-        default=None,
-        metadata=option(
-            "The target's config.json, or its folder, if the framework saves none or an incomplete one.",
-            metavar="FILE|DIR",
-        ),
-    )
-    settings: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata=option(
-            "Set a variant or an option of the mapping or layout; may be repeated.", "setting", flags="--set"
-        ),
-    )
-    dtype: str = field(
-        default="auto",
-        metadata=option("Element type to write, such as bf16 or float32; auto: each tensor's own.", "dtype"),
-    )
-    max_shard_size: int = field(
-        default=DEFAULT_SHARD_SIZE,
-        metadata=option("Largest size of an output file, such as 2GB or 5GiB.", "size", shown="2GB"),
-    )
-    strict: bool = field(default=False, metadata=option("Refuse sizes other than the release's.", "flag"))
+    strict: bool = option(False, "Refuse sizes other than the release's.", "flag")
     reads: End = "training"
     writes: End = "whole"
-    ranks: Mapping[str, int] = field(
-        default_factory=dict,
-        metadata=option("Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…"),
+    ranks: Mapping[str, int] = option(dict, "Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…")
+    chunks: int | None = option(None, "Model chunks per pipeline rank (interleaved pipeline).", "count")
+    mode: str | None = option(None, "Parallel mode of the layout, such as mtp or isp.", metavar="NAME")
+    like: str | Path | None = option(
+        None, "Copy mode, ranks, names and variants of this training checkpoint.", metavar="DIR"
     )
-    chunks: int | None = field(
-        default=None, metadata=option("Model chunks per pipeline rank (interleaved pipeline).", "count")
+    lossy: Sequence[str] = option(
+        (), "Write a rule's tensors as they are if it cannot be inverted; may be repeated.", "texts", metavar="RULE"
     )
-    mode: str | None = field(
-        default=None, metadata=option("Parallel mode of the layout, such as mtp or isp.", metavar="NAME")
-    )
-    like: str | Path | None = field(
-        default=None,
-        metadata=option("Copy mode, ranks, names and variants of this training checkpoint.", metavar="DIR"),
-    )
-    lossy: Sequence[str] = field(
-        default=(),
-        metadata=option(
-            "Write a rule's tensors as they are if it cannot be inverted; may be repeated.", "texts", metavar="RULE"
-        ),
-    )
-
-    to: str | Path | None = field(
-        default=None,
-        metadata=option("The mapping to write with, for rank files of another framework.", metavar="FILE|NAME"),
+    to: str | Path | None = option(
+        None, "The mapping to write with, for rank files of another framework.", metavar="FILE|NAME"
     )
 
     def __post_init__(self) -> None:

@@ -173,11 +173,8 @@ def parse_saved_plan(path: Path, raw: bytes) -> SavedPlan:
     if through is None:
         return read
     first = _read(path, through, raw)
-    if [getattr(first.request, name) for name in ("mapping", "src", "to")] != [
-        read.request.mapping,
-        read.request.src,
-        None,
-    ]:
+    one, two = first.request, read.request
+    if (one.mapping, one.src, one.to) != (two.mapping, two.src, None):
         raise unreadable(path, "`through` is another request's")
     return replace(read, through=first)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from typing import Literal, NamedTuple
 
+from engine.errors import Place
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.axes import Axes
 from engine.language.model import Layout, MappingFile, Rule
@@ -79,27 +80,19 @@ def instances(mapping: MappingFile) -> tuple[Instance, ...]:
 def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
     result: list[Instance] = []
     for number, rule in enumerate(rules):
-        compiled, parts = ([pattern(s, rule.place) for s in names] for names in (rule.sources, rule.pieces))
-        for param in PARAMS if compiled[0].has_param else (None,):
+        for param in PARAMS if pattern(rule.sources[0], rule.place).has_param else (None,):
             side = Axes.bias if param == "bias" else Axes.weight
-            result.append(
-                Instance(
-                    f"{number}.{param or ''}",
-                    rule,
-                    param,
-                    side(rule.axes),
-                    tuple(c.with_param(param) if param else c for c in compiled),
-                    tuple(
-                        (
-                            pattern(t.name, t.place).with_param(param) if param else pattern(t.name),
-                            side(t.axes),
-                        )
-                        for t in rule.targets
-                    ),
-                    tuple(c.with_param(param) if param else c for c in parts),
-                )
+            sources, parts = (
+                tuple(_of_param(name, rule.place, param) for name in names) for names in (rule.sources, rule.pieces)
             )
+            targets = tuple((_of_param(t.name, t.place if param else None, param), side(t.axes)) for t in rule.targets)
+            result.append(Instance(f"{number}.{param or ''}", rule, param, side(rule.axes), sources, targets, parts))
     return tuple(result)
+
+
+def _of_param(name: str, place: Place | None, param: str | None) -> Pattern:
+    compiled = pattern(name, place)
+    return compiled.with_param(param) if param else compiled
 
 
 def at_end(rules: Sequence[Instance], end: End) -> tuple[Instance, ...]:

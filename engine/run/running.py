@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,35 +17,21 @@ from engine.run.meter import Progress
 class Running:
     """How a plan is run; `engine.convert` says what each option is."""
 
-    overwrite: bool = field(default=False, metadata=option("Replace the output once the new one is complete.", "flag"))
-    resume: bool = field(default=False, metadata=option("Continue an interrupted run.", "flag"))
-    workers: int | None = field(default=None, metadata=option("Threads that write.", "workers", shown="auto"))
-    max_memory: int | None = field(default=None, metadata=option("Limit memory by using fewer threads.", "size"))
-    digests: bool = field(
-        default=True, metadata=option("Record no digests of tensors; the run cannot be resumed.", "no-flag")
+    overwrite: bool = option(False, "Replace the output once the new one is complete.", "flag")
+    resume: bool = option(False, "Continue an interrupted run.", "flag")
+    workers: int | None = option(None, "Threads that write.", "workers", shown="auto")
+    max_memory: int | None = option(None, "Limit memory by using fewer threads.", "size")
+    digests: bool = option(True, "Record no digests of tensors; the run cannot be resumed.", "no-flag")
+    check_source: bool = option(False, "First read the source and compare it with its own checksums.", "flag")
+    tokenizer: str | Path | None = option(
+        None, "The SentencePiece model, or a folder with the model's tokenizer.json, if not beside the checkpoint.",
+        metavar="FILE|DIR",
+    )  # fmt: skip
+    code: str | Path | None = option(
+        None, "For a target that needs remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
     )
-    check_source: bool = field(
-        default=False,
-        metadata=option("First read the source and compare it with its own checksums.", "flag"),
-    )
-    tokenizer: str | Path | None = field(
-        default=None,
-        metadata=option(
-            "The SentencePiece model, or a folder with the model's tokenizer.json, if not beside the checkpoint.",
-            metavar="FILE|DIR",
-        ),
-    )
-    code: str | Path | None = field(
-        default=None,
-        metadata=option(
-            "For a target that needs remote code: its official configuration_*.py and modeling_*.py.", metavar="DIR"
-        ),
-    )
-    executor: Any = field(
-        default=None,
-        metadata=option("Write in parts, on Dask's workers.", metavar="dask[://HOST:PORT]"),
-    )
-    parts: int = field(default=8, metadata=option("Number of parts, with --executor.", "count"))
+    executor: Any = option(None, "Write in parts, on Dask's workers.", metavar="dask[://HOST:PORT]")
+    parts: int = option(8, "Number of parts, with --executor.", "count")
     progress: Callable[[Progress], None] | None = None
 
     def __post_init__(self) -> None:

@@ -98,12 +98,10 @@ def schedule(plan: Work, *, positioned: bool = True, scattered: Sequence[Sequenc
     order = {output: n for n, output in enumerate(o for file in plan.shards for o in file.outputs)}
     for unit in sorted(units, key=lambda unit: order[unit.outputs[0]]):
         filled[files.find(file_of[unit.outputs[0]])].append(unit)
-    jobs = [
-        Job(
-            tuple(members[root]), tuple(held), tuple(sum(plan.outputs[o].nbytes for o in unit.outputs) for unit in held)
-        )
-        for root, held in filled.items()
-    ]
+    jobs: list[Job] = []
+    for root, held in filled.items():
+        sizes = tuple(sum(plan.outputs[output].nbytes for output in unit.outputs) for unit in held)
+        jobs.append(Job(tuple(members[root]), tuple(held), sizes))
     return sorted(jobs, key=lambda job: -job.nbytes)
 
 

@@ -52,11 +52,7 @@ def asked(place: str, ask: Callable[[], T]) -> T:
 
 def refused(place: str, told: str, *, writing: bool = False) -> EngineError:
     """A failure of the server or network as an error: E304 for no such bucket, else E305, or E403 when writing."""
-    code, message, fix = (
-        "E305",
-        "a store cannot be read or written",
-        "Check the address and the network.",
-    )
+    code, message, fix = "E305", "a store cannot be read or written", "Check the address and the network."
     if "NoSuchBucket" in told or "ContainerNotFound" in told:
         code, message, fix = "E304", "there is no such bucket", "Check its name, and the endpoint."
     elif "invalid path" in told:
