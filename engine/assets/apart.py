@@ -33,11 +33,7 @@ def predicted_memory(model_file: Path) -> int:
 
 
 def convert_apart(model_file: Path, spec: Mapping[str, Any], stopped: threading.Event) -> dict[str, bytes]:
-    """As `convert_tokenizer`, in another process; in this one if no process can be started.
-
-    Args:
-        stopped: ends the process early; the result is then meaningless.
-    """
+    """As `convert_tokenizer`, in another process, or in this one if none can be started; nothing if it is stopped."""
     files = call_apart(convert_tokenizer, model_file, spec, stopped=stopped)
     if stopped.is_set():
         return {}

@@ -43,11 +43,7 @@ def write(
     then: Callable[[str], Sequence[str]] = lambda out: (f"engine inspect {out}",),
     **asked: Any,
 ) -> None:
-    """Run an API function that writes a checkpoint, with progress and a log, and print the result.
-
-    Args:
-        then: an output's path → the commands to suggest next.
-    """
+    """Run an API function that writes a checkpoint, with progress and a log; print the result, and what to do next."""
     functions: dict[str, Callable[..., Report]] = {
         "run": engine.api.convert,
         "run --plan": engine.api.run_plan,

@@ -78,6 +78,11 @@ def worded(value: Any) -> str:
     return "absent" if value is None else shown(value)
 
 
+def presence(one: Any, two: Any) -> tuple[str, str]:
+    """Which of two sides has something: what is not there is None."""
+    return both(lambda side: "absent" if side is None else "there", one, two)
+
+
 def both(show: Callable[[Any], str], one: Any, two: Any) -> tuple[str, str]:
     """The values of both sides, in words."""
     return show(one), show(two)

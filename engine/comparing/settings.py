@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from engine.assets.ready import MORE
-from engine.comparing.effects import Difference, Grade, both, differing, effect_of, worded
+from engine.comparing.effects import Difference, Grade, both, differing, effect_of, presence, worded
 from engine.comparing.templates import compare_templates
 from engine.comparing.texts import MODELS, Files
 from engine.comparing.tokenizers import compare_tokenizers
@@ -77,8 +77,7 @@ def compare_settings(
 
 
 def _presence(ours: Files, theirs: Files, name: str, both: str = "there") -> tuple[str, str]:
-    one, two = ("absent" if name not in files else "there" for files in (ours, theirs))
-    return (both, "its own") if one == two == "there" else (one, two)
+    return (both, "its own") if name in ours and name in theirs else presence(ours.get(name), theirs.get(name))
 
 
 def _read(files: Files, name: str) -> dict[str, Any] | None:
@@ -93,11 +92,7 @@ _OWN_WORDS = ("chat_template", "model_max_length", "tokenizer_class", "added_tok
 def _for_other_programs(
     part: str, file: str, one: Mapping[str, Any], two: Mapping[str, Any], found: Sequence[Difference]
 ) -> list[Difference]:
-    """Keys of a file that differ only for other programs or versions: transformers reads the file alike.
-
-    Args:
-        found: differences that are reported already.
-    """
+    """Keys that differ only for other programs or versions, as transformers reads the file alike; not those `found`."""
     told = {name for other in found if other.part == part for name in (*other.what.split("."), other.what)}
     keys = (one.keys() & two.keys()) | ({"auto_map"} & (one.keys() | two.keys())) | _lost(one, two)
     more = []

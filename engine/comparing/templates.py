@@ -15,7 +15,7 @@ from jinja2 import Environment, TemplateError, nodes
 
 from engine.assets.chat import unmarked
 from engine.assets.ready import MORE
-from engine.comparing.effects import Difference, both
+from engine.comparing.effects import Difference, both, presence
 from engine.comparing.texts import Files
 from engine.comparing.tokenizers import TOKENS
 from engine.planning.config_keys import shown
@@ -35,7 +35,7 @@ def compare_templates(ours: Files, theirs: Files) -> list[Difference]:
         if name in (_SETTINGS, _JSON):  # the other side may have this template only as the default
             one, two = ({name: side["default"], **side} if "default" in side else side for side in (one, two))
         if name not in one or name not in two:
-            told = both(lambda side: "there" if side is not None else "absent", one.get(name), two.get(name))
+            told = presence(one.get(name), two.get(name))
             found.append(Difference("chat template", called, *told, "chat() works on one side only"))
         elif one[name] != two[name]:
             found += _rendered(called, (one[name], _named(ours)), (two[name], _named(theirs)))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.ready_ids import check_prefix, panics_caught
-from engine.comparing.effects import Difference, Grade, both, differing, keys_of
+from engine.comparing.effects import Difference, Grade, both, differing, keys_of, presence
 from engine.comparing.texts import MODELS, Files, named_texts, texts, unlike_merges
 from engine.oracle.load_model import quiet
 from engine.planning.config_keys import shown
@@ -131,11 +131,7 @@ def _by_sentencepiece(folder: Path) -> Tokenizer:
 
 
 def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list[Difference]:
-    """The differences between two tokenizers, given by the folders' files.
-
-    Args:
-        names: the files that belong to a tokenizer.
-    """
+    """The differences between two tokenizers, given by the folders' files; `names` are those that belong to one."""
     there = [any(name in files for name in MODELS) for files in (ours, theirs)]
     if all(ours.get(name) == theirs.get(name) for name in names) or not any(there):
         return []
@@ -143,8 +139,8 @@ def compare_tokenizers(ours: Files, theirs: Files, names: Sequence[str]) -> list
         {name: files[name] for name in ("config.json", *names) if name in files} for files in (ours, theirs)
     )
     if not all(there):
-        told = tuple("there" if one else "absent" for one in there)
-        return [Difference("tokenizer", "a tokenizer", told[0], told[1], "without it, text cannot be turned into ids")]
+        told = presence(*(one or None for one in there))
+        return [Difference("tokenizer", "a tokenizer", *told, "without it, text cannot be turned into ids")]
     with tempfile.TemporaryDirectory(prefix="engine-") as made:
         one, two = (load_tokenizer(files, Path(made) / str(side)) for side, files in enumerate((ours, theirs)))
         if isinstance(one, str) or isinstance(two, str):

@@ -58,11 +58,7 @@ def _unit(sums: np.ndarray) -> np.ndarray:
 
 
 def find_alike(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray | None:
-    """The place of each row on the other side, -1 if it is not found; None if most are not.
-
-    Args:
-        ours, theirs: sketches.
-    """
+    """The place of each row of a sketch in another sketch, -1 if it is not found; None if most are not."""
     if not len(ours) or not len(theirs) or len(ours) * len(theirs) > _MOST_PAIRS:
         return None
     known = np.flatnonzero(ours.any(axis=1))

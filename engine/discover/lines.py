@@ -13,11 +13,7 @@ _FEW = 3  # factors that are named one by one
 
 
 def line(factor: float, summand: float, precision: float, room: float) -> Fits:
-    """A test whether elements are `factor` times the reference's plus `summand`.
-
-    Args:
-        room: the error of the summand.
-    """
+    """A test whether elements are `factor` times the reference's plus `summand`, which is off by `room`."""
 
     def fits(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         with np.errstate(invalid="ignore", over="ignore"):

@@ -162,11 +162,7 @@ def _rotary(pattern: np.ndarray, size: int, span: int, units: Units) -> str | No
 
 
 def _words(blocks: np.ndarray, size: int, units: Units, *, joined: bool = True) -> str:
-    """Describe a permutation of blocks of one size.
-
-    Args:
-        joined: whether the blocks may be slices of tensor ranks.
-    """
+    """Describe a permutation of blocks of one size, which may be slices of tensor ranks if `joined`."""
     count = len(blocks)
     places = np.arange(count)
     moved = np.flatnonzero(blocks != places)

@@ -49,8 +49,7 @@ class Prints:
 def take_prints(tensors: Tensors, view: View, kind: str, order: np.ndarray | None = None) -> Prints:
     """The prints of an array of rows × columns, cast to `kind`.
 
-    Args:
-        order: weight columns as if column i were at `order[i]`, to find rows whose columns moved too.
+    With an `order`, column i weighs as if it were at `order[i]`, to find rows whose columns moved too.
     """
     rows, cols = view.shape
     places = weights(max(rows, cols))
@@ -122,11 +121,7 @@ _MOST_NAMED = 4
 
 
 def find_stretches(tensors: Tensors, one: View, own: View) -> str | None:
-    """Where the elements of a flat array lie in another, in words; None if less than half are found, or none moved.
-
-    Args:
-        one, own: arrays of one type, each a column of elements.
-    """
+    """Where the elements of a column lie in another, in words; None if less than half are found or none moved."""
     count = one.shape[0]
     if min(count, own.shape[0]) < 4 * _WINDOW:
         return None

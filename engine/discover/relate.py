@@ -55,11 +55,7 @@ class Search:
         self._sides, self._tensors, self._out, self._ref = sides, sides.tensors, sides.out, sides.ref
 
     def relate(self, name: str, first: Sequence[str]) -> Relation | None:
-        """How an output's tensor was derived from the reference, if it differs from the reference's of this name.
-
-        Args:
-            first: the reference's tensors to try before others.
-        """
+        """How an output's tensor, if it differs, was derived from the reference, of which some are tried `first`."""
         out, ref = self._out[name], self._ref.get(name)
         one, own = as_matrix(out), None if ref is None else as_matrix(ref)
         if one is None or not one.elements:

@@ -125,8 +125,7 @@ def are_different(prints: Prints64) -> bool:
 def lookup(here: Prints64, there: Prints64, first: int | None = 0) -> np.ndarray:
     """The place of each unit on the other side, -1 if it is not there.
 
-    Args:
-        first: the own place of the first unit; a unit that is also at its own place is found there. None: no own place.
+    A unit that is also at its own place is found there; `first` is that of the first unit, None if they have none.
     """
     by_content = np.argsort(there, kind="stable")
     at = np.searchsorted(there[by_content], here)
@@ -227,11 +226,7 @@ class Region:
 
 
 def region_of(changes: Changes, shape: Sequence[int]) -> Region | None:
-    """The part of an array that changed, if it is at most half; None if all of it may have changed.
-
-    Args:
-        shape: as stored, for the index of an element.
-    """
+    """The part of an array, stored in this shape, that changed; None if it is more than half, and may be all of it."""
     rows, cols = _stretches(changes.rows), _stretches(changes.cols)
     diagonal = (changes.rows == 1).all() and (changes.cols == 1).all() and changes.first == (0, 0)
     if diagonal and changes.count > 1:

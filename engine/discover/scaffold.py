@@ -7,6 +7,7 @@ rest is in comments, and a run refuses until a person has decided.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -200,15 +201,7 @@ def _checked(text: str, request: Request) -> tuple[Mapping[str, str] | None, Pla
 
 def _decisions(text: str) -> tuple[tuple[int, str], ...]:
     """Every comment marked `decide:`, with the lines that continue it."""
-    found: list[tuple[int, str]] = []
-    going = False
-    for number, line in enumerate(text.split("\n"), 1):
-        words = line.strip()
-        if words.startswith("# decide:"):
-            found.append((number, words.removeprefix("# decide:").strip()))
-            going = True
-        elif going and words.startswith("#   "):
-            found[-1] = (found[-1][0], f"{found[-1][1]} {words.removeprefix('#').strip()}")
-        else:
-            going = False
-    return tuple(found)
+    return tuple(
+        (text.count("\n", 0, one.start()) + 1, " ".join(re.sub(r"\n *#", " ", one[1]).split()))
+        for one in re.finditer(r"^ *# decide:(.*(?:\n *#   .*)*)", text, re.MULTILINE)
+    )

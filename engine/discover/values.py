@@ -29,8 +29,7 @@ _ZEROS = 0.005  # share of elements that are zero if they were pruned
 def relate_values(tensors: Tensors, out: View, ref: View, sizes: Mapping[str, int]) -> Relation | None:
     """How an array's values are derived from the reference's, both rows × columns; None if in no known way.
 
-    Args:
-        sizes: sizes of the model by name; a factor that is the square root of one is named so.
+    A factor that is the square root of one of the model's `sizes` is named so.
     """
     boxes, tried = _boxes(out, ref)
     some = [(x.copy(), y.copy()) for x, y in _pairs(tensors, out, ref, tried)]

@@ -58,8 +58,7 @@ def axes_of(mapping: MappingFile) -> list[str]:
 def check_mapping(mapping: MappingFile, document: Document, *, whole: bool = True) -> None:
     """Check options, dropped and expected axes, tied targets and answers of a mapping: report all that do not exist.
 
-    Args:
-        whole: whether every rule could be read; if not, names that an unread rule may declare are not checked.
+    If some rule could not be read, so that the mapping is not `whole`, names that it may declare are not checked.
     """
     errors = Errors()
     for expression in every_expression(mapping):

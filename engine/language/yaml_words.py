@@ -165,8 +165,7 @@ def _before(lines: list[str], row: int) -> int | None:
 def wrong_entries(text: str, wrong: Callable[[str], EngineError | None]) -> list[EngineError]:
     """What is wrong in each entry of a file, read by itself, and in the entries inside such an entry.
 
-    Args:
-        wrong: says what is wrong with some lines of the text; the lines above them are passed as empty lines.
+    `wrong` says what is wrong with some lines of the text, in which those above are empty lines.
     """
     lines = text.split("\n") if len(text) <= _LONGEST_TEXT else []
     left = iter(range(_MOST_READ))

@@ -80,11 +80,7 @@ class MappingDiff:
 def diff_mappings(
     name: str, old: MappingFile | None, new: MappingFile | None, parent: MappingFile | None = None
 ) -> MappingDiff:
-    """Compare two resolved mappings; None if one does not exist.
-
-    Args:
-        parent: the mapping that a new one extends, to compare it with.
-    """
+    """Compare two resolved mappings; None if one does not exist. A new one is compared with the `parent` it extends."""
     if old is None and parent is not None:
         found = diff_mappings(name, parent, new)
         return replace(found, old=None, parent=f"{parent.name} {parent.version}")

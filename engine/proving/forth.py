@@ -145,8 +145,7 @@ class Forth(Direction):
     def _least(self, given: Given, guess: Given | None = None) -> dict[str, Any]:
         """Leave out as many keys as possible besides the given ones, so that nothing is refused or read from tensors.
 
-        Args:
-            guess: keys that can probably be left out; if they can, the search starts from there.
+        If the keys of a `guess` can be left out, the search starts from there.
         """
         defaults = {f"options.{name}": option.default for name, option in self.mapping.options.items()}
         least, before = dict(given), -1

@@ -47,11 +47,7 @@ class Case:
         return all(choices.get(name, choice) == choice for name, choice in self.holds.items())
 
     def request(self, mapping: MappingFile, choices: Mapping[str, str], lossy: Sequence[str] = ()) -> Request:
-        """The request that writes a mapping's model this way.
-
-        Args:
-            choices: of the mapping's variants.
-        """
+        """The request that writes a mapping's model of these choices this way."""
         return Request(
             mapping,
             settings={**choices, **self.settings},
@@ -117,8 +113,7 @@ def rows(
 ) -> Iterator[Row]:
     """Rows in which every possible pair of facts and every layout occurs.
 
-    Args:
-        refused: labels of layouts that did not fit; their rows do not count. The caller adds to it while rows are made.
+    The caller adds the labels of layouts that do not fit to `refused` while rows are made; then theirs do not count.
     """
     every = [Row(choices, most, case) for choices, most in possible for case in layouts if case.takes(choices)]
     random = Random(mapping.name)

@@ -124,11 +124,7 @@ def _readings(mapping: MappingFile, layout: Layout, worlds: Worlds) -> Iterator[
 
 
 def usual_world(mapping: MappingFile, worlds: Worlds, sizes: Mapping[str, int] | None = None) -> World | None:
-    """The world of the default choices, or of the nearest choices that some tensors show.
-
-    Args:
-        sizes: those of a release, instead of tiny ones.
-    """
+    """The world of the default choices, or of the nearest that some tensors show; of tiny sizes, or a release's."""
     default = {v.name: v.default or list(v.choices)[-1] for v in mapping.variants.values()}
 
     def unusual(combination: Combination) -> int:

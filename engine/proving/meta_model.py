@@ -6,10 +6,12 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from engine.assets.apart import call_apart
 from engine.errors import EngineError, shape_text
+from engine.language.documents import grouped
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.language.names import without_numbers
@@ -195,24 +197,21 @@ def misfits(
     shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], pieces: Pieces
 ) -> list[Failure]:
     """Names that only one side has, and shapes that differ; one line per target of a rule."""
-    found: dict[str, tuple[Failure, int]] = {}
-
-    def add(key: str, message: str, place: str | None) -> None:
-        first, count = found.get(key, (Failure(message, place), 0))
-        found[key] = (first, count + 1)
-
+    told: list[tuple[str, Failure]] = []  # each with what makes it one of several that are alike
     for name, shape in shapes.items():
         spec = next((s for s in pieces.targets.values() if s.name.match(name) is not None), None)
         place = None if spec is None else str(spec.instances[0].rule.place)
         text = name if spec is None else spec.name.text
         if name not in model:
-            add(f"-{text}", f"`{name}` is unexpected: the model has no such tensor", place)
+            told.append((f"-{text}", Failure(f"`{name}` is unexpected: the model has no such tensor", place)))
         elif model[name] != shape:
-            add(f"*{text}", f"`{name}` is {shape_text(shape)}, the model's is {shape_text(model[name])}", place)
+            both = f"is {shape_text(shape)}, the model's is {shape_text(model[name])}"
+            told.append((f"*{text}", Failure(f"`{name}` {both}", place)))
     for name, shape in model.items():
         if name not in shapes:
-            add(f"+{without_numbers(name)}", f"`{name}` ({shape_text(shape)}) is missing: no rule writes it", None)
+            missing = Failure(f"`{name}` ({shape_text(shape)}) is missing: no rule writes it")
+            told.append((f"+{without_numbers(name)}", missing))
     return [
-        Failure(one.message + (f", and {count - 1} like it" if count > 1 else ""), one.place)
-        for one, count in found.values()
+        replace(first, message=f"{first.message}, and {len(more)} like it" if more else first.message)
+        for first, *more in grouped(told).values()
     ]

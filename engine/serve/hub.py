@@ -154,9 +154,7 @@ class Hub:
 
 def _told(one: Served, name: str, files: bool) -> dict[str, Any]:
     """What a page says about a model."""
-    told: dict[str, Any] = {
-        "name": one.name, "revision": name, "revisions": one.revisions.names(),
-    }  # fmt: skip
+    told: dict[str, Any] = {"name": one.name, "revision": name, "revisions": one.revisions.names()}
     try:
         revision, folder = one.revisions.find(name)
     except NoRevision as error:
