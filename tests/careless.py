@@ -23,7 +23,7 @@ from engine.proving.committed import committed, differences, read_meaning
 from engine.proving.lint import lint
 from engine.proving.meaning import Meaning, facts_of, meaning_of
 from engine.proving.meaning import Path as KeyPath
-from engine.proving.trying import rebuilt
+from engine.proving.mutants import rebuilt
 
 ROOT = Path(__file__).resolve().parent.parent
 Data = dict[str, Any]

@@ -20,9 +20,8 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from engine.language.mapping_file import load_mapping
-from engine.proving.mutants import mutants_of
+from engine.proving.mutants import mutants_of, try_mutants
 from engine.proving.proof import Mutant
-from engine.proving.trying import try_mutants
 from tests.careless import ROOT, Known, Outcome, edits_of, known_of, outcome
 
 PAGE = ROOT / "docs" / "mutation-score.md"

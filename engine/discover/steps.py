@@ -62,10 +62,10 @@ def find_steps(
         config, layouts: as for `read_any`.
         most: steps whose files are read, the newest; older ones are only named. None for all.
     """
-    names = _folders(folder)
+    names = folders_of(folder)
     found = _found(folder, names, config, layouts, most)
     if not found:
-        names = [f"{name}/{one}" for name in names[-(most or 0) :] for one in _folders(folder.inside(name))]
+        names = [f"{name}/{one}" for name in names[-(most or 0) :] for one in folders_of(folder.inside(name))]
         found = _found(folder, names, config, layouts, most)
     complete = [one["name"] for one in found if one["complete"]]
     return {"steps": found, "newest": max(complete, key=_numbers, default=None)} if found else None
@@ -79,7 +79,8 @@ def step_below(error: EngineError, folder: Store, config: str | Path | None, lay
     return error
 
 
-def _folders(folder: Store) -> list[str]:
+def folders_of(folder: Store) -> list[str]:
+    """The folders in a folder of steps, by the last number in their names."""
     try:
         entries = folder.entries()
     except OSError:  # it cannot be listed

@@ -7,7 +7,7 @@ the same data is not returned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import yaml
@@ -72,7 +72,7 @@ def _format(text: str) -> str:
     root = _compose("\n".join(lines))
     layout = root.value[0][0].value == "layout"
     head, blocks = _split(lines, root.value, 0)
-    ordered = _ordered(blocks, _LAYOUT_ORDER if layout else _MAPPING_ORDER)
+    ordered = sorted(blocks, key=lambda block: _rank(block.key, _LAYOUT_ORDER if layout else _MAPPING_ORDER))
     result = head
     for index, block in enumerate(ordered):
         long = block.multiline or (index > 0 and ordered[index - 1].multiline)
@@ -100,7 +100,7 @@ class _Block:
     above: list[str]
     body: list[str]
     spaced: bool  # whether a blank line was before it
-    multiline: bool = field(default=False)
+    multiline: bool
 
 
 def _split(lines: list[str], pairs: list[Any], column: int) -> tuple[list[str], list[_Block]]:
@@ -134,9 +134,8 @@ def _is_comment(line: str, column: int) -> bool:
     return stripped.startswith("#") and len(line) - len(stripped) <= column
 
 
-def _ordered(blocks: list[_Block], order: tuple[str, ...]) -> list[_Block]:
-    rank = {key: i for i, key in enumerate(order)}
-    return sorted(blocks, key=lambda block: rank.get(block.key, len(order)))
+def _rank(key: str, order: tuple[str, ...]) -> int:
+    return order.index(key) if key in order else len(order)
 
 
 def _last_line(node: Any) -> int:
@@ -153,11 +152,8 @@ def _last_line(node: Any) -> int:
 def _scalar_lines(node: Any) -> set[int]:
     """Lines inside multi-line scalars, where trailing blanks may be text."""
     if isinstance(node, yaml.ScalarNode):
-        return (
-            set(range(node.start_mark.line, node.end_mark.line + 1))
-            if _last_line(node) > node.start_mark.line
-            else set()
-        )
+        first = node.start_mark.line
+        return set(range(first, node.end_mark.line + 1)) if _last_line(node) > first else set()
     children = [n for pair in node.value for n in (pair if isinstance(pair, tuple) else (pair,))]
     return set().union(*map(_scalar_lines, children))
 
@@ -181,7 +177,7 @@ def _format_rule(lines: list[str], item: Any) -> None:
     own = [" " * column + lines[first][column:], *lines[first + 1 : last + 1]]
     shifted = [""] * first + own
     head, blocks = _split(shifted, item.value, column)
-    ordered = _ordered(blocks, _RULE_ORDER)
+    ordered = sorted(blocks, key=lambda block: _rank(block.key, _RULE_ORDER))
     if ordered[0].above or any(head):
         return
     result = [line for block in ordered for line in block.above + block.body]
@@ -193,9 +189,8 @@ def _block_form(line: str, item: Any, dash: str) -> list[str]:
     """`- {source: a, axes: b, …}  # why` as a block, the comment on its first line."""
     comment = line[item.end_mark.column :].strip()
     indent = " " * len(dash)
-    rank = {key: i for i, key in enumerate(_RULE_ORDER)}
     result: list[str] = []
-    for key, value in sorted(item.value, key=lambda pair: rank.get(pair[0].value, len(rank))):
+    for key, value in sorted(item.value, key=lambda pair: _rank(pair[0].value, _RULE_ORDER)):
         name = line[key.start_mark.column : key.end_mark.column]
         if key.value == "targets" and isinstance(value, yaml.SequenceNode):
             result.append(f"{indent}{name}:")

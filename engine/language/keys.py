@@ -35,7 +35,7 @@ class Limits:
         >>> str(Limits(("integer", "null"), min=1)), str(Limits(("number",), above=0))
         ('a whole number or null, at least 1', 'a number, above 0')
         """
-        words = [" or ".join(_WORDS[kind] for kind in self.types) or "a finite value"]
+        words = [" or ".join(WORDS[kind] for kind in self.types) or "a finite value"]
         told = (("at least", self.min), ("above", self.above), ("at most", self.max))
         return ", ".join(words + [f"{word} {number}" for word, number in told if number is not None])
 
@@ -97,7 +97,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "integers": lambda value: isinstance(value, list | tuple) and all(map(_whole, value)),
     "null": lambda value: value is None,
 }
-_WORDS = {
+WORDS = {
     "integer": "a whole number", "number": "a number", "boolean": "true or false", "string": "a text",
     "mapping": "keys and values", "list": "a list", "integers": "a list of whole numbers", "null": "null",
 }  # fmt: skip

@@ -10,13 +10,11 @@ from typing import Any
 
 from engine.errors import EngineError, Errors, Place, meant
 from engine.language.documents import Document
+from engine.language.keys import WORDS
 from engine.language.search import bundled
 
 _VERSIONS = {"mapping": 1, "layout": 1}
-_TYPES = {
-    "object": "keys and values", "array": "a list", "string": "a text", "integer": "a whole number",
-    "number": "a number", "boolean": "true or false", "null": "null",
-}  # fmt: skip
+_TYPES = {**WORDS, "object": WORDS["mapping"], "array": WORDS["list"]}
 _LIKE = 20  # unknown keys for which a similar known one is searched: that takes long
 # Parts of a mapping whose entries have names, and what one is called.
 _NAMED = {"rules": "rule", "options": "option", "variants": "variant"}

@@ -39,9 +39,9 @@ from engine.proving.committed import check_meaning
 from engine.proving.matrix import combinations_of
 from engine.proving.meaning import usual_world
 from engine.proving.meta_model import load_classes
+from engine.proving.mutants import try_mutants
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.tiny import World, Worlds
-from engine.proving.trying import try_mutants
 from engine.run.meter import Listener, Meter
 
 _FEW = 4  # up to this many mappings, one process is as fast as several

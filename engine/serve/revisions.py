@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 
+from engine.discover.steps import folders_of
 from engine.errors import EngineError, Place
 from engine.serve.readers import Once
 from engine.serve.virtual import VirtualFolder
@@ -121,7 +122,7 @@ class Revisions:
     def _all(self) -> list[tuple[str, Store]]:
         """The steps and their places, newest first; or the one checkpoint."""
         if self._steps:
-            return [(name, self._src.inside(name)) for _, name in sorted(_steps(self._src), reverse=True)]
+            return [(n, self._src.inside(n)) for n in reversed(folders_of(self._src)) if _number(n) is not None]
         folder = self._src.folder
         return [(self._src.place().rpartition("/")[2] if folder is None else folder.resolve().name, self._src)]
 
@@ -178,17 +179,6 @@ def _shared(number: str | None, steps: Sequence[tuple[str, Store]]) -> NoRevisio
 
 def _first_line(error: EngineError | OSError) -> str:
     return f"{error.code} {error.message}" if isinstance(error, EngineError) else str(error.strerror)
-
-
-def _steps(src: Store) -> Iterator[tuple[int, str]]:
-    try:
-        entries = src.entries()
-    except OSError:
-        return
-    for name, state in entries.items():
-        match = _STEP.fullmatch(name)
-        if match is not None and not name.startswith(".") and state is None:
-            yield int(match[1]), name
 
 
 def _number(name: str) -> str | None:

@@ -32,12 +32,11 @@ from engine.proving.committed import (
     write_meaning,
 )
 from engine.proving.matrix import cases, combinations_of, rows
-from engine.proving.mutants import mutants_of, reordered
+from engine.proving.mutants import mutants_of, reordered, try_mutants
 from engine.proving.neighbour import laid_out_otherwise
 from engine.proving.proof import Check, Proof
 from engine.proving.symbolic import _overlaps
 from engine.proving.tiny import Worlds, guess_sizes
-from engine.proving.trying import try_mutants
 from tests.support.depth import SOAK, sampled
 
 META = "mappings/families/meta-llama.yaml"
