@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -12,11 +11,11 @@ from typing import Any, Literal
 from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_config, read_hf_folder
-from engine.checkpoint.ranks import Stage
 from engine.discover.fits import Fit, find_fits
 from engine.discover.steps import MOST_STEPS, find_steps, has_weights, read_any
 from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
+from engine.language.documents import grouped
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -202,20 +201,15 @@ def _made_by(folder: Store) -> str | None:
 
 def _types(files: Sequence[FileHeader]) -> dict[str, int]:
     """Bytes of each element type."""
-    types: Counter[str] = Counter()
-    for file in files:
-        for tensor in file.tensors:
-            types[tensor.dtype] += tensor.nbytes
-    return dict(sorted(types.items()))
+    sizes = grouped((tensor.dtype, tensor.nbytes) for file in files for tensor in file.tensors)
+    return {dtype: sum(sizes[dtype]) for dtype in sorted(sizes)}
 
 
 def _uneven(checkpoint: Checkpoint) -> list[str]:
     """Names whose shards have different shapes on different ranks of a stage."""
-    shapes: dict[tuple[str, Stage], set[tuple[int, ...]]] = {}
-    for number, file in enumerate(checkpoint.files):
-        for tensor in file.tensors:
-            shapes.setdefault((tensor.name, checkpoint.grid.stage(number, 0)), set()).add(tensor.whole)
-    return sorted({name for (name, _), seen in shapes.items() if len(seen) > 1})
+    held = ((checkpoint.grid.stage(i, 0), one) for i, file in enumerate(checkpoint.files) for one in file.tensors)
+    shapes = grouped(((tensor.name, stage), tensor.whole) for stage, tensor in held)
+    return sorted({name for (name, _), seen in shapes.items() if len({*seen}) > 1})
 
 
 def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit:

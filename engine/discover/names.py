@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from engine.errors import EngineError
+from engine.language.documents import grouped
 from engine.language.names import PARAMS, WILD, is_number, pattern, without_numbers
 from engine.planning.stored import Stored
 
@@ -45,17 +46,12 @@ def observe(stored: Sequence[Stored]) -> tuple[list[Observed], list[str]]:
 
         layers.0.mlp.experts.3.w1.weight  →  layers.{layer}.mlp.experts.{expert}.w1.weight
     """
-    by_skeleton: dict[str, dict[str, list[Stored]]] = {}
-    hopeless: dict[str, None] = {}
-    for one in stored:
-        if not expressible(one.name) or not one.header.shape:
-            hopeless[one.name] = None
-            continue
-        by_skeleton.setdefault(without_numbers(one.name), {}).setdefault(one.name, []).append(one)
+    by_name = grouped((one.name, one) for one in stored if one.header.shape and expressible(one.name))
+    hopeless = dict.fromkeys(one.name for one in stored if not one.header.shape or one.name not in by_name)
     found: dict[str, tuple[tuple[str, ...], list[Stored]]] = {}
-    for names in by_skeleton.values():
-        for name, text, placeholders in _patterns(list(names)):
-            found.setdefault(text, (placeholders, []))[1].extend(names[name])
+    for names in grouped((without_numbers(name), name) for name in by_name).values():
+        for name, text, placeholders in _patterns(names):
+            found.setdefault(text, (placeholders, []))[1].extend(by_name[name])
     return [Observed(text, ph, tuple(listed)) for text, (ph, listed) in found.items()], list(hopeless)
 
 

@@ -121,7 +121,7 @@ def extent(node: Node, sizes: Mapping[str, int]) -> int:
     return prod(extent(term, sizes) for term in node.terms)
 
 
-_TOKEN = re.compile(r"\s*(?:([A-Za-z_][A-Za-z0-9_]*)|([()+|])|(\S))")
+_TOKEN = re.compile(r"([A-Za-z_][A-Za-z0-9_]*|[()+|])|(\S)")
 _MAX_LENGTH = 1000
 _MAX_DEPTH = 16
 _MAX_PIECES = 64
@@ -151,12 +151,10 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
     if len(text) > _MAX_LENGTH:
         raise fail(f"longer than {_MAX_LENGTH} characters", 0)
     tokens: list[tuple[str, int]] = []
-    position = 0
-    while match := _TOKEN.match(text, position):
-        if match[3]:
-            raise fail(f"unexpected `{match[3]}`", match.start(3))
-        tokens.append((match[1] or match[2], match.start(1 if match[1] else 2)))
-        position = match.end()
+    for match in _TOKEN.finditer(text):
+        if match[2]:
+            raise fail(f"unexpected `{match[2]}`", match.start())
+        tokens.append((match[1], match.start()))
     tokens.append(("", len(text)))
     left = iter(tokens)
     bar: int | None = None

@@ -180,17 +180,12 @@ def _held(plan: Plan, known: Mapping[str, Mapping[str, tuple[Instance, str]]]) -
         rank = tuple((dim, file.ranks[dim]) for dim in plan.written.sizes if dim in file.ranks)
         for index in shard.outputs:
             output = plan.outputs[index]
-            by_target: dict[str, list[Copy]] = defaultdict(list)
-            shapes: dict[str, tuple[int, ...]] = {}
-            for copy in plan.copies(index):
-                header = plan.sources[copy.source].header
+            by_source = grouped((copy.source, swap(copy)) for copy in plan.copies(index))
+            for header, copies in ((plan.sources[number].header, held) for number, held in by_source.items()):
                 if header.name in known[output.pattern]:
-                    by_target[header.name].append(swap(copy))
-                    shapes[header.name] = header.shape
-            for target, copies in by_target.items():
-                instance, text = known[output.pattern][target]
-                key = key_of(text, output.pattern, instance.rule.when)
-                found[key].append((rank, file.pattern.name, shapes[target], copies))
+                    instance, text = known[output.pattern][header.name]
+                    key = key_of(text, output.pattern, instance.rule.when)
+                    found[key].append((rank, file.pattern.name, header.shape, copies))
     return found
 
 
@@ -209,13 +204,9 @@ def _ranks(held: Held, plan: Plan) -> str:
     """The elements of the target on each rank: `tp0 [0:24, :]; tp1 [24:48, :]`."""
     assert plan.written is not None
     dims = [dim for dim, count in plan.written.sizes.items() if count > 1]
-    files = {file.pattern.name for file in plan.written.files if any(file.pattern.name == one[1] for one in held)}
-    empty = np.zeros(held[0][2], bool)
-    masks = {
-        tuple((dim, file.ranks[dim]) for dim in dims if dim in file.ranks): empty.copy()
-        for file in plan.written.files
-        if file.pattern.name in files
-    }
+    files = [file for file in plan.written.files if any(file.pattern.name == one[1] for one in held)]
+    ranks = (tuple((dim, file.ranks[dim]) for dim in dims if dim in file.ranks) for file in files)
+    masks = {rank: np.zeros(held[0][2], bool) for rank in ranks}
     for rank, _, _, copies in held:
         mask = masks[tuple((dim, number) for dim, number in rank if dim in dims)].reshape(-1)
         for copy in copies:

@@ -17,7 +17,7 @@ import yaml
 from engine.assets.chat import chat_template, unmarked
 from engine.assets.generation import generation_config
 from engine.errors import EngineError
-from engine.language.documents import flat, plain, tree_of
+from engine.language.documents import flat, grouped, plain, tree_of
 from engine.language.keys import Key, Limits
 from engine.language.layout_file import load_layout
 from engine.language.model import Layout, MappingFile
@@ -153,8 +153,8 @@ def _option(body: Mapping[str, Any]) -> str:
 
 def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
     """Declaration, without reasons → the names of the keys that have it."""
-    found: dict[str, list[str]] = {}
-    for name, key in keys.items():
+
+    def declared(key: Key) -> str:
         told = [] if key.limits == Limits() else [str(key.limits)]
         told += [f"only {json.dumps(list(key.only))}"] if key.only is not None else []
         told += ["ignored"] if key.ignored is not None else ["noted"] if key.noted is not None else []
@@ -162,7 +162,9 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
         told += [f"default {json.dumps(key.default)}"] if key.default is not None else []
         told += [f"another name of {key.same_as}"] if key.same_as is not None else []
         told += [f"never absent beside {key.comes_with}"] if key.comes_with is not None else []
-        found.setdefault(", ".join(told) or "anything", []).append(name)
+        return ", ".join(told) or "anything"
+
+    found = grouped((declared(key), name) for name, key in keys.items())
     return {told: sorted(names) for told, names in sorted(found.items())}
 
 

@@ -8,9 +8,10 @@ left over. Then the copies of the two directions must be equal with the sides ex
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
+from engine.language.documents import grouped
 from engine.language.model import Layout, MappingFile
 from engine.language.rules import undone
 from engine.planning.attempts import Checkpoint, whole_checkpoint
@@ -112,13 +113,9 @@ def one_to_one(plan: Plan) -> Iterator[str]:
             yield from _overlaps(theirs.get(piece, []), f"what fills {group.name}")
 
 
-def _boxes(side: Side, groups: Sequence[Group]) -> dict[object, list[Box]]:
-    found: dict[object, list[Box]] = {}
-    for group in groups:
-        for held in side.place(group):
-            for key, region in held:
-                found.setdefault(key, []).append(region.box)
-    return found
+def _boxes(side: Side, groups: Sequence[Group]) -> Mapping[object, list[Box]]:
+    held = (one for group in groups for held in side.place(group) for one in held)
+    return grouped((key, region.box) for key, region in held)
 
 
 def _overlaps(boxes: Sequence[Box], name: str) -> Iterator[str]:

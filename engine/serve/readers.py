@@ -13,6 +13,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
+from engine.language.documents import grouped
 from engine.move.reader import Reader
 from engine.planning.model import Tied, Work
 from engine.run.digests import Total
@@ -89,14 +90,11 @@ class Readers:
         self._changed = threading.Condition()
         self._compared, self._ready = Once(self._compare), Once(self._prepare)
         self.done = Once(self._done)  # output → digest and checksum, which need all of its bytes
-        self._checks: dict[int, list[int]] = {}  # source → checks that use it
-        self._ties: dict[int, list[int]] = {}  # output → checks that compare another tensor with it
-        for index, check in enumerate(checks(work)):
-            if isinstance(check, Tied):
-                self._ties.setdefault(check.same_as, []).append(index)
-            else:
-                for source in check.sources:
-                    self._checks.setdefault(source, []).append(index)
+        # source → checks that use it; output → checks that compare another tensor with it
+        self._checks = grouped(
+            (source, i) for i, one in enumerate(checks(work)) if not isinstance(one, Tied) for source in one.sources
+        )
+        self._ties = grouped((one.same_as, i) for i, one in enumerate(checks(work)) if isinstance(one, Tied))
 
     def __reduce__(self) -> str:
         raise TypeError("an open checkpoint is neither copied nor sent to another process: open it there")
