@@ -14,24 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.discover import notes
 from engine.discover.alone import stand_alone
 from engine.discover.fits import planned
 from engine.discover.names import Observed, observe
 from engine.discover.near import Slot, compare_family, drop_contested
-from engine.discover.notes import (
-    block,
-    comment,
-    doubt,
-    expect,
-    extends,
-    flow,
-    left_over,
-    list_of,
-    overrides,
-    renamed_rules,
-    shown,
-    size_in_words,
-)
 from engine.errors import EngineError, Lines
 from engine.language.format import format_mapping
 from engine.language.mapping_file import load_mapping
@@ -90,23 +77,24 @@ def draft(request: Request) -> Scaffold:
         raise EngineError(
             "E304",
             "no rule can be written for this folder",
-            got="no tensors" if not stored else f"tensors named {list_of(hopeless[:3])}",
+            got="no tensors" if not stored else f"tensors named {notes.list_of(hopeless[:3])}",
             expected="tensors with a shape, and names without braces",
             fix="Give the folder of one step, which holds the files themselves; `engine inspect DIR` says what DIR is.",
         )
     kind, parent, body = _release(request) or _renamed(request, observed) or _own(request, observed)
     head = [] if request.schema is None else [f"# yaml-language-server: $schema={request.schema}"]
-    head += ["mapping: 1", *block("name", request.name), "version: 0.1.0"]
+    head += ["mapping: 1", *notes.block("name", request.name), "version: 0.1.0"]
     for reference, mapping in _ordered(request) if kind != "release" else ():
         if mapping.as_model and planned(mapping, request.layout, request.checkpoint)[0] is not None:
-            head += comment(f"decide: whether this mapping is needed. `{spelled(reference)}` fits as it is.")
+            head += notes.comment(f"decide: whether this mapping is needed. `{spelled(reference)}` fits as it is.")
     tail: list[str] = []
     for name in hopeless:
-        tail += comment(f"decide: no pattern can express the tensor `{shown(name)}`, so a run refuses this checkpoint.")
+        told = f"decide: no pattern can express the tensor `{notes.shown(name)}`, so a run refuses this checkpoint."
+        tail += notes.comment(told)
     text = format_mapping("\n".join([*head, *body, *tail]) + "\n")
     state, plan = _checked(text, request)
     if kind == "renamed" and plan is not None:
-        text = format_mapping("\n".join([text, *expect(plan.mapping, plan)]) + "\n")
+        text = format_mapping("\n".join([text, *notes.expect(plan.mapping, plan)]) + "\n")
     return Scaffold(request.name, kind, parent, text, _decisions(text), state)
 
 
@@ -124,17 +112,17 @@ def _release(request: Request) -> Attempted | None:
     if not fitting:
         return None
     reference, mapping, plan, question = fitting[0]
-    body = block("description", f"{size_in_words(plan.sizes)}, to {mapping.architecture}")
+    body = notes.block("description", f"{notes.size_in_words(plan.sizes)}, to {mapping.architecture}")
     others = [r for r, m, _, _ in fitting[1:] if not (kind in mapping.model_types and kind not in m.model_types)]
     if others:
         verb = "fits" if len(others) == 1 else "fit"
         told_by = f"engine diff {spelled(reference)} {spelled(others[0])}"
-        names = list_of([spelled(one) for one in others])
-        body += comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
-    body += extends(reference, mapping, request.checkpoint)
+        names = notes.list_of([spelled(one) for one in others])
+        body += notes.comment(f"decide: the family. {names} {verb} as well; `{told_by}` tells the difference.")
+    body += notes.extends(reference, mapping, request.checkpoint)
     if question is not None:
-        body += comment(f"decide: {question.message}. A run asks for it with --set.")
-    body += expect(mapping, plan, () if question is None else question.answers)
+        body += notes.comment(f"decide: {question.message}. A run asks for it with --set.")
+    body += notes.expect(mapping, plan, () if question is None else question.answers)
     return "release", reference, body
 
 
@@ -151,18 +139,18 @@ def _renamed(request: Request, observed: Sequence[Observed]) -> Attempted | None
     if best is None or best.share() < _ENOUGH:
         return None
     drop_contested(best, [other for other in compared if other is not best])
-    body = block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
+    body = notes.block("description", f"a model near {best.mapping.name}, to {best.mapping.architecture}")
     share = f"decide: the family. {best.reference} explains {best.share():.0%} of the names, by shape and similarity."
-    body += comment(share)
-    body += extends(best.reference, best.mapping, request.checkpoint)
-    for key, part in overrides(best).items():
-        body += ["", *comment("This asks for tensors by name: change it together with the rules."), f"{key}:"]
-        body += [line for name, value in part.items() for line in block(name, value, "  ")]
+    body += notes.comment(share)
+    body += notes.extends(best.reference, best.mapping, request.checkpoint)
+    for key, part in notes.overrides(best).items():
+        body += ["", *notes.comment("This asks for tensors by name: change it together with the rules."), f"{key}:"]
+        body += [line for name, value in part.items() for line in notes.block(name, value, "  ")]
     body += ["", "rules:"] if best.pairings else []
     for pairing in best.pairings:
-        body += comment(f"decide: {doubt(pairing)}", "  ")
-        body += [f"  - {flow(rule)}" for rule in renamed_rules(pairing.slot, pairing.stem)]
-    body += left_over(best)
+        body += notes.comment(f"decide: {notes.doubt(pairing)}", "  ")
+        body += [f"  - {notes.flow(rule)}" for rule in notes.renamed_rules(pairing.slot, pairing.stem)]
+    body += notes.left_over(best)
     return "renamed", best.reference, body
 
 
@@ -172,7 +160,7 @@ def _own(request: Request, observed: Sequence[Observed]) -> Attempted:
         for reference, mapping in sorted(request.families, key=lambda family: len(family[1].files))
         for rule in mapping.rules
     ]
-    body = block("description", f"a draft for a checkpoint of layout {request.layout.name}")
+    body = notes.block("description", f"a draft for a checkpoint of layout {request.layout.name}")
     body += stand_alone(request.checkpoint, request.layout, observed, slots)
     return "own", None, body
 

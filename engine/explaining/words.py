@@ -18,22 +18,12 @@ from engine.planning.stages import Stages
 MOST_ORDERED = 100_000  # positions that are examined one by one
 
 
-def dim_name(dim: int, dims: int) -> str:
-    """
-    >>> dim_name(0, 2), dim_name(1, 2), dim_name(0, 1), dim_name(2, 3)
-    ('rows', 'columns', 'elements', 'dimension 2')
-    """
-    if dims == 1:
-        return "elements"
-    return ("rows", "columns")[dim] if dims == 2 else f"dimension {dim}"
-
-
 def named(dim: int, dims: int, positions: str) -> str:
     """
-    >>> named(0, 2, "0…3"), named(1, 2, "3")
-    ('rows 0…3', 'column 3')
+    >>> named(0, 2, "0…3"), named(1, 2, "3"), named(0, 1, "0…3"), named(2, 3, "3")
+    ('rows 0…3', 'column 3', 'elements 0…3', 'dimension 2 3')
     """
-    name = dim_name(dim, dims)
+    name = "elements" if dims == 1 else ("rows", "columns")[dim] if dims == 2 else f"dimension {dim}"
     return f"{name.removesuffix('s') if positions.isdecimal() else name} {positions}"
 
 

@@ -70,7 +70,9 @@ def read_rule(name: str, rule: Document, variants: Mapping[str, Variant]) -> Rul
     changed: dict[str, tuple[str, ...]] = {}
     with errors.caught():
         axes = parse_axes(body["axes"], rule.value_place("axes"))
-        _check_split(rule, name, split, axes)
+        for axis in (one for one in split if one not in (*axes.names(), *STORED)):
+            told = f"rule `{name}` is split on `{axis}`, which is not among its axes"
+            raise undeclared(told, axis, axes.names(), rule.value_place("split"))
     with errors.caught():
         patterns = _sources(rule, sources, pieces)
         _check_pieces(rule, pieces, split, axes)
@@ -117,13 +119,6 @@ def _check_param(name: str, sources: Sequence[str], patterns: Sequence[Pattern],
                 expected="{param} on both sides, or on neither",
                 fix="Write weight or bias out, or use {param} in every name of the rule.",
             )
-
-
-def _check_split(rule: Document, name: str, split: Sequence[str], axes: Axes) -> None:
-    for axis in split:
-        if axis not in (*axes.names(), *STORED):
-            at = rule.value_place("split")
-            raise undeclared(f"rule `{name}` is split on `{axis}`, which is not among its axes", axis, axes.names(), at)
 
 
 def _check_pieces(rule: Document, pieces: Sequence[str], split: Sequence[str], axes: Axes) -> None:

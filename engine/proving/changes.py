@@ -257,19 +257,10 @@ def _told(route: Route, param: str, other: Route = ()) -> str:
     return " + ".join(lines)
 
 
-def _grid(ranks: Any, other: Any) -> str:
+def _grid(ranks: Mapping[str, str], other: Mapping[str, str]) -> str:
     """The first grid whose ranks hold something different, in words."""
-    mine, theirs = (_by_grid(one) for one in (ranks, other))
-    for grid, held in mine.items():
-        if theirs.get(grid) != held:
-            return f"{grid}: {held}"
-    return str(ranks)
-
-
-def _by_grid(ranks: Any) -> dict[str, str]:
-    if not isinstance(ranks, Mapping):
-        return {}
-    return {grid: held for grids, held in ranks.items() for grid in grids.split(", ")}
+    mine, theirs = ({grid: held for grids, held in one.items() for grid in grids.split(", ")} for one in (ranks, other))
+    return next((f"{grid}: {held}" for grid, held in mine.items() if theirs.get(grid) != held), str(ranks))
 
 
 def _conditions(held: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:

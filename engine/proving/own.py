@@ -7,7 +7,6 @@ from dataclasses import replace
 from engine.errors import EngineError, EngineErrors, shape_text
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
-from engine.language.model import MappingFile
 from engine.language.search import bundled
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
@@ -24,7 +23,8 @@ def checked(plan: Plan) -> Plan:
         EngineError: E109 for errors of lint, and for tensors that the model class does not load.
     """
     mapping = plan.mapping
-    named = _of_its_name(mapping)
+    paths = (bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families"))
+    named = [load_mapping(path) for path in paths if path.is_file()]  # it may be one of these, or an edited copy
     copied = all(one.digest != mapping.digest for one in named)
     path = bundled("mappings") / "layouts" / f"{plan.layout.name}.yaml"
     layout = load_layout(str(path)) if path.is_file() else None  # the bundled one with its name
@@ -61,12 +61,6 @@ def checked(plan: Plan) -> Plan:
     if layout is not None and layout.digest != plan.layout.digest:
         told.insert(0, f"the layout has the name of the bundled {layout.name}, but is a different one")
     return replace(plan, notices=(*plan.notices, *told))
-
-
-def _of_its_name(mapping: MappingFile) -> list[MappingFile]:
-    """The bundled mappings with a mapping's name: it may be one of them, or an edited copy."""
-    paths = (bundled("mappings") / folder / f"{mapping.name}.yaml" for folder in ("", "families"))
-    return [load_mapping(path) for path in paths if path.is_file()]
 
 
 def _check_class(plan: Plan) -> None:
