@@ -11,6 +11,7 @@ compete for a symbol, `(a, b)` and `(b, c)`, the first is always further left.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 
@@ -48,11 +49,8 @@ def _leftmost_first(pairs: list[Pair]) -> Iterator[Pair]:
     pairs = sorted(pairs, key=lambda pair: (-len(pair[0]), pair))
     by_left = grouped((left, index) for index, (left, _) in enumerate(pairs))
     after = [[other for other in by_left.get(right, ()) if other != index] for index, (_, right) in enumerate(pairs)]
-    waiting = [0] * len(pairs)
-    for followers in after:
-        for follower in followers:
-            waiting[follower] += 1
-    ready = [index for index, count in enumerate(waiting) if count == 0]
+    waiting = Counter(follower for followers in after for follower in followers)
+    ready = [index for index in range(len(pairs)) if not waiting[index]]
     done = [False] * len(pairs)
     stuck = 0
     for _ in pairs:

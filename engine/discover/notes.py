@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
 import yaml
 
 from engine.discover.near import Nearness, Pairing, Slot
-from engine.language.documents import plain, prefixes
+from engine.language.documents import grouped, plain, prefixes
 from engine.language.expressions import compile_expression, names_in
 from engine.language.model import MappingFile
 from engine.language.names import PARAMS, pattern
@@ -96,22 +96,19 @@ def renamed_rules(slot: Slot, stem: str) -> list[dict[str, Any]]:
 
 def overrides(near: Nearness) -> dict[str, Any]:
     """The family's expressions, outside of rules, that ask for tensors by their old names; with the new names."""
-    renamed: dict[str, list[str]] = {}
-    for pairing in near.pairings:
-        _rename(renamed, pairing.slot, pairing.stem)
-    for one, nearest in near.left:  # rules that a person may still choose
-        for slot, _ in nearest:
-            _rename(renamed, slot, one.stem)
+    taken = [(pairing.slot, pairing.stem) for pairing in near.pairings]
+    taken += [(slot, one.stem) for one, nearest in near.left for slot, _ in nearest]  # a person may still choose these
+    renamed = grouped(dict.fromkeys(pair for slot, stem in taken for pair in _renamed(slot, stem)))
     parts = {key: near.mapping.resolved.get(key) or {} for key in ("variants", "dims", "config", "training_config")}
     return {key: new for key, part in parts.items() if (new := _rewritten(plain(part), renamed))}
 
 
-def _rename(renamed: dict[str, list[str]], slot: Slot, stem: str) -> None:
+def _renamed(slot: Slot, stem: str) -> Iterator[tuple[str, str]]:
+    """The names of a slot's tensors, with the new ones."""
     new = renamed_rules(slot, stem)[0]["source"]
     for source in slot.sources:
-        for old, now in [(source, new)] + [(source.replace("{param}", p), new.replace("{param}", p)) for p in PARAMS]:
-            if now not in renamed.setdefault(old, []):
-                renamed[old].append(now)
+        yield source, new
+        yield from ((source.replace("{param}", p), new.replace("{param}", p)) for p in PARAMS)
 
 
 def _rewritten(value: Any, renamed: Mapping[str, Sequence[str]]) -> Any:

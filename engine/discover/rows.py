@@ -189,12 +189,8 @@ class Changes:
 
 def changes_of(tensors: Tensors, out: View, ref: View) -> Changes | None:
     """How two arrays differ; None if their types cannot be compared."""
-    found: Changes | None = None
-    for kind in common_types(out.dtype, ref.dtype):
-        told = _changes(tensors, out, ref, kind)
-        if found is None or told.count < found.count:
-            found = told
-    return found
+    every = (_changes(tensors, out, ref, kind) for kind in common_types(out.dtype, ref.dtype))
+    return min(every, key=lambda changes: changes.count, default=None)
 
 
 def _changes(tensors: Tensors, out: View, ref: View, kind: str) -> Changes:

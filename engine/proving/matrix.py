@@ -68,8 +68,10 @@ def cases(layout: Layout) -> list[Case]:
         if number == 0:
             found.append(_case(mode, dict.fromkeys(dims, 1)))
         found += [_case(mode, _ranks(layout, mode, *counts)) for counts in _TINY]
-        if number == 0 and set(stage_dims(layout)) & set(dims):
-            found += _chunked(layout, mode, {d: 2 for d in dims})
+        if number == 0 and {*stage_dims(layout)} & {*dims} and "chunk" in names_in(layout.layers.stage):
+            variants = layout.layers.variants
+            every = (dict(zip(variants, one, strict=True)) for one in product(*(v.choices for v in variants.values())))
+            found += [_case(mode, dict.fromkeys(dims, 2), chunks=2, **choices) for choices in every]
     switches = [name for name, option in layout.options.items() if option.type == "boolean"]
     if switches:
         found.append(_case(layout.modes[0], found[1].sizes, **dict.fromkeys(switches, True)))
@@ -82,14 +84,6 @@ def _ranks(layout: Layout, mode: Mode, few: int, wide: int, stages: int) -> dict
     file = mode.files[0]
     by_rows = {dim for cuts in file.cuts.values() for dim, role in cuts.items() if role == "rows"}
     return {d: stages if d in staged else wide if d in by_rows else few for d in written_dims(file)}
-
-
-def _chunked(layout: Layout, mode: Mode, sizes: Mapping[str, int]) -> Iterator[Case]:
-    if "chunk" not in names_in(layout.layers.stage):
-        return
-    variants = layout.layers.variants
-    for choices in product(*(v.choices for v in variants.values())):
-        yield _case(mode, sizes, chunks=2, **dict(zip(variants, choices, strict=True)))
 
 
 def _case(mode: Mode, sizes: Mapping[str, int], *, chunks: int = 1, **settings: Any) -> Case:

@@ -94,12 +94,9 @@ def quotients_of(expression: Expression) -> list[tuple[str, str]]:
 
 def plain_name(expression: Expression) -> str | None:
     """The single name that is an expression's value, always or if it exists or a condition holds."""
-    tree: nodes.Node = compile_expression(expression).tree
-    if isinstance(tree, nodes.CondExpr):
-        tree = tree.expr1
-    if isinstance(tree, nodes.Filter) and tree.name == "default" and tree.node is not None:
-        tree = tree.node
-    return tree.name if isinstance(tree, nodes.Name) else None
+    tree = compile_expression(expression).tree
+    name = _bare(tree.expr1 if isinstance(tree, nodes.CondExpr) else tree)
+    return name if name and "." not in name else None
 
 
 def _bare(node: nodes.Node) -> str | None:

@@ -22,6 +22,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from engine.errors import EngineError, Place
+from engine.language.documents import grouped
 from engine.serve.hub import Hub, Request, Response, refusal
 
 _PIECE = 2 << 20  # bytes of a file that are read at a time
@@ -126,11 +127,8 @@ class App:
 
 
 def _request(scope: Mapping[str, Any]) -> Request:
-    headers: dict[str, str] = {}
-    for name, value in scope["headers"]:
-        key, text = name.decode("latin-1"), value.decode("latin-1")
-        headers[key] = f"{headers[key]}, {text}" if key in headers else text
-    return Request(scope["method"], scope["path"], headers)
+    headers = grouped((name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"])
+    return Request(scope["method"], scope["path"], {name: ", ".join(values) for name, values in headers.items()})
 
 
 def _refused(scope: Mapping[str, Any]) -> Response | None:
