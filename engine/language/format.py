@@ -59,7 +59,7 @@ def format_mapping(text: str, name: str = "text.yaml") -> str:
 
 
 def _format(text: str) -> str:
-    root = _compose(text)
+    root: Any = yaml.compose(text, yaml.CSafeLoader)
     lines = text.split("\n")
     if root.flow_style or not root.value or any(key.start_mark.column for key, _ in root.value):
         return text
@@ -69,7 +69,7 @@ def _format(text: str) -> str:
         if key.value == "rules" and isinstance(value, yaml.SequenceNode) and not value.flow_style:
             for item in reversed(value.value):
                 _format_rule(lines, item)
-    root = _compose("\n".join(lines))
+    root = yaml.compose("\n".join(lines), yaml.CSafeLoader)
     layout = root.value[0][0].value == "layout"
     head, blocks = _split(lines, root.value, 0)
     ordered = sorted(blocks, key=lambda block: _rank(block.key, _LAYOUT_ORDER if layout else _MAPPING_ORDER))
@@ -82,14 +82,6 @@ def _format(text: str) -> str:
     while result and not result[-1]:
         result.pop()
     return "\n".join(result) + "\n"
-
-
-def _compose(text: str) -> Any:
-    loader = yaml.CSafeLoader(text)
-    try:
-        return loader.get_single_node()
-    finally:
-        loader.dispose()
 
 
 @dataclass

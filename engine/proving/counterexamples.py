@@ -7,7 +7,7 @@ rule's source and target regions give positions, and every position must occur e
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, product
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -55,7 +55,7 @@ def _unpaired(active: Sequence[Instance], sizes: Mapping[str, int]) -> Iterator[
                 (sources if name is instance.sources[0] else targets).setdefault(called, [])
         for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
             sources[called] += _dropped(instance, held)
-        for called, target, copy in chain(*moves_of(instance, sizes).values()):
+        for _, called, target, copy in moves_of(instance, sizes):
             at, to = positions(copy)
             sources[called].append((at, target, to))
             targets[target].append((to, called, at))
@@ -83,15 +83,13 @@ def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:
                     yield copy
 
 
-def moves_of(instance: Instance, sizes: Mapping[str, int]) -> dict[str, list[tuple[str, str, Copy]]]:
-    """Target pattern → (source name, target name, copy) of one rule's tensors, only of the first layer."""
-    found: dict[str, list[tuple[str, str, Copy]]] = {}
+def moves_of(instance: Instance, sizes: Mapping[str, int]) -> Iterator[tuple[Pattern, str, str, Copy]]:
+    """(target pattern, source name, target name, copy) of one rule's tensors, only of the first layer."""
     for called, _, held in _tensors(instance.sources[0], instance.axes, sizes):
         for name, axes in instance.targets:
             for target, _, others in _tensors(name, axes, sizes):
                 copies = sorted(_copies(held, others), key=lambda copy: copy.target_offset)
-                found.setdefault(name.text, []).extend((called, target, copy) for copy in copies)
-    return found
+                yield from ((name, called, target, copy) for copy in copies)
 
 
 def _dropped(instance: Instance, held: Sequence[Region]) -> Iterator[Claim]:

@@ -103,7 +103,7 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
     try:
         shapes = (" × ".join(str(extent(dim, sizes)) for dim in both.dims) or "1" for both in (one.axes, axes))
         told["shape"] = " → ".join(shapes)
-        told["order"] = _order(moves_of(one, sizes).get(target.text, []))
+        told["order"] = _order([(a, b, copy) for name, a, b, copy in moves_of(one, sizes) if name == target])
     except KeyError as error:
         told["order"] = f"not known: axis {error} has no size"
     more = {
@@ -159,20 +159,16 @@ def _covering(mapping: MappingFile, worlds: Worlds, free: Mapping[str, int], lis
             yield world
 
 
-def _first_tensors(mapping: MappingFile, world: World) -> dict[str, dict[str, tuple[Instance, str]]]:
-    """Source pattern → name of the target's first tensor (0 for every placeholder) → the rule and target pattern."""
-    found: dict[str, dict[str, tuple[Instance, str]]] = defaultdict(dict)
-    for one in instances(mapping):
-        if one.rule.active(world.choices):
-            for name, _ in one.targets:
-                found[one.sources[0].text][name.sample()] = one, name.text
-    return found
+def _first_tensors(mapping: MappingFile, world: World) -> dict[tuple[str, str], str]:
+    """Source pattern, and name of the target's first tensor (0 for every placeholder) → entry."""
+    active = (entry for entry in _targets(mapping) if entry[1].rule.active(world.choices))
+    return {(one.sources[0].text, name.sample()): key for key, one, name, _ in active}
 
 
 Held = list[tuple[Coordinates, str, tuple[int, ...], list[Copy]]]
 
 
-def _held(plan: Plan, known: Mapping[str, Mapping[str, tuple[Instance, str]]]) -> dict[str, Held]:
+def _held(plan: Plan, known: Mapping[tuple[str, str], str]) -> dict[str, Held]:
     """Entry → rank, file pattern, shape of the target, copies into it."""
     assert plan.written is not None
     found: dict[str, Held] = defaultdict(list)
@@ -182,9 +178,7 @@ def _held(plan: Plan, known: Mapping[str, Mapping[str, tuple[Instance, str]]]) -
             output = plan.outputs[index]
             by_source = grouped((copy.source, swap(copy)) for copy in plan.copies(index))
             for header, copies in ((plan.sources[number].header, held) for number, held in by_source.items()):
-                if header.name in known[output.pattern]:
-                    instance, text = known[output.pattern][header.name]
-                    key = key_of(text, output.pattern, instance.rule.when)
+                if (key := known.get((output.pattern, header.name))) is not None:
                     found[key].append((rank, file.pattern.name, header.shape, copies))
     return found
 

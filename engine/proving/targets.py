@@ -17,12 +17,7 @@ from engine.language.search import bundled
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """The names that transformers has for a model type.
-
-    Attributes:
-        keys: keys of its configuration.
-        classes: its model classes.
-    """
+    """The keys that transformers' configuration of a model type has, and its model classes."""
 
     keys: frozenset[str]
     classes: frozenset[str]
