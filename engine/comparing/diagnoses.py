@@ -87,9 +87,8 @@ def _layers(names: Sequence[str]) -> str:
     """
     layers = {numbers_in(name)[0] for name in names if numbers_in(name)}
     experts = {numbers_in(name)[1] for name in names if ".experts." in name and len(numbers_in(name)) > 1}
-    return (f" in {_counted('layer', layers)}" if layers else "") + (
-        f", {_counted('expert', experts)}" if experts else ""
-    )
+    told = [_counted(what, numbers) for what, numbers in (("layer", layers), ("expert", experts)) if numbers]
+    return f" in {', '.join(told)}" if told else ""
 
 
 def _counted(what: str, numbers: set[int]) -> str:

@@ -81,14 +81,8 @@ def _shortest(value: float, tolerance: float) -> float:
     >>> _shortest(3.69996, 1e-4), _shortest(0.333333, 1e-9)
     (3.7, 0.333333)
     """
-    return next(
-        (
-            short
-            for digits in range(1, 7)
-            if abs((short := float(f"{value:.{digits}g}")) - value) <= tolerance * abs(value)
-        ),
-        value,
-    )
+    shorter = (float(f"{value:.{digits}g}") for digits in range(1, 7))
+    return next((short for short in shorter if abs(short - value) <= tolerance * abs(value)), value)
 
 
 def _named(ratio: float, precision: float, sizes: Mapping[str, int]) -> tuple[float, str]:
@@ -141,10 +135,8 @@ def by_groups(some: list[Pair], precision: float) -> Iterator[tuple[Relation, Fi
             if better <= 0:  # it explains too little: noise
                 continue
             own = np.concatenate([one.reshape(-1) for one in owns])
-            yield (
-                Relation(kind, f"{kind}: each {noun} by {told} of its own{_factors(own, some, noun, kind, precision)}"),
-                fits,
-            )
+            words = f"{kind}: each {noun} by {told} of its own{_factors(own, some, noun, kind, precision)}"
+            yield Relation(kind, words), fits
 
 
 def _factors(own: np.ndarray, some: list[Pair], noun: str, kind: str, precision: float) -> str:

@@ -52,9 +52,8 @@ def expect(mapping: MappingFile, plan: Plan, asked: Iterable[str] = ()) -> list[
 
 
 def size_in_words(sizes: Mapping[str, int]) -> str:
-    return ", ".join(
-        f"{sizes[axis]} {word}" for axis, word in (("layer", "layers"), ("hidden", "wide")) if axis in sizes
-    )
+    words = {"layer": "layers", "hidden": "wide"}
+    return ", ".join(f"{sizes[axis]} {word}" for axis, word in words.items() if axis in sizes)
 
 
 def doubt(pairing: Pairing) -> str:

@@ -118,10 +118,8 @@ def _functions(
     bounds = f"to {low:g} … {high:g}"
     yield Relation("clipped", "without signs: absolute values"), lambda x, y: bool(np.array_equal(x, np.abs(y)))
     if low == 0:
-        yield (
-            Relation("clipped", "without negative values: they are zero"),
-            lambda x, y: np.array_equal(x, np.maximum(y, 0)),
-        )
+        words = "without negative values: they are zero"
+        yield Relation("clipped", words), lambda x, y: np.array_equal(x, np.maximum(y, 0))
     yield Relation("clipped", f"cut off {bounds}"), lambda x, y: bool(np.array_equal(x, np.clip(y, low, high)))
     lost = (x == 0) & (y != 0)
     if lost.mean() > _ZEROS:
@@ -160,9 +158,8 @@ def _bits_read(types: tuple[str, str]) -> Iterator[tuple[str, Callable[[np.ndarr
         for held, other in (("F16", "BF16"), ("BF16", "F16")):
 
             def read(y: np.ndarray, held: str = held, other: str = other) -> np.ndarray:
-                return (
-                    _viewed(y.astype(np.float32).astype(float_type(held)), float_type(other)).astype(kind).astype(float)
-                )
+                bits = _viewed(y.astype(np.float32).astype(float_type(held)), float_type(other))
+                return bits.astype(kind).astype(float)
 
             yield f"the bits of {held} read as {other}", read
 

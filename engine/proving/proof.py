@@ -46,11 +46,9 @@ class Failure:
 
     @staticmethod
     def of(error: EngineError, where: str | None = None) -> Failure:
-        told = f"{error.code} {error.message}"
-        told += "".join(
-            f"; {label} {text}" for label, text in (("got", error.got), ("expected", error.expected)) if text
-        )
-        return Failure(told, None if error.place is None else str(error.place), where)
+        told = [f"{error.code} {error.message}"]
+        told += [f"{label} {text}" for label, text in (("got", error.got), ("expected", error.expected)) if text]
+        return Failure("; ".join(told), None if error.place is None else str(error.place), where)
 
 
 @dataclass(frozen=True, slots=True)
