@@ -125,7 +125,7 @@ def add_store_options(command: click.Command) -> None:
             help="For URLs: how to reach the store, such as endpoint=URL or region=NAME; may be repeated.",
         ),
         click.Option(
-            ["--window"], type=SIZE, callback=_read_ahead, expose_value=False,
+            ["--window"], type=SIZE, callback=_reach, expose_value=False,
             help="For URLs: how much to read ahead.  [default: 16MiB]",
         ),
     ]  # fmt: skip
@@ -148,15 +148,10 @@ def check_reaching(ctx: click.Context, given: Mapping[str, str]) -> None:
         raise click.UsageError(f"{flag} has no effect without a URL: all given paths are local", ctx)
 
 
-def _reach(ctx: click.Context, param: click.Parameter, pairs: Sequence[tuple[str, str]]) -> None:
-    if pairs:
+def _reach(ctx: click.Context, param: click.Parameter, value: Any) -> None:
+    """Take an option of stores for as long as the command runs."""
+    if value:
         from engine.storage.places import store_options
 
-        ctx.with_resource(store_options(settings_of(ctx, param, pairs)))
-
-
-def _read_ahead(ctx: click.Context, param: click.Parameter, window: int | None) -> None:
-    if window is not None:
-        from engine.storage.places import store_options
-
-        ctx.with_resource(store_options(window=window))
+        window = param.name == "window"
+        ctx.with_resource(store_options(window=value) if window else store_options(settings_of(ctx, param, value)))
