@@ -12,6 +12,7 @@ from engine.checkpoint.hf_folder import is_whole, read_hf_folder
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
 from engine.language.model import Layout
+from engine.language.names import form
 from engine.language.search import layout_names
 from engine.planning.attempts import Checkpoint
 from engine.planning.reading import read_checkpoint
@@ -95,19 +96,11 @@ def _found(
     for name in reversed(names):
         look = most is None or len(steps) < most
         steps[name] = _step(folder.inside(name), config, layouts) if look else _NOT_LOOKED_AT
-    shapes = {_shape(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
-    return [{"name": n, **step} for n in names if (step := steps[n]) is not None and _shape(n) in shapes]
+    shapes = {form(name) for name, step in steps.items() if step is not None and step["complete"] is not None}
+    return [{"name": n, **step} for n in names if (step := steps[n]) is not None and form(n) in shapes]
 
 
 _NOT_LOOKED_AT = {"complete": None, "why": "", "bytes": None, "layout": None}
-
-
-def _shape(name: str) -> str:
-    """
-    >>> _shape("iter_0000020"), _shape("500")
-    ('iter_0', '0')
-    """
-    return re.sub("[0-9]+", "0", name)
 
 
 def _step(folder: Store, config: str | Path | None, layouts: Sequence[str]) -> dict[str, Any] | None:
