@@ -152,5 +152,4 @@ def units_of(name: str, axis: int, shape: Sequence[int], geometry: Geometry | No
 def neighbours(name: str, candidates: Sequence[str]) -> list[str]:
     """Candidates other than the name itself, those of the same layer and expert first."""
     own = numbers_in(name)
-    near = [other for other in candidates if other != name and numbers_in(other) == own]
-    return near + [other for other in candidates if other != name and numbers_in(other) != own]
+    return sorted((other for other in candidates if other != name), key=lambda other: numbers_in(other) != own)
