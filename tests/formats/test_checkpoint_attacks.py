@@ -418,6 +418,7 @@ def test_no_bytes_at_all_give_another_error(data: bytes) -> None:
         ("b = {'a': 1}\nm = {**b, 'c': 2}\nn = dict(b, a=3)", {"b": {"a": 1}, "m": {"a": 1, "c": 2}, "n": {"a": 3}}),
         ("m = {'a': 1, **f(), 'b': 2}", {"m": {"b": 2}}),
         ("m = {'a': 1, 'a': f()}", {"m": {}}),
+        ("b = {**f(), 'c': 2}\nm = {'a': 1, **b}", {"b": {"c": 2}, "m": {"c": 2}}),  # b may have another `a`
         ("a, b = 1, 2\nc = (2, 3)", {"c": [2, 3]}),
         ("a = b = 3\nn: int = 4", {"a": 3, "b": 3, "n": 4}),
         ("s = 'x'\nt = s + 'z'\nu = f'{s}'", {"s": "x", "t": "xz"}),

@@ -554,15 +554,16 @@ def test_dtensors_on_a_mesh_of_one_rank_are_read(tmp_path: Path) -> None:
     assert equal(tmp_path / "hf", state)
 
 
-def test_a_model_that_is_not_tied_and_has_no_output_layer_is_refused(tmp_path: Path) -> None:
-    saved = titan(model(LLAMA), old=False)
+@pytest.mark.parametrize("mapping", ["torchtitan-llama", "transformers"])
+def test_a_model_that_is_not_tied_and_has_no_output_layer_is_refused(mapping: str, tmp_path: Path) -> None:
+    saved = model(LLAMA) if mapping == "transformers" else titan(model(LLAMA), old=False)
     del saved["lm_head.weight"]
     folder = save(saved, tmp_path / "step-3", LLAMA)
     with pytest.raises(EngineError, match="head") as caught:
-        engine.convert("torchtitan-llama", folder, tmp_path / "hf")
+        engine.convert(mapping, folder, tmp_path / "hf")
     assert caught.value.code == "E207" and not (tmp_path / "hf").exists()
     (folder / "config.json").write_text(json.dumps(LLAMA | {"tie_word_embeddings": True}))
-    engine.convert("torchtitan-llama", folder, tmp_path / "hf")
+    engine.convert(mapping, folder, tmp_path / "hf")
     assert "lm_head.weight" not in weights(tmp_path / "hf")
 
 

@@ -79,6 +79,7 @@ def test_an_integer_stage_is_an_expression() -> None:
         ("topo_wp{wp}_pp{pp}.json", "topo_wp{tp}_pp{pp}.json", "E108", "has no `tp` to fill in"),
         ("name: model_wp{wp}_pp{pp}.pt", "name: model_wp{wp}_pp{dp}.pt", "E108", "has no `pp` to fill in"),
         ("lone_rank: {tp: 0}", "lone_rank: {tp: 1}", "E102", "lone_rank.tp"),
+        ("ranks: {count: wps, wp: rank}", "ranks: {count: wps}", "E102", "`modes.isp_wp.files.0.ranks`"),
         ("_layer{number}_", "_layer{numbe}_", "E108", "has no `number`"),
         ("        number: pp * (layers // pps) + nth", "", "E108", "says no `number`"),
         (
