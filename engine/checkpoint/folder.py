@@ -232,6 +232,7 @@ def _below(value: Any, keys: Sequence[str], file: str) -> dict[str, Any]:
             place=Place(file),
             got=f"{got} under {'.'.join(keys)}" if keys else got,
             expected="the model's settings by name",
-            fix="Copy the file again from the training run.",
+            fix="Copy the file again from the training run. A class that keeps settings in attributes cannot be read "
+            "without running it: save a plain dict of them in the training environment.",
         )
     return value

@@ -41,15 +41,6 @@ def read_pickled_mapping(file: File) -> dict[str, Any]:
             got=type(value).__name__,
             fix="Is it the model_config.pt of the training run?",
         )
-    if not value:
-        raise EngineError(
-            "E303",
-            "the configuration is empty",
-            place=Place(file.name),
-            expected="a dict of the model's settings",
-            fix="A class that keeps them in attributes cannot be read without running it: save a plain dict of them "
-            "in the training environment.",
-        )
     return value
 
 

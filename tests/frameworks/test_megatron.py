@@ -64,13 +64,18 @@ def test_the_vocabulary_without_its_padding_is_asked_for(tmp_path: Path) -> None
     assert logits_off(tmp_path / "out", MEGATRON / "torch-tp1pp1-tied" / "oracle.pt") < 1e-4
 
 
-@pytest.mark.parametrize("name", ["dist-tp2pp2", "leg_t2_distopt"])
+@pytest.mark.parametrize(
+    ("name", "common"), [("dist-tp2pp2", None), ("dist-tp2pp2", {}), ("leg_t2_distopt", None)], ids=str
+)
 def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked_for(
-    name: str, copy: Callable[[str], Path], tmp_path: Path
+    name: str, common: object, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    """verl saves the model alone, and then core before 0.14 has nothing for its `common.pt`."""
     source, told = copy(name), {"rotary": "halves"}
     rewritten(source, lambda args: args.clear())
     (source / "common.pt").unlink(missing_ok=True)
+    if common is not None:
+        torch.save(common, source / "common.pt")
     for code, options in (("E304", {"config": None}), ("E202", {})):
         with pytest.raises(EngineError) as caught:
             convert(name, tmp_path / "out", source, **options)
