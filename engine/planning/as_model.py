@@ -108,7 +108,7 @@ def rules_of(
         mapping,
         keys={**mapping.keys, "source": {**told, **default}},
         rules=tuple(rules),
-        dims={name: Expression(str(size), mapping.place) for name, size in dims.items()},
+        dims={name: Expression(str(size), Place("config.json")) for name, size in dims.items()},
         model_type=str(config.get("model_type")),
         architecture=class_named(config) or "the model class of config.json",
         transformers=wanted.versions or mapping.transformers,

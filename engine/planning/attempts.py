@@ -233,6 +233,8 @@ def claims(
                 fix=f"Correct what `{expression.text}` reads, or the expression.",
             )
         scope[axis] = value
-        why = f"`{expression.text}` on {config_name}" if not expression.text.isdigit() else "its definition"
+        written = expression.place.line is not None  # in a mapping; else it is of the class that a file tells
+        defined = "its definition" if written else f"the model class of {expression.place}"
+        why = defined if expression.text.isdigit() else f"`{expression.text}` on {config_name}"
         facts[axis] = Fact(axis, value, why, expression.place)
     return facts, unread

@@ -272,8 +272,9 @@ def size_error(found: Contradiction) -> EngineError:
         place=found.place,
         got=found.got,
         expected=found.expected,
-        fix=f"{found.rule}. Either the mapping is not the one for this checkpoint, or {found.file} is from "
-        "another run (compare its date and training step with the others), or rank files are missing at the end."
+        fix=f"{found.rule}. Either the mapping or the configuration is not the one for this checkpoint, or "
+        f"{found.file} is from another run (compare its date and training step with the others), or rank files are "
+        "missing at the end."
         if found.file
         else f"{found.rule}. All its ranks agree: either the mapping is not the one for this checkpoint, or the "
         "configuration is of another model, or the last rank files are missing.",

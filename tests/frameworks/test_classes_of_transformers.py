@@ -321,3 +321,15 @@ def test_a_mixture_is_counted_where_transformers_4_counts_it_too() -> None:
     mapping, kind = load_mapping("transformers").config["num_experts"], {"num_local_experts": 6}
     assert render_tree(mapping, kind | {"model_type": "qwen3_moe"}) == 6
     assert render_tree(mapping, kind | {"model_type": "mixtral"}) is OMIT
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 39}, {"num_hidden_layers": 1}], ids=str)
+def test_sizes_of_the_class_are_said_to_be_those_of_config_json(change: dict[str, Any], tmp_path: Path) -> None:
+    folder = save(state_of(LLAMA), tmp_path / "step", LLAMA | change)
+    with pytest.raises(EngineError) as caught:
+        engine.plan("transformers", folder)
+    told = caught.value
+    assert told.code == "E203"
+    assert f"{next(iter(change.values()))} " in str(told.expected)
+    assert "from the model class of config.json" in str(told.expected)
+    assert "the configuration" in str(told.fix)
