@@ -76,9 +76,7 @@ def _front(file: OpenFile, end: int) -> OpenFile:
 def _check_member(file: File, opened: OpenFile, info: zipfile.ZipInfo, advance: Callable[[int], None]) -> None:
     buffer = memoryview(bytearray(_BLOCK))
     opened.seek(info.header_offset + 26)
-    lengths = opened.read(4)
-    skip = int.from_bytes(lengths[:2], "little") + int.from_bytes(lengths[2:], "little")
-    opened.seek(skip, 1)
+    opened.seek(sum(struct.unpack("<2H", opened.read(4))), 1)
     left, found = info.file_size, 0
     while left:
         count = opened.readinto(buffer[: min(left, _BLOCK)])
