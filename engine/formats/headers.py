@@ -147,6 +147,9 @@ class FileHeader:
         return self.file.name
 
 
+Named = tuple[str, str, tuple[int, ...]]  # a tensor to write: its name, element type and shape
+
+
 def damaged(
     name: str, what: str, tensor: str | None = None, *, expected: str | None = None, how: str = " or truncated"
 ) -> EngineError:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, ClassVar
 
-from engine.formats.headers import STORAGES, dense_strides
+from engine.formats.headers import STORAGES, Named, dense_strides
 from engine.language.documents import grouped
 
 
@@ -112,11 +112,11 @@ def dumps(value: Any) -> bytes:
     return buffer.getvalue()
 
 
-def state_dict(tensors: Sequence[tuple[str, str, tuple[int, ...]]], around: Mapping[str, Any] | None = None) -> bytes:
+def state_dict(tensors: Sequence[Named], around: Mapping[str, Any] | None = None) -> bytes:
     """The pickle of a state dict whose tensors are contiguous, each in a storage of its own.
 
     Args:
-        tensors: name, element type (one of `WRITABLE`) and shape; storage keys are `0`, `1`, ...
+        tensors: their types are of `WRITABLE`; storage keys are `0`, `1`, ...
         around: the other content of the file, by key; then names begin with the key of their state dict.
     """
     made = [(name, tensor(dtype, shape, index)) for index, (name, dtype, shape) in enumerate(tensors)]

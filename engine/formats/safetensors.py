@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, Part, TensorHeader, damaged, dense_strides
+from engine.formats.headers import ITEM_SIZES, FileHeader, Named, Part, TensorHeader, damaged, dense_strides
 from engine.language.documents import portions
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
@@ -20,9 +20,7 @@ from engine.storage.store import File, Store
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
 
 
-def encode_header(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
-) -> tuple[bytes, list[int]]:
+def encode_header(tensors: Sequence[Named], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
     """The header of a file, and the absolute byte offset of each tensor.
 
     Payload is laid out by element size, largest first, and then in the given order, so that every
@@ -65,9 +63,7 @@ class SafetensorsFile:
         return []
 
 
-def safetensors_file(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: object = None
-) -> SafetensorsFile:
+def safetensors_file(tensors: Sequence[Named], root: str, around: object = None) -> SafetensorsFile:
     """Lay out a file for transformers, with `METADATA`."""
     header, offsets = encode_header(tensors, METADATA)
     sizes = [math.prod(shape) * ITEM_SIZES[dtype] for _, dtype, shape in tensors]

@@ -16,7 +16,7 @@ from functools import lru_cache
 from math import prod
 from typing import Any
 
-from engine.formats.headers import ITEM_SIZES, TORCH_NAMES, TensorHeader
+from engine.formats.headers import ITEM_SIZES, TORCH_NAMES, Named, TensorHeader
 from engine.formats.pickling import Call, Global, Made, Pairs, dumps, state_dict, tensor
 from engine.language.documents import grouped
 
@@ -98,20 +98,17 @@ class TorchFile:
         return [member for member in self.members if member.data is None]
 
 
-def torch_file(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str, around: Mapping[str, Any] | None = None
-) -> TorchFile:
+def torch_file(tensors: Sequence[Named], root: str, around: Mapping[str, Any] | None = None) -> TorchFile:
     """Lay out a rank file that holds a state dict.
 
     Args:
-        tensors: name, element type and shape of each, in order.
         root: the folder inside the zip; torch uses the file's name without its suffix.
         around: the other content of the file, by key; then names begin with the key of their state dict.
     """
     return laid_out(state_dict(tensors, around), tensors, root)
 
 
-def laid_out(pickled: bytes, tensors: Sequence[tuple[str, str, tuple[int, ...]]], root: str) -> TorchFile:
+def laid_out(pickled: bytes, tensors: Sequence[Named], root: str) -> TorchFile:
     """Lay out a file of a pickle and its storages, which it names by number, one for each tensor."""
     listed: list[tuple[str, bytes | int]] = [("data.pkl", pickled), ("byteorder", b"little")]
     for index, (_, dtype, shape) in enumerate(tensors):
@@ -205,7 +202,7 @@ class DcpFile:
         return []
 
 
-def dcp_file(tensors: Sequence[tuple[str, str, Shape]], root: str, around: object = None) -> DcpFile:
+def dcp_file(tensors: Sequence[Named], root: str, around: object = None) -> DcpFile:
     """Lay out a file of boxes, given name, element type and shape of each; the file does not hold the names."""
     entries, starts, end = [], [], 0
     for _, dtype, shape in tensors:

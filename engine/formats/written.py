@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from engine.formats.headers import Named
 from engine.formats.safetensors import safetensors_file
 from engine.formats.torch_files import dcp_file, torch_file
 
@@ -28,10 +29,8 @@ class FileLayout(Protocol):
         """(offset, bytes) of content after all payload, given the CRC-32 of each tensor."""
 
 
-# Format → lays out a file, given its tensors (name, element type, shape), root name and other content.
-FORMATS: dict[
-    str, Callable[[Sequence[tuple[str, str, tuple[int, ...]]], str, Mapping[str, Any] | None], FileLayout]
-] = {
+# Format → lays out a file, given its tensors, root name and other content.
+FORMATS: dict[str, Callable[[Sequence[Named], str, Mapping[str, Any] | None], FileLayout]] = {
     "safetensors": safetensors_file,
     "torch": torch_file,
     "dcp": dcp_file,
