@@ -37,10 +37,7 @@ class Pickles:
     """Reads each pickle once: ranks, and boxes of one shape, mostly have equal ones."""
 
     def __init__(self, most: int) -> None:
-        """
-        Args:
-            most: how many are kept.
-        """
+        """Args: most: how many are kept."""
         self._most = most
         self._known: dict[tuple[int, bytes], Any] = {}
 

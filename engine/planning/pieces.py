@@ -34,11 +34,7 @@ class Pieces:
 
 
 def match_pieces(active: Sequence[Instance]) -> Pieces:
-    """Pair source pieces with target pieces; every piece must occur exactly once on either side.
-
-    Raises:
-        EngineError: E107 with the rule and the piece.
-    """
+    """Pair source pieces with target pieces; E107 for the first that does not occur exactly once on either side."""
     targets: dict[str, TargetSpec] = {}
     for instance in active:
         for own in instance.wholes:

@@ -64,11 +64,7 @@ def not_the_release(mapping: MappingFile, found: tuple[Departure, ...]) -> tuple
 def check_asked(
     mapping: MappingFile, names: Mapping[str, Any], settings: Mapping[str, Any], found: tuple[Departure, ...]
 ) -> None:
-    """E202 for a question that only the release's own default answers, when the model is not that release.
-
-    Args:
-        names: the names for expressions.
-    """
+    """E202 for a question that only the release's own default answers, when the model is not that release."""
     defaults = {name: one.default for name, one in mapping.options.items() if name not in settings}
     for variant in mapping.variants.values() if found else ():
         taken = {name: defaults[name] for name in variant.answers if defaults.get(name) is not None}

@@ -60,11 +60,7 @@ class Stages:
 def in_order(
     layout: Layout, sizes: Mapping[str, int], dims: Sequence[str], chunks: int, names: Mapping[str, Any]
 ) -> list[Stage]:
-    """Every stage, in the order of the model.
-
-    Raises:
-        EngineError: E105 if the layout gives two stages the same place: their order would be arbitrary.
-    """
+    """Every stage, in the order of the model; E105 if two have the same place: their order would be arbitrary."""
     facts = {**names, **counts_of(layout, sizes), "chunks": chunks}
     every = list(product(range(chunks), *(range(sizes.get(dim, 1)) for dim in dims)))
 

@@ -112,11 +112,7 @@ class Journal:
     """Appends finished units; shared by the workers."""
 
     def __init__(self, folder: Path, plan: Plan, done: Mapping[int, Done]) -> None:
-        """Start a journal, or go on with one.
-
-        Args:
-            done: outputs that were verified to be present and to equal what the sources give now.
-        """
+        """Args: done: outputs that were verified to be present and to equal what the sources give now."""
         self._lock = threading.Lock()
         path = folder / NAME
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)

@@ -117,11 +117,7 @@ def is_done(work: str, store: Store, part: Part) -> bool:
 
 
 def read_markers(plan: Plan, work: str, store: Store) -> Written:
-    """Collect what all parts wrote.
-
-    Raises:
-        EngineError: E409 when a part is missing, or belongs to another plan or number of parts.
-    """
+    """Collect what all parts wrote; E409 when one is missing, or belongs to another plan or number of parts."""
     try:
         names = [name for name in store.names() if name.startswith(MARKER)]
         names = [WHOLE.marker] if WHOLE.marker in names else names

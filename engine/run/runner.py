@@ -148,11 +148,7 @@ def _write(
 
 
 def take_parts(plan: Plan, store: Target, written: Written) -> Written:
-    """Complete the files that parts wrote to.
-
-    Raises:
-        EngineError: E409 when the files no longer hold what they wrote.
-    """
+    """Complete the files that parts wrote to; E409 when these no longer hold what was written."""
     writer = Writer(plan, store, Meter(0, None), range(len(plan.shards)), digests=True)
     if not isinstance(store, Upload):
         if store.folder is not None:

@@ -184,11 +184,7 @@ class Shares:
         self._lock = threading.Lock()
 
     def take(self, own: int | None) -> tuple[int, Unit] | None:
-        """A job and one of its units; None when no unit is left.
-
-        Args:
-            own: the job that the worker took first, if any.
-        """
+        """A job and one of its units, if it can be of the worker's `own` job; None when no unit is left."""
         with self._lock:
             if own is not None and self._left[own]:
                 return self._give(own, next(iter(self._left[own])))

@@ -67,11 +67,7 @@ def options_now() -> tuple[dict[str, str], int]:
 
 
 def store_at(place: Source, what: str) -> Store:
-    """The store at a path or URL that a user gave; E001 for an invalid one.
-
-    Args:
-        what: what the place holds, in words.
-    """
+    """The store at a path or URL that a user gave; E001 for an invalid one, in words for `what` it holds."""
     if not isinstance(place, str | Path):
         if hasattr(place, "names"):
             return place

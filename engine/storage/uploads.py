@@ -40,10 +40,7 @@ class ObjectLock:
     """
 
     def __init__(self, store: ObjectStore, work: str) -> None:
-        """
-        Args:
-            work: a digest of everything that determines the bytes of the output.
-        """
+        """Args: work: a digest of everything that determines the bytes of the output."""
         self._store, self._work = store, work
         self._told = f"{work} {secrets.token_hex(8)}".encode()
 
