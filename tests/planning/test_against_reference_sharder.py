@@ -272,3 +272,19 @@ def test_a_schedule_that_the_training_config_tells_is_not_another_one(tmp_path: 
     with pytest.raises(EngineError) as caught:
         engine.plan("families/internlm2", tmp_path / "step")
     assert caught.value.code == "E211"
+
+
+@pytest.mark.parametrize("zbv", [False, True])
+def test_exchanged_ends_of_a_model_are_not_taken_for_another_schedule(zbv: bool, tmp_path: Path) -> None:
+    folder = tmp_path / "step"
+    save(V2, folder, pp=2, chunks=2, zbv=zbv)
+    _no_text(folder)
+    files = [folder / f"model_tp0_pp{p}.pt" for p in range(2)]
+    for path in files:
+        shards.with_root(path, "archive")  # which names no rank
+    files[0].rename(folder / "other")
+    files[1].rename(files[0])
+    (folder / "other").rename(files[1])
+    with pytest.raises(EngineError) as caught:
+        engine.plan("families/internlm2", folder)
+    assert caught.value.code == "E211"
