@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from contextlib import suppress
 from math import prod
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from engine.assets.bundle import make_assets
@@ -173,7 +174,7 @@ def _expanded(index: Any, dims: int) -> list[int | slice]:
     [slice(None, None, None), slice(None, None, None), 3]
     """
     given = list(index) if isinstance(index, tuple) else [index]
-    if not all(one is ... or type(one) is int or isinstance(one, slice) for one in given):
+    if not all(one is ... or (isinstance(one, Integral | slice) and not isinstance(one, bool)) for one in given):
         raise TypeError(f"only integers, slices and ... can be indices, not {index!r}"[:200])
     if given.count(...) > 1:
         raise IndexError("an index can have one ...")

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -178,7 +179,8 @@ def test_a_slice_is_that_of_the_whole_tensor(opened: Tensors, written: Any, name
 
 
 @pytest.mark.parametrize(
-    "index", [-1, 0, (0, ..., 1), (slice(1, 3), 2), (slice(None, None, 2), slice(None), 1), (..., 0)]
+    "index",
+    [-1, np.int64(-1), 0, (0, ..., 1), (slice(np.int64(1), 3), 2), (slice(None, None, 2), slice(None), 1), (..., 0)],
 )
 def test_a_slice_of_stacked_experts_is_that_of_the_whole_tensor(index: Any) -> None:
     with engine.open(FIXTURES / "moe_tp2_pp2_dp1", mapping="families/moe-stacked.yaml") as opened:
