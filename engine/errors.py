@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, Literal
 
 # After these a run can be resumed once the cause is gone: a disk is at fault, not the input.
 RESUMABLE = ("E305", "E403", "E405")
@@ -183,6 +183,8 @@ class EngineError(Exception):
         fix: what to do, one or more sentences.
         answers: for a question: each setting that answers it, with possible values; `config` stands for --config FILE.
     """
+
+    severity: Literal["error", "warning"] = "error"  # a warning, of lint, is never raised
 
     def __init__(
         self,

@@ -5,24 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from engine.errors import EngineError
 from engine.language.search import find_file, kind_of, list_names, rule_files
 from engine.planning.given import check_type, listed
-from engine.proving.lint import lint_file
-
-if TYPE_CHECKING:
-    from engine.proving.proof import Finding
+from engine.proving.lint import distinct, lint_file
 
 
-def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[Finding]:
+def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[EngineError]:
     """Check mapping and layout files, all files below a folder, or without paths every bundled mapping.
 
     >>> engine.lint("internlm2-7b")
     []
     """
     names = [str(p) for p in mapping_files(listed(paths)) if kind_of(p) != "meaning"] if paths else list_names()
-    return list(dict.fromkeys(finding for name in names for finding in lint_file(name)))
+    return distinct(finding for name in names for finding in lint_file(name))
 
 
 def mapping_files(paths: Sequence[str | Path]) -> list[Path]:

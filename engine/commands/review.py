@@ -73,7 +73,7 @@ def lint(ctx: click.Context, as_json: bool, files: tuple[str, ...], form: str) -
     """
     findings = engine.api.lint(files)
     if as_json or form == "json":
-        answer(True, {"findings": [finding.as_dict() for finding in findings]}, str)
+        answer(True, {"findings": [{**one.as_dict(), "severity": one.severity} for one in findings]}, str)
     elif form == "github":
         say(beside_lines(findings), raw=True, nl=bool(findings))
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -70,7 +69,7 @@ def _generation_keys(mapping: MappingFile) -> Iterator[Finding]:
         found = _unknown(name, "generation", known, place, "transformers' GenerationConfig does not have it.")
         if name in _TOKENIZER:
             told = f"It is the tokenizer's; a token is named by its number here, as in `{name}_id`."
-            found = replace(found, severity="error", fix=told)
+            found.severity, found.fix = "error", told
         yield found
 
 

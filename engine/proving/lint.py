@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import translate
 
 from engine.assets.chat import chat_template
@@ -24,11 +23,11 @@ from engine.planning.pieces import match_pieces
 from engine.planning.stored import instances
 from engine.proving.known_names import check_comparisons, check_keys, check_models, check_patterns, place_of
 from engine.proving.matrix import choices_named
-from engine.proving.proof import Finding, finding_of
+from engine.proving.proof import Finding
 from engine.proving.values import check_declared, check_options, check_spellings, check_tokens
 
 
-def lint_file(name: str) -> list[Finding]:
+def lint_file(name: str) -> list[EngineError]:
     """Load and lint one mapping or layout; an error in loading is a finding too."""
     try:
         if kind_of(find_file(name)) == "layout":
@@ -36,30 +35,37 @@ def lint_file(name: str) -> list[Finding]:
             return []
         mapping = load_mapping(name)
     except EngineError as error:
-        return _findings(error)
+        return error.errors
     return lint(mapping)
 
 
-def _findings(error: EngineError) -> list[Finding]:
-    return [finding_of(one) for one in error.errors]
-
-
-def lint(mapping: MappingFile) -> list[Finding]:
+def lint(mapping: MappingFile) -> list[EngineError]:
     """All findings of a loaded mapping, by place."""
-    found = [replace(one, code=code) for code, check in _ALONE.items() for one in check(mapping)]
+    found = [one for code, check in _ALONE.items() for one in _coded(code, check(mapping))]
     try:
         layout = load_layout(mapping.layout, mapping.layout_place)
     except EngineError as error:
-        found += _findings(error)
+        found += error.errors
     else:
-        found += [replace(one, code=code) for code, check in _IN_LAYOUT.items() for one in check(mapping, layout)]
+        found += [one for code, check in _IN_LAYOUT.items() for one in _coded(code, check(mapping, layout))]
     if mapping.chat_template is not None:
         try:
             chat_template(mapping.chat_template)
         except EngineError as error:
-            found.append(finding_of(error, place_of(mapping, "chat_template")))
-    unique = {(f.code, str(f.place), f.message): f for f in found}
-    return sorted(unique.values(), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
+            error.place = error.place or place_of(mapping, "chat_template")
+            found.append(error)
+    return sorted(distinct(found), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
+
+
+def distinct(found: Iterable[EngineError]) -> list[EngineError]:
+    """Findings, each once: releases have those of their family."""
+    return list({(one.code, str(one.place), one.message): one for one in found}.values())
+
+
+def _coded(code: str, found: Iterable[EngineError]) -> Iterator[EngineError]:
+    for one in found:
+        one.code = code
+        yield one
 
 
 def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
@@ -78,14 +84,14 @@ def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
                 )
 
 
-def _unmatched(mapping: MappingFile) -> Iterator[Finding]:
+def _unmatched(mapping: MappingFile) -> Iterator[EngineError]:
     """L005, under every combination of choices."""
     every = instances(mapping)
     for choices in choices_named([mapping]):
         try:
             match_pieces([one for one in every if one.rule.active(choices)])
         except EngineError as error:
-            yield finding_of(error)
+            yield error
 
 
 def _gaps(mapping: MappingFile) -> Iterator[Finding]:
@@ -225,7 +231,7 @@ def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expres
                     yield expression, side, path, keys
 
 
-_ALONE: dict[str, Callable[[MappingFile], Iterator[Finding]]] = {
+_ALONE: dict[str, Callable[[MappingFile], Iterator[EngineError]]] = {
     "L001": _overlaps,
     "L002": _gaps,
     "L003": _unused,

@@ -6,34 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from engine.errors import EngineError, Place, in_words
+from engine.errors import EngineError, Place
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """A finding of lint: an error makes `engine lint` fail, a warning does not."""
+class Finding(EngineError):
+    """What a check of lint finds; a warning does not make `engine lint` fail. Whoever runs the check adds its code."""
 
-    place: Place | None
-    message: str
-    fix: str | None
-    severity: Literal["error", "warning"] = "error"
-    got: str | None = None
-    expected: str | None = None
-    code: str = ""  # the check that found it, L001 and so on
-
-    def in_words(self) -> str:
-        """The finding in the shape of an error."""
-        return in_words(self.code, self.message, self.place, self.got, self.expected, self.fix)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"code": self.code, **asdict(self), "place": None if self.place is None else self.place.as_dict()}
-
-
-def finding_of(error: EngineError, place: Place | None = None) -> Finding:
-    """An error as a finding."""
-    return Finding(
-        error.place or place, error.message, error.fix, got=error.got, expected=error.expected, code=error.code
-    )
+    def __init__(
+        self, place: Place | None, message: str, fix: str | None, severity: Literal["error", "warning"] = "error"
+    ) -> None:
+        super().__init__("", message, place=place, fix=fix)
+        self.severity = severity
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from difflib import unified_diff
-from typing import TYPE_CHECKING
 
 import click
 
-from engine.errors import counted
+from engine.errors import EngineError, counted
+from engine.show.render import error
 from engine.show.text import Styled
 
-if TYPE_CHECKING:
-    from engine.proving.proof import Finding
 
-
-def findings(found: Sequence[Finding]) -> Styled:
-    """Lint findings one under another, in the shape of errors, and how many."""
-    lines: list[str] = []
-    for finding in found:
-        colour = "red" if finding.severity == "error" else "yellow"
-        told = finding.in_words().removeprefix(finding.code)
-        lines += [click.style(finding.code, fg=colour, bold=True) + told, ""]
+def findings(found: Sequence[EngineError]) -> Styled:
+    """Lint findings one under another, and how many."""
+    lines = [line for one in found for line in (error(one), "")]
     errors = sum(f.severity == "error" for f in found)
     if not found:
         return Styled(click.style("no findings", fg="green"))
     return Styled("\n".join([*lines, f"{counted(errors, 'error')}, {counted(len(found) - errors, 'warning')}"]))
 
 
-def beside_lines(found: Sequence[Finding]) -> str:
+def beside_lines(found: Sequence[EngineError]) -> str:
     """Findings as a workflow's run shows them beside the lines of a pull request."""
     lines = []
     for finding in found:

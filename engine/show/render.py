@@ -87,8 +87,9 @@ def _stage(one: Mapping[str, Any], chunked: bool) -> str:
 
 
 def error(problem: EngineError) -> Styled:
-    """An error as it prints itself, its code in red."""
-    return Styled(click.style(problem.code, fg="red", bold=True) + str(problem).removeprefix(problem.code))
+    """An error as it prints itself, its code in red; that of a warning in yellow."""
+    colour = "red" if problem.severity == "error" else "yellow"
+    return Styled(click.style(problem.code, fg=colour, bold=True) + str(problem).removeprefix(problem.code))
 
 
 _CHOICE = {
