@@ -18,11 +18,11 @@ from engine.errors import EngineError
 from engine.explaining.describe import copy_texts
 from engine.language.axes import Axes, extent
 from engine.language.documents import grouped
-from engine.language.expressions import evaluate
 from engine.language.model import Layout, MappingFile
 from engine.language.names import Pattern
 from engine.language.rules import STORED, said
 from engine.planning.boxes import Copy, swap
+from engine.planning.facts import render_known
 from engine.planning.model import Plan
 from engine.planning.stored import Instance, instances
 from engine.proving.counterexamples import moves_of, strided
@@ -81,13 +81,8 @@ def _sizes(mapping: MappingFile, free: Mapping[str, int]) -> dict[str, int]:
     """Sizes that follow from the free ones, independent of a configuration."""
     sizes: dict[str, int] = dict(free)
     for axis, expression in mapping.dims.items():
-        if axis not in sizes:
-            try:
-                value = evaluate(expression, sizes)
-            except EngineError:
-                continue
-            if isinstance(value, int):
-                sizes[axis] = value
+        if axis not in sizes and isinstance(value := render_known(expression, sizes), int):
+            sizes[axis] = value
     return sizes
 
 

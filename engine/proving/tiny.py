@@ -236,11 +236,8 @@ def settle(
         fixed["given"] = config
         scope: dict[str, Any] = {**fixed, **current}
         for axis, expression in mapping.dims.items():
-            if axis not in current:
-                try:
-                    scope[axis] = evaluate(expression, scope)
-                except EngineError:
-                    continue
+            if axis not in current and (value := render_known(expression, scope)) is not OMIT:
+                scope[axis] = value
         derived = {a: n for a, n in scope.items() if a in mapping.dims and isinstance(n, int)}
         config = render_tree(mapping.config, {**scope, **derived}, made_up)
         training = render_known(mapping.training_config, {**config, **fixed, "dtype": "torch.float32", "chunks": 1})
