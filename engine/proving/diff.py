@@ -8,7 +8,7 @@ from difflib import ndiff
 from pathlib import PurePosixPath
 from typing import Any
 
-from engine.language.documents import changed, grouped, plain, text_of
+from engine.language.documents import changed, flat, grouped, plain, text_of
 from engine.language.loader import load_text
 from engine.language.model import MappingFile
 from engine.proving.changes import TensorChange, ValueChange, compare_meanings
@@ -155,16 +155,9 @@ def _entries(data: Mapping[str, Any], section: str) -> Iterator[tuple[str, str]]
         for entry in value or []:
             side = "source" if "source" in entry else "target"
             yield f"{side} {entry[side]}", text_of(entry["why"])
-    elif value is not None:
-        yield from _flat(value, "" if isinstance(value, dict) else section)
-
-
-def _flat(value: Any, name: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            if key == "choices" and isinstance(item, dict):  # their order matters
-                yield f"{name}.{key}", text_of(item)
-            else:
-                yield from _flat(item, f"{name}.{key}" if name else str(key))
-    elif value is not None:
-        yield name, text_of(value)
+        return
+    if section == "variants":  # the order of choices matters
+        value = {name: {**body, "choices": text_of(body["choices"])} for name, body in (value or {}).items()}
+    for path, item in flat(value if isinstance(value, Mapping) else {section: value}):
+        if item is not None:
+            yield ".".join(path), text_of(item)
