@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -128,8 +128,14 @@ def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, 
     found = [_ENDLESS]
 
     def render() -> None:
+        talk, tools, speaking = (conversation[name] for name in ("messages", "tools", "speaking"))
+        how = {"tools": tools, "chat_template": template, "add_generation_prompt": speaking}
         with suppress(SystemExit):
-            found.append(_text(render_jinja_template, template, named, conversation))
+            try:
+                texts, _ = render_jinja_template([talk], **how, **named)
+                found.append(str(texts[0]))
+            except Exception as error:  # a template raises its own errors
+                found.append(f"{_REFUSED}{' '.join(str(error).split())[:120]}")
 
     thread = threading.Thread(target=render, daemon=True)
     thread.start()
@@ -138,17 +144,3 @@ def _render(template: str, named: Mapping[str, Any], conversation: Mapping[str, 
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident or 0), ctypes.py_object(SystemExit))
         return _ENDLESS
     return found[-1]
-
-
-def _text(render: Callable[..., Any], template: str, named: Mapping[str, Any], conversation: Mapping[str, Any]) -> str:
-    try:
-        texts, _ = render(
-            [conversation["messages"]],
-            tools=conversation["tools"],
-            chat_template=template,
-            add_generation_prompt=conversation["speaking"],
-            **named,
-        )
-    except Exception as error:  # a template raises its own errors
-        return f"{_REFUSED}{' '.join(str(error).split())[:120]}"
-    return str(texts[0])

@@ -13,7 +13,7 @@ from typing import Any
 
 from engine.errors import EngineError
 from engine.language.documents import changed, flat, plain, same, tree_of
-from engine.language.loader import load_yaml
+from engine.language.loader import content_of, load_bytes, load_yaml
 from engine.language.mapping_file import load_mapping
 from engine.language.model import MappingFile
 from engine.language.names import PARAMS
@@ -125,8 +125,8 @@ def _file(shown: str) -> Path:
 
 
 @lru_cache(maxsize=64)  # a family's meaning is read for each of its releases
-def _values(path: Path, *_: int) -> dict[KeyPath, Any]:
-    return dict(flat(load_yaml(path).data))
+def _values(name: str, content: bytes) -> dict[KeyPath, Any]:
+    return dict(flat(load_bytes(content, name).data))
 
 
 def read_meaning(path: Path) -> dict[KeyPath, Any]:
@@ -136,8 +136,7 @@ def read_meaning(path: Path) -> dict[KeyPath, Any]:
         EngineError: E101 for a file that is not a meaning.
     """
     try:
-        state = path.stat()
-        data = _values(path, state.st_mtime_ns, state.st_size)
+        data = _values(str(path), content_of(path, str(path)))
         if data["meaning",] != VERSION:
             raise ValueError(f"version {data['meaning',]} is not known")
         found = {p: v for p, v in data.items() if p[0] not in ("meaning", "mapping", "extends", "differs")}
