@@ -260,6 +260,11 @@ def needs_extra(extra: str, what: str) -> Iterator[None]:
         raise EngineError("E001", f"{what} the extra `{extra}`", got=f"no module {error.name}", fix=fix) from None
 
 
+def distinct(errors: Iterable[EngineError]) -> list[EngineError]:
+    """Errors, each once."""
+    return list({(one.code, str(one.place), one.message): one for one in errors}.values())
+
+
 _MOST_ERRORS = 20  # reported per file; a file may have a million
 
 
@@ -288,7 +293,7 @@ class Errors:
 
     def check(self) -> None:
         """Raise what was collected: one error as itself, several as `EngineErrors`."""
-        once = {(error.code, str(error.place), error.message): error for error in self.found}
-        listed = sorted(once.values(), key=lambda e: (e.place.line or 0, e.place.column or 0) if e.place else (0, 0))
+        found = distinct(self.found)
+        listed = sorted(found, key=lambda e: (e.place.line or 0, e.place.column or 0) if e.place else (0, 0))
         if listed:
             raise listed[0] if len(listed) == 1 else EngineErrors(listed[:_MOST_ERRORS])

@@ -6,10 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from engine.errors import EngineError
+from engine.errors import EngineError, distinct
 from engine.language.search import find_file, kind_of, list_names, rule_files
 from engine.planning.given import check_type, listed
-from engine.proving.lint import distinct, lint_file
+from engine.proving.lint import lint_file
 
 
 def lint(paths: str | Path | Sequence[str | Path] = ()) -> list[EngineError]:

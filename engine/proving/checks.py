@@ -37,10 +37,7 @@ def check_rules(mapping: MappingFile, combinations: Sequence[Mapping[str, str]])
     if errors:
         distinct = {tuple(rule.active(one) for rule in mapping.rules): one for one in combinations}
         failures += counter_examples(mapping, list(distinct.values()))[:_MOST_FAILURES]
-        failures += [
-            Failure(f"{one.code} {one.message}", None if one.place is None else str(one.place))
-            for one in errors[:_MOST_FAILURES]
-        ]
+        failures += map(Failure.of, errors[:_MOST_FAILURES])
     told = f"{len(mapping.rules)} rules, each piece in exactly one place on either side"
     return check_of(RULES, told, failures)
 

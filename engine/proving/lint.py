@@ -8,7 +8,7 @@ from fnmatch import translate
 
 from engine.assets.chat import chat_template
 from engine.checkpoint.ranks import layout_dims
-from engine.errors import EngineError, meant
+from engine.errors import EngineError, distinct, meant
 from engine.language.declared import axes_of, every_expression, expressions_of, paths_in
 from engine.language.documents import grouped, prefixes
 from engine.language.expressions import compile_expression, names_in
@@ -55,11 +55,6 @@ def lint(mapping: MappingFile) -> list[EngineError]:
             error.place = error.place or place_of(mapping, "chat_template")
             found.append(error)
     return sorted(distinct(found), key=lambda f: (f.place.line or 0 if f.place else 0, f.code, f.message))
-
-
-def distinct(found: Iterable[EngineError]) -> list[EngineError]:
-    """Findings, each once: releases have those of their family."""
-    return list({(one.code, str(one.place), one.message): one for one in found}.values())
 
 
 def _coded(code: str, found: Iterable[EngineError]) -> Iterator[EngineError]:

@@ -34,13 +34,9 @@ def checked(plan: Plan) -> Plan:
     from engine.proving.values import contradiction, not_allowed
 
     found = lint(mapping)
-    wrong = [
-        EngineError(
-            "E109", f"{one.code}: {one.message}", place=one.place, got=one.got, expected=one.expected, fix=one.fix
-        )
-        for one in found
-        if one.severity == "error" and one.code in _REFUSED
-    ]
+    wrong = [one for one in found if one.severity == "error" and one.code in _REFUSED]
+    for one in wrong:
+        one.code, one.message = "E109", f"{one.code}: {one.message}"
     if not wrong and plan.written is None:  # as lint checks literals, check the results of expressions
         wrong = [
             EngineError(
