@@ -46,9 +46,9 @@ def make_plan(
         EngineError: E2xx for the first problem that keeps the plan from being complete and exact.
     """
     asked = asked or Request(mapping)
-    theirs = {*layout.options, *layout.layers.variants} if asked.writes == "training" else ()
+    theirs = (*layout.options, *layout.layers.variants) if asked.writes == "training" else ()
     mine = {name: value for name, value in asked.settings.items() if name not in theirs}
-    check_settings(mapping, mine)
+    check_settings(mapping, asked.settings, theirs)
     crosses = checkpoint.end != asked.writes
     lossy = asked.lossy if crosses and asked.writes == "training" else None
     if lossy is not None and not mapping.training_config and not layout.config_of_target:

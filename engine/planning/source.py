@@ -83,7 +83,7 @@ class Source:
         """Sets of slices that different ranks hold of one tensor.
 
         A slice that is a separate tensor on the other side, like each expert of a stack, may equal its neighbours; and
-        so may one whose number is in its name.
+        so may one whose number is in its name. Where boxes are recorded, such slices of a layer may all be equal.
         """
         result: list[Slices] = []
         units = {
@@ -103,7 +103,11 @@ class Source:
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             own |= {*group.instance.numbered}
             at = [position for position, (_, axis) in enumerate(group.cut.dims) if axis in own]
-            shards = zip(self.side.numbers(group), group.shards.items(), strict=True)
+            shards = [*zip(self.side.numbers(group), group.shards.items(), strict=True)]
+            inner = {place for place, node in enumerate(axes.dims) if place and str(node) in own and group.cut.boxes}
+            if inner:  # of each layer one after the other
+                shards.sort(key=lambda one: ([n for place, n in enumerate(one[1][0]) if place not in inner], one[1][0]))
+                in_rows = True
             found = grouped(
                 ((stored[0].header.shape, *(ranks[position] for position in at)), numbers[0])
                 for numbers, (ranks, stored) in shards

@@ -36,8 +36,9 @@ class Decision:
     expression: str = ""
 
 
-def check_settings(mapping: MappingFile, settings: Mapping[str, Any]) -> None:
-    known = [*mapping.variants, *mapping.options]
+def check_settings(mapping: MappingFile, settings: Mapping[str, Any], theirs: Iterable[str] = ()) -> None:
+    """E001 for a setting that neither the mapping has nor, among `theirs`, the layout that is written."""
+    known = [*dict.fromkeys((*mapping.variants, *mapping.options, *theirs))]
     for name in settings:
         if name not in known:
             near = get_close_matches(name, known, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import engine
 from engine.errors import EngineError
@@ -21,7 +23,7 @@ from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import read_config, source_side, target_side
 from engine.planning.reading import read_checkpoint
 from tests.support.depth import sampled
-from tests.support.frameworks import logits_off, source_of
+from tests.support.frameworks import logits_off, source_of, weights
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten
 
 
@@ -200,6 +202,37 @@ def test_layers_of_experts_that_are_not_stacked_are_the_same_tensors(alone: bool
     convert("dist-ep2-moe", tmp_path / "known")
     one, other = (tmp_path / name / "model.safetensors" for name in ("out", "known"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def _experts_as(folder: Path, of: Callable[[int], int]) -> None:
+    """Write, in a genuine `torch_dist`, the weights of another expert in the place of each."""
+    held = dcp.FileSystemReader(str(folder)).read_metadata().storage_data
+    files = {path.name: bytearray(path.read_bytes()) for path in folder.glob("__*.distcp")}
+    for index, place in sorted(held.items(), key=lambda one: tuple(one[0].offset or ())):
+        if ".experts." in index.fqn and index.offset is not None:
+            layer, expert, *rest = index.offset
+            key = MetadataIndex(index.fqn, torch.Size([layer, of(expert), *rest]))
+            other = next(info for one, info in held.items() if one == key)
+            assert other.length == place.length
+            data = files[other.relative_path][other.offset : other.offset + other.length]
+            files[place.relative_path][place.offset : place.offset + place.length] = data
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+def test_experts_may_all_be_equal_as_after_upcycling(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """`--moe-use-upcycling` saves copies of the dense model's MLP; a rank's file over another's is still refused."""
+    upcycled = copy("dist-ep2-moe")
+    _experts_as(upcycled, lambda expert: 0)
+    convert("dist-ep2-moe", tmp_path / "out", upcycled)
+    found = {name: one for name, one in weights(tmp_path / "out").items() if ".experts." in name}
+    assert found and all(one.equal(found[re.sub(r"experts\.\d", "experts.0", name)]) for name, one in found.items())
+    shutil.rmtree(upcycled)
+    copied = copy("dist-ep2-moe")
+    _experts_as(copied, lambda expert: expert % 2)
+    with pytest.raises(EngineError, match="hold the same slice") as caught:
+        convert("dist-ep2-moe", tmp_path / "copied", copied)
+    assert caught.value.code == "E306"
 
 
 def test_without_arguments_a_second_number_of_a_folder_is_not_guessed(

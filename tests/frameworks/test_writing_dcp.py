@@ -44,6 +44,14 @@ def loaded(folder: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def test_a_setting_of_the_layout_that_is_written_is_told_where_its_name_is_not_known(
+    whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(EngineError, match="Did you mean `--set under=model`") as caught:
+        engine.reverse("transformers", whole, tmp_path / "dcp", settings={"undr": "model"})
+    assert caught.value.code == "E001"
+
+
 @sampled(2)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("ranks", "under"), [("dp=8", ""), ("dp=3,tp=2", "model"), ("dp=1", "app.model")])
