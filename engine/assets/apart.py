@@ -25,6 +25,7 @@ APART = 256 << 10  # bytes of a model: converting a smaller one is faster than s
 _LOOK = 0.1  # seconds between checks of the stop flag
 _PROCESS = 64 << 20  # bytes of the process before it reads a model
 _PER_BYTE = 160  # bytes more for each byte of the model
+_ANSWER = b"\0answer\0"  # before it, Python's own start may print: sitecustomize, .pth files
 
 
 def predicted_memory(model_file: Path) -> int:
@@ -69,7 +70,8 @@ def call_apart(function: Callable[..., T], *given: Any, stopped: threading.Event
         except BaseException:
             process.kill()
             raise
-    if process.returncode or not answer:
+    _, mark, answer = answer.partition(_ANSWER)
+    if process.returncode or not mark:
         return None
     found: T | EngineError = pickle.loads(answer)  # from this engine's own process
     if isinstance(found, EngineError):
@@ -85,4 +87,4 @@ def main() -> None:
         found = function(*given)
     except EngineError as error:
         found = error
-    answer.write(pickle.dumps(found))
+    answer.write(_ANSWER + pickle.dumps(found))

@@ -68,6 +68,17 @@ def test_without_another_process_it_is_converted_here(
     assert convert(model_file) == wanted
 
 
+def test_what_python_prints_as_it_starts_is_not_taken_for_the_answer(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to this cluster')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert apart.call_apart(sorted, [3, 1]) == [1, 3]
+    monkeypatch.setattr(sys, "executable", "echo")
+    assert apart.call_apart(sorted, [3, 1]) is None
+
+
 def test_a_run_that_stops_does_not_wait_for_it(model_file: Path) -> None:
     stopped = threading.Event()
     stopped.set()
