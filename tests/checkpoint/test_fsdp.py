@@ -92,6 +92,15 @@ def name(rank: int) -> str:
     return f"model_tp0_pp0_dp{rank}.pt"
 
 
+def test_every_tensor_is_read_or_compared_with_one_that_is(tmp_path: Path) -> None:
+    """Replicas of biases and norms too, of every group of ranks and in every layer."""
+    save_fsdp(V1, tmp_path / "step", dp=4, tp=2, zero=2)
+    plan = engine.plan(V1.mapping, tmp_path / "step", settings=LETTERS)
+    read = {copy.source for output in range(len(plan.outputs)) for copy in plan.copies(output)}
+    assert any(one.name.endswith(".bias") for one in plan.replicas)
+    assert read.union(*(one.sources for one in plan.replicas)) == {*range(len(plan.sources))}
+
+
 def test_groups_of_ranks_that_differ_are_told(tmp_path: Path) -> None:
     save_fsdp(V1, tmp_path / "step", dp=4, zero=2)
     save_fsdp(Model(layers=2, seed=1), tmp_path / "other", dp=4, zero=2)

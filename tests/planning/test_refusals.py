@@ -223,10 +223,10 @@ def test_an_output_inside_the_source_is_refused(source: Path) -> None:
     assert caught.value.code == "E404"
 
 
-def test_an_output_that_holds_a_file_which_the_source_links_to_is_refused(source: Path) -> None:
+@pytest.mark.parametrize("name", ["model_tp1_pp0.pt", "model_config.pt"])
+def test_an_output_that_holds_a_file_which_the_source_links_to_is_refused(name: str, source: Path) -> None:
     out = source.parent / "hf"
     out.mkdir()
-    name = "model_tp1_pp0.pt"
     (source / name).rename(out / name)
     (source / name).symlink_to(out / name)
     refuse(source, "E404", overwrite=True)

@@ -155,6 +155,7 @@ def test_every_replica_is_one_of_a_tensor_that_is_written() -> None:
         plan = engine.plan(mapping, FIXTURES / folder, **options)
         read = {copy.source for index in range(len(plan.outputs)) for copy in plan.copies(index)}
         assert plan.replicas and all(read.intersection(one.sources) for one in plan.replicas)
+        assert read.union(*(one.sources for one in plan.replicas)) == {*range(len(plan.sources))}
 
 
 @sampled(2)
