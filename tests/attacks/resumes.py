@@ -118,3 +118,10 @@ def a_partial_output_of_other_bytes_before_a_resume(folder: Path) -> None:
 def a_partial_output_cut_off_before_a_resume(folder: Path) -> None:
     for path in partial(folder).glob("model*"):
         os.truncate(path, path.stat().st_size // 2)
+
+
+@attack("interrupted", None)
+def a_hard_link_in_the_partial_output_before_a_resume(folder: Path) -> None:
+    path = min(partial(folder).glob("model*"))
+    path.rename(folder.parent / "aside")
+    path.hardlink_to(folder.parent / "aside")
