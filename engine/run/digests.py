@@ -15,7 +15,14 @@ ALGORITHM = "xxh3_128"
 
 
 class Total:
-    """Digest and, if wanted, CRC-32 of one output tensor, over bytes that usually arrive in order."""
+    """Digest and, if wanted, CRC-32 of one output tensor, over bytes that usually arrive in order.
+
+    >>> total = Total(digest=True, checksum=False)
+    >>> for start, data in ((0, b"0"), (2, b"2"), (1, b"1")):
+    ...     total.add(start, memoryview(data))
+    >>> total.mark() is None and total.digest(lambda: [memoryview(b"012")]) == digest_of([b"012"])
+    True
+    """
 
     def __init__(self, *, digest: bool, checksum: bool) -> None:
         self._digest = xxhash.xxh3_128() if digest else None

@@ -11,6 +11,7 @@ import torch
 
 import engine
 from engine.errors import EngineError
+from engine.run import replicas
 
 DATA: dict[str, Any] = {
     "mapping": 1,
@@ -185,6 +186,17 @@ def test_a_tied_tensor_is_left_out_when_it_is_equal_and_the_config_ties(
     got = result(tied, tmp_path)
     assert "head.weight" not in got
     assert torch.equal(got["embed.weight"], whole["embed.weight"])
+
+
+def test_a_tied_tensor_that_differs_only_in_its_last_block_is_refused(
+    whole: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = whole["embed.weight"].clone()
+    head[-1, -1] += 1
+    shards({**whole, "head.weight": head}, tmp_path)
+    monkeypatch.setattr(replicas, "BLOCK_BYTES", 16)
+    tied = {**rule("head", tied_to="embed.weight"), "config": {"tie_word_embeddings": True}}
+    assert code(tied, tmp_path) == "E402"
 
 
 @pytest.mark.parametrize(("there", "told"), [(False, "no such target"), (True, r"\(8, 4\) and \(8,\)")])
