@@ -17,6 +17,7 @@ import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
+from engine.run import replicas
 from tests.attacks.faults import swap
 from tests.support.depth import sampled
 from tests.support.families import model_of, save_family
@@ -79,6 +80,18 @@ def test_slices_of_queries_that_are_copied_in_pairs_are_no_repeated_heads(tmp_pa
         torch.save({**states[other], name: states[one][name].clone()}, folder / f"model_tp{other}_pp0.pt")
     error = refused(V2, folder)
     assert error.code == "E306" and "same slice" in str(error)
+
+
+def test_slices_that_are_only_equal_at_their_start_are_no_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replicas, "_SAMPLE", 64)
+    folder = made(V2, tmp_path / "step", tp=2)
+    states = [torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True) for rank in range(2)]
+    name = next(name for name in states[0] if name.endswith("wqkv.weight"))
+    states[1][name].view(-1)[:32] = states[0][name].view(-1)[:32]
+    torch.save(states[1], folder / "model_tp1_pp0.pt")
+    engine.convert(V2.mapping, folder, tmp_path / "hf", settings=LETTERS)
 
 
 @pytest.mark.parametrize("names", ["[.]wk[.]", "1.*[.]w[kv][.]"], ids=["keys alone", "one layer alone"])

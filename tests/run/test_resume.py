@@ -62,6 +62,14 @@ def test_a_full_disk_leaves_a_partial_output_that_resumes_to_the_same_bytes(
     assert not partials(out)
 
 
+def test_what_was_written_is_read_again_to_its_end(tmp_path: Path) -> None:
+    """More than one read gives at once."""
+    data = random.Random(0).randbytes((2 << 20) + 5)
+    (tmp_path / "file").write_bytes(data)
+    with SinkFiles([tmp_path / "file"]) as sinks:
+        assert b"".join(map(bytes, sinks.read(0, 3, len(data) - 3))) == data[3:]
+
+
 def test_a_resumed_run_writes_only_what_was_missing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
