@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import cache
+from math import prod
 
 import xxhash
 
+from engine.errors import first_of
+from engine.language.names import form
 from engine.storage.sinks import Checksum
 
 ALGORITHM = "xxh3_128"
@@ -62,7 +65,7 @@ def digest_of(blocks: Iterable[memoryview | bytes]) -> str:
 
 
 _ZEROS = bytes(1 << 20)
-_NUMBER = re.compile(r"\d+")
+_SPLIT = re.compile(r"([0-9]+)").split
 
 
 @cache
@@ -83,20 +86,39 @@ def suspicious(tensors: Iterable[tuple[str, tuple[int, ...], int, str]], *, whol
     >>> suspicious([("w", (2, 4), 16, zeros), ("b", (8,), 16, zeros), ("l.0.w", (2, 4), 16, other)])
     ['nothing but zeros: w']
     >>> suspicious([(f"l.{n}.w", (2, 4), 16, other) for n in range(3)])
-    ['equal to the last bit, as copies are: l.1.w and l.0.w, l.2.w and l.0.w']
+    ['equal to the last bit, as after upcycling, or if a file was copied: l.{0…2}.w']
     """
     zeros: list[str] = []
-    copies: list[str] = []
-    first: dict[tuple[str, str], str] = {}
+    alike: dict[tuple[str, str], list[str]] = {}
     for name, shape, nbytes, digest in tensors:
         if len(shape) < 2 or not digest:
             continue
         if digest == _of_zeros(nbytes):
             zeros.append(name)
         elif whole:
-            other = first.setdefault((_NUMBER.sub("0", name), digest), name)
-            copies += [] if other == name else [f"{name} and {other}"]
-    return [*listed("nothing but zeros", zeros), *listed("equal to the last bit, as copies are", copies)]
+            alike.setdefault((form(name), digest), []).append(name)
+    copies = [_together(names) for names in alike.values() if len(names) > 1]
+    told = "equal to the last bit, as after upcycling, or if a file was copied"
+    return [*listed("nothing but zeros", zeros), *listed(told, copies)]
+
+
+def _together(names: Sequence[str]) -> str:
+    """Names that differ in their numbers as one name.
+
+    >>> _together(["l.0.w", "l.1.w"]), _together(["l.0.w", "l.5.w"]), _together(["l.0.e.1.w", "l.1.e.0.w"])
+    ('l.{0…1}.w', 'l.{0, 5}.w', 'l.0.e.1.w and l.1.e.0.w')
+    """
+    parts = [
+        sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*map(_SPLIT, names), strict=True)
+    ]
+    if prod(map(len, parts)) != len(names):  # not every number of one with every number of another
+        return " and ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    return "".join(part[0] if len(part) == 1 else f"{{{_numbers(part)}}}" for part in parts)
+
+
+def _numbers(texts: Sequence[str]) -> str:
+    first, last = int(texts[0]), int(texts[-1])
+    return f"{first}…{last}" if last - first == len(texts) - 1 else first_of(texts, 8)
 
 
 def listed(what: str, names: Collection[str]) -> list[str]:

@@ -224,7 +224,8 @@ def test_experts_may_all_be_equal_as_after_upcycling(copy: Callable[[str], Path]
     """`--moe-use-upcycling` saves copies of the dense model's MLP; a rank's file over another's is still refused."""
     upcycled = copy("dist-ep2-moe")
     _experts_as(upcycled, lambda expert: 0)
-    convert("dist-ep2-moe", tmp_path / "out", upcycled)
+    told = [one for one in convert("dist-ep2-moe", tmp_path / "out", upcycled).notices if "if a file was copied" in one]
+    assert ["experts.{0…3}.w1.weight" in one for one in told] == [True]  # a rank's only expert may be a copied file
     found = {name: one for name, one in weights(tmp_path / "out").items() if ".experts." in name}
     assert found and all(one.equal(found[re.sub(r"experts\.\d", "experts.0", name)]) for name, one in found.items())
     shutil.rmtree(upcycled)
