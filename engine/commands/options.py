@@ -18,7 +18,7 @@ import engine
 from engine.commands.completion import BY_METAVAR, folders
 from engine.commands.progress import live
 from engine.commands.say import answer, say
-from engine.commands.values import COUNT, DTYPE, SETTING, SIZE, WORKERS, check_reaching, settings_of
+from engine.commands.values import COUNT, DTYPE, SETTING, SIZE, WORKERS, check_reaching, listed, settings_of
 from engine.errors import RESUMABLE, EngineError, Place
 from engine.planning.request import JOBS, RANK_OPTIONS, Request
 from engine.run.running import Running
@@ -160,6 +160,7 @@ def _option(one: Field[Any], required: bool, other: str | None) -> Callable[[Com
         "dtype": {"type": DTYPE, "metavar": "TYPE"},
         "setting": {"type": SETTING, "multiple": True, "callback": settings_of},
         "texts": {"multiple": True},
+        "list": {"multiple": True, "callback": listed},
     }
     how |= kinds[declared["kind"]]
     metavar = how.get("metavar") or ("NAME=VALUE" if declared["kind"] == "setting" else "")

@@ -115,6 +115,11 @@ def settings_of(ctx: click.Context, param: click.Parameter, pairs: Sequence[tupl
     return dict(pairs)
 
 
+def listed(ctx: click.Context, param: click.Parameter, given: Sequence[str]) -> str | None:
+    """An option that takes a list, given once or several times, as one list."""
+    return ",".join(given) if given else None
+
+
 def add_store_options(command: click.Command) -> None:
     """Give a command `--store-option` and `--window`, if it takes a checkpoint folder."""
     if _FOLDERS.isdisjoint(param.name for param in command.params):

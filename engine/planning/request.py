@@ -30,7 +30,7 @@ def option(default: Any, help: str, kind: str = "text", *, flags: str = "", meta
     Args:
         default: what it is if nobody gives it, or what makes that, such as `dict`; `...` if it must be given.
         help: what it does, in one line.
-        kind: text, flag, no-flag, count, size, workers, dtype, setting or texts (may be repeated).
+        kind: text, flag, no-flag, count, size, workers, dtype, setting, list or texts (may be repeated).
         flags: how it is spelled, when not as the field is named.
         shown: the default as `--help` shows it.
     """
@@ -74,7 +74,7 @@ class Request:
     strict: bool = option(False, "Refuse sizes other than the release's.", "flag")
     reads: End = "training"
     writes: End = "whole"
-    ranks: Mapping[str, int] = option(dict, "Ranks to write, of any dimension that the layout has.", metavar="DIM=N,…")
+    ranks: Mapping[str, int] = option(dict, "Ranks to write, of any dimension of the layout.", "list", metavar="DIM=N,…")
     chunks: int | None = option(None, "Model chunks per pipeline rank (interleaved pipeline).", "count")
     mode: str | None = option(None, "Parallel mode of the layout, such as mtp or isp.", metavar="NAME")
     like: str | Path | None = option(

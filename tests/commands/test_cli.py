@@ -666,6 +666,13 @@ def test_an_option_of_a_store_is_the_text_that_was_given(value: str, monkeypatch
     assert twice.exit_code == 2 and "set twice" in twice.output
 
 
+def test_ranks_that_are_given_one_by_one_are_all_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(engine.api, "reverse", lambda *_, **asked: (seen.append(asked["ranks"]), sys.exit()))
+    CliRunner().invoke(cli, ["reverse", "-m", "internlm2", "-s", "hf", "-o", "ranks", "--ranks=tp=2", "--ranks", "pp=4"])
+    assert seen == ["tp=2,pp=4"]
+
+
 def test_a_setting_without_effect_on_what_is_read_is_wrong_usage(checkpoint: Path, tmp_path: Path) -> None:
     engine.convert(MAPPING, checkpoint, tmp_path / "hf")
     config, hf, ranks = tmp_path / "hf" / "config.json", ("-s", tmp_path / "hf"), ("-s", checkpoint)
