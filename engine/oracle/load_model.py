@@ -52,7 +52,7 @@ def load_model(folder: Path) -> Loaded:
     unknown = not_built_in(folder)
     if unknown is not None:
         return Loaded(None, 0, None, (unknown,))
-    with quiet():
+    with quiet(), plainly():
         try:
             model, report = auto_class(folder).from_pretrained(
                 str(folder),
@@ -78,8 +78,7 @@ def load_model(folder: Path) -> Loaded:
         model.eval()
         ids = fixed_tokens(model.config.vocab_size)
         try:
-            with torch.no_grad():
-                outputs = run_model(model, ids)
+            outputs = run_model(model, ids)
         except Exception as error:  # a configuration may load and still make any of its layers raise
             return Loaded(type(model).__name__, 0, None, (*problems, f"the model does not run: {one_line(error)}"))
     largest = float(outputs.abs().max())
@@ -137,6 +136,15 @@ def fixed_tokens(vocab: int) -> torch.Tensor:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """Compute on the CPU, in the types of the tensors, whatever defaults of torch the caller has set."""
+    import torch
+
+    with torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.errors import EngineError
-from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, quiet, run_model
+from engine.oracle.load_model import fixed_tokens, not_built_in, one_line, plainly, quiet, run_model
 from engine.oracle.meaning import plain_config
 from engine.oracle.streamed_model import StreamedModel
 from engine.oracle.wrong_layers import STEPS, Wrong, explain, in_lines
@@ -75,7 +75,7 @@ def compare_logits(folder: Path, forward: Forward, progress: Listener | None = N
     unknown = not_built_in(folder)
     if unknown is not None:
         return _failed(unknown)
-    with forward as training, quiet(), torch.no_grad():
+    with forward as training, quiet(), plainly():
         try:
             streamed = StreamedModel(folder)
         except EngineError:

@@ -74,7 +74,7 @@ class Request:
     strict: bool = option(False, "Refuse sizes other than the release's.", "flag")
     reads: End = "training"
     writes: End = "whole"
-    ranks: Mapping[str, int] = option(dict, "Ranks to write, of any dimension of the layout.", "list", metavar="DIM=N,…")
+    ranks: Mapping[str, int] = option(dict, "Ranks to write, of dimensions of the layout.", "list", metavar="DIM=N,…")
     chunks: int | None = option(None, "Model chunks per pipeline rank (interleaved pipeline).", "count")
     mode: str | None = option(None, "Parallel mode of the layout, such as mtp or isp.", metavar="NAME")
     like: str | Path | None = option(

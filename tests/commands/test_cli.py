@@ -669,7 +669,7 @@ def test_an_option_of_a_store_is_the_text_that_was_given(value: str, monkeypatch
 def test_ranks_that_are_given_one_by_one_are_all_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(engine.api, "reverse", lambda *_, **asked: (seen.append(asked["ranks"]), sys.exit()))
-    CliRunner().invoke(cli, ["reverse", "-m", "internlm2", "-s", "hf", "-o", "ranks", "--ranks=tp=2", "--ranks", "pp=4"])
+    CliRunner().invoke(cli, ["reverse", "-m", "x", "-s", "hf", "-o", "y", "--ranks", "tp=2", "--ranks", "pp=4"])
     assert seen == ["tp=2,pp=4"]
 
 

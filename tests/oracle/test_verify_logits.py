@@ -150,6 +150,12 @@ def test_other_ranks_and_families_pass_too(kind: str, dtype: str, tmp_path: Path
     assert found.problems == ()
 
 
+def test_defaults_of_torch_in_the_callers_process_change_nothing(made: Path) -> None:
+    with torch.device("meta"), torch.autocast("cpu"):
+        found = engine.api.verify(made, src=FOLDER / V2, load=True, logits=True)
+    assert found.problems == ()
+
+
 def test_a_schedule_that_no_file_tells_is_seen_by_where_the_last_norm_is(tmp_path: Path) -> None:
     model, layout = OTHERS["zbv"]
     save(model, tmp_path / "step", **layout)
