@@ -14,7 +14,7 @@ from engine.planning.config_keys import Side as Keys
 from engine.planning.config_keys import read_config
 from engine.planning.variants import options_of
 from engine.proving.probes import Given, Outcome, grid_of, nested
-from engine.proving.tiny import World
+from engine.proving.tiny import World, decided_by_names
 
 _APART = ("options", "tensors", "there", "choice", "training", "given")  # inputs besides the configuration
 
@@ -44,13 +44,21 @@ class Direction:
         """The names that expressions read."""
         return sorted(paths_in(self.expressions))
 
+    @cached_property
+    def told_by(self) -> dict[str, str]:
+        """The tensors that variants read which names alone decide: pattern → variant."""
+        every = (
+            (name, expressions_of(dict(self.mapping.variants[name].choices))) for name in decided_by_names(self.mapping)
+        )
+        return {pattern: name for name, read in every for one in read for pattern in compile_expression(one).patterns}
+
     def closure(self, name: str) -> frozenset[str]:
         """The keys, options and tensors that a name depends on."""
         raise NotImplementedError
 
     def closure_of(self, expression: Expression) -> frozenset[str]:
         read = compile_expression(expression)
-        single = (f"there.{name}" for name in read.patterns)
+        single = (f"tensors.{self.told_by[n]}" if n in self.told_by else f"there.{n}" for n in read.patterns)
         return frozenset(p for name in read.paths for p in self.closure(name)).union(single)
 
     def required(self, written: Mapping[str, Any]) -> dict[str, Any]:

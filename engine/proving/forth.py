@@ -115,11 +115,9 @@ class Forth(Direction):
         return found
 
     def _asked(self) -> list[str]:
-        """Tensors that variants ask for which keys also decide."""
-        both = [v for name, v in self.mapping.variants.items() if name not in decided_by_names(self.mapping)]
-        return sorted(
-            {n for v in both for e in expressions_of(dict(v.choices)) for n in compile_expression(e).patterns}
-        )
+        """Tensors that only variants ask for which keys also decide."""
+        asked = (one for variant in self.mapping.variants.values() for one in expressions_of(dict(variant.choices)))
+        return sorted({name for one in asked for name in compile_expression(one).patterns} - self.told_by.keys())
 
     def edges(self, path: str) -> list[Any]:
         """A large value to try for an input that sizes are rounded up to multiples of."""

@@ -32,6 +32,7 @@ def config_of(name: str, biases: tuple[str, ...] = (), **settings: Any) -> dict[
         "options": options_of(mapping, settings),
         "present": lambda pattern: pattern in (*biases, "layers.{layer}.attention.wqkv.weight"),  # as all releases have
         "rope_base": 1000000,
+        "no_bias": not {*biases} & {*V1},
         "norm_eps": 1e-5,
         "labels": 1,
         **sizes,

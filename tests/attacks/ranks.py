@@ -133,6 +133,13 @@ def ranks_that_hold_nothing_but_zeros(folder: Path) -> None:
         edit(folder / name, lambda state: [tensor.zero_() for tensor in state.values()])
 
 
+@attack("training", "E202", "variant `biases` cannot be decided")
+def files_without_the_biases_that_training_had(folder: Path) -> None:
+    """As by a program that keeps only names ending in `weight`; the configuration does not say `no_bias`."""
+    for name in ALL:
+        edit(folder / name, lambda state: [state.pop(one) for one in [*state] if one.endswith(".bias")])
+
+
 def copied_with(change: Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], object]) -> Make:
     """One rank's file made of another's: `change` is given the tensors of the rank itself and those of the other."""
 

@@ -76,8 +76,9 @@ class Model:
         if self.family == "v2":
             config |= {"num_kv_attention_heads": self.groups, "no_bias": not self.bias}
             config["adapt_hf"] = self.rotary == "halves"
-        elif self.rotary == "pairs":
-            config["qk_interleaved"] = True
+        else:
+            config |= {} if self.bias else {"no_bias": True}
+            config |= {"qk_interleaved": True} if self.rotary == "pairs" else {}
         if not self.fused:
             config["enable_qkv_fusion"] = False
         if self.head == "normalised":
