@@ -50,9 +50,10 @@ def write(
         "reverse": engine.api.reverse,
         "reshard": engine.api.reshard,
     }
+    out = log_file and engine.api.kept(asked.get("out"), asked.get("src"))[0]
     try:
         with (
-            logged(log_file, command, asked) as log,
+            logged(log_file, command, asked, out) as log,
             progress.progress(show=not (quiet or as_json), also=None if log is None else log.progress) as listener,
         ):
             report = functions[command](**asked, progress=listener)

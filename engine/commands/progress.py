@@ -5,6 +5,7 @@ Progress is live on a terminal, else plain lines. A log has one JSON line per ev
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -168,9 +169,11 @@ def plain_progress(write: Callable[[str], None], clock: Callable[[], float] = ti
 class Log:
     """Appends events to a file; `time` is in seconds since the epoch, `elapsed` since the log was opened."""
 
-    def __init__(self, path: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, path: str, clock: Callable[[], float] = time.time, out: str | None = None) -> None:
         self._path = path
         try:
+            if out is not None and os.path.realpath(out) in map(str, Path(os.path.realpath(path)).parents):
+                raise OSError(errno.EPERM, "it would be a foreign file in the output")
             self._file = os.open(given_path(path, "the log"), _HOW, 0o666)
             if stat.S_ISREG(os.fstat(self._file).st_mode) and not is_log(os.pread(self._file, len(_START), 0)):
                 os.close(self._file)
@@ -215,12 +218,16 @@ def is_log(start: bytes) -> bool:
 
 
 @contextmanager
-def logged(path: str | None, command: str, asked: Mapping[str, Any]) -> Iterator[Log | None]:
-    """A log around one command: `started`, then `failed` or `interrupted` if it does not succeed."""
+def logged(path: str | None, command: str, asked: Mapping[str, Any], out: str | None = None) -> Iterator[Log | None]:
+    """A log around one command: `started`, then `failed` or `interrupted` if it does not succeed.
+
+    Args:
+        out: the output, in which no log may be.
+    """
     if path is None:
         yield None
         return
-    log = Log(path)
+    log = Log(path, out=out)
     try:
         log.event("started", command=command, **{name: value for name, value in asked.items() if value is not None})
         yield log

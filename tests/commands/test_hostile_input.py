@@ -27,6 +27,7 @@ from engine.serve.server import Line
 from engine.storage.local import LocalStore
 from tests.attacks.values import ARGUMENTS, EVERY, mutated
 from tests.support.depth import sampled
+from tests.support.disk import contents
 from tests.support.genuine import FIXTURES
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
@@ -319,7 +320,7 @@ def test_what_comes_to_the_output_while_a_run_goes_on_is_kept(made: Path, tmp_pa
                            progress=arrive)  # fmt: skip
         assert caught.value.code == "E401"
         assert files(tmp_path / "out") == {"thesis.txt": b"years"}
-        shutil.rmtree(tmp_path / "out")
+        shutil.rmcontents(tmp_path / "out")
 
 
 @sampled(2)
@@ -372,6 +373,17 @@ def test_a_log_is_appended_to_logs_only_and_an_error_when_it_cannot_be_written(m
         assert done.exit_code == 1 and code in done.output, log
         assert not (tmp_path / "out").exists()
     assert (tmp_path / "thesis").read_text() == "years" and rank.read_bytes() == kept
+
+
+def test_a_log_in_the_output_is_refused_before_it_is_a_foreign_file_there(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "hf", tmp_path / "out")
+    (tmp_path / "link").symlink_to("out")
+    before = contents(tmp_path / "out")
+    command = ("run", "-m", V2.mapping, "-s", made / "step", *SET, "-q", "-o", tmp_path / "out", "--overwrite")
+    for log in (tmp_path / "out" / "log", tmp_path / "link" / "log"):
+        done = invoke(*command, "--log-file", log)
+        assert done.exit_code == 1 and "E403" in done.output and "foreign file in the output" in done.output
+    assert contents(tmp_path / "out") == before
 
 
 # -- what is shown
