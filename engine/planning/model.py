@@ -69,13 +69,13 @@ class Slices:
     """Stored slices of one tensor, of one shape: no two are equal, except constants, unless one is a copy.
 
     Attributes:
-        in_rows: each may be repeated equally often on consecutive ranks, like key and value heads of models that were
-            cut over more ranks than they have heads.
+        repeats: so many may be equal if they follow each other, and each is repeated as often: all experts of a layer;
+            0: any number but all, like key and value heads that were cut over more ranks than there are heads.
     """
 
     sources: tuple[int, ...]
     name: str
-    in_rows: bool = False
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from engine.planning.request import Request
 from engine.planning.zeros import ZEROS
 from engine.storage.json_text import compact_json, parse_json
 
-VERSION = 2
+VERSION = 3
 MAX_BYTES = 64 << 20
 AGAIN = "Plan again with `engine plan -o`, and look at what differs before running it."
 _ALWAYS = ("mapping", "src", "settings", "dtype", "max_shard_size", "strict")

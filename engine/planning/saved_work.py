@@ -24,7 +24,6 @@ from engine.planning.stored import Stored
 from engine.planning.zeros import ZEROS, zeros_of
 
 Row = list[Any]  # an output: its name, the index of its kind, then its places
-_IN_ROWS = "="  # in place of a rule's name, which is never a single non-letter
 Places = list[list[int]]  # sources grouped by name: the index of the name, and the file of each
 
 
@@ -46,11 +45,11 @@ def work_data(plan: Plan, scattered: Callable[[], Sequence[Sequence[int]]]) -> d
         outputs.append(coded.output(output, template, sources, id(template)))
         for source in sources:
             homes.setdefault(source, index)
-    compared = [(one.sources, one.name, one.rule) for one in plan.replicas]
-    compared += [(one.sources, one.name, _IN_ROWS if one.in_rows else "") for one in plan.slices]
+    compared = [(one.sources, one.name, coded.name(one.rule)) for one in plan.replicas]
+    compared += [(one.sources, one.name, -1 - one.repeats) for one in plan.slices]
     checks = [
-        [next((homes[s] for s in sources if s in homes), 0), coded.name(name), coded.name(rule), *coded.places(sources)]
-        for sources, name, rule in compared
+        [next((homes[s] for s in sources if s in homes), 0), coded.name(name), kind, *coded.places(sources)]
+        for sources, name, kind in compared
     ]
     tied = [
         [one.same_as, coded.output(one.output, left_out := template_of(one.copies), left_out.used, one.copies)]
@@ -169,17 +168,15 @@ class SavedWork:
         if any(sum(len(place) - 1 for place in at) < 2 for _, _, _, *at in self._data["checks"]):
             raise ValueError("a tensor is compared with nothing")
         checks = [
-            (found.numbers(at), names[name], names[rule])
-            for home, name, rule, *at in self._data["checks"]
-            if home in begun
+            (found.numbers(at), names[name], kind) for home, name, kind, *at in self._data["checks"] if home in begun
         ]
         work = replace(
             self.outline,
             files=tuple(headers.get(number, file) for number, file in enumerate(self.outline.files)),
             sources=tuple(found.tensors),
             copies=copies,
-            replicas=tuple(Replicas(*one) for one in checks if one[2] not in ("", _IN_ROWS)),
-            slices=tuple(Slices(*one[:2], bool(one[2])) for one in checks if one[2] in ("", _IN_ROWS)),
+            replicas=tuple(Replicas(at, name, names[kind]) for at, name, kind in checks if kind >= 0),
+            slices=tuple(Slices(at, name, -1 - kind) for at, name, kind in checks if kind < 0),
             tied=tuple(tied),
         )
         for output in outputs:

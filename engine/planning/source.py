@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from engine.errors import EngineError, Place, first_of, printable
-from engine.language.documents import completed, grouped
+from engine.language.documents import completed
 from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.rules import loses
@@ -97,22 +98,22 @@ class Source:
             if len(group.shards) < 2:
                 continue
             axes = group.instance.axes
-            in_rows = (len(axes.dims), group.instance.pieces[0]) in alone and any(
+            heads = (len(axes.dims), group.instance.pieces[0]) in alone and any(
                 axis in axes.names()[:1] and self.side.sizes[axis] == len(group.shards) for axis in group.cut.axes
             )
             own = {axis for target in group.instance.rule.targets for axis in pattern(target.name).placeholders}
             own |= {*group.instance.numbered}
             at = [position for position, (_, axis) in enumerate(group.cut.dims) if axis in own]
-            shards = [*zip(self.side.numbers(group), group.shards.items(), strict=True)]
-            inner = {place for place, node in enumerate(axes.dims) if place and str(node) in own and group.cut.boxes}
-            if inner:  # of each layer one after the other
-                shards.sort(key=lambda one: ([n for place, n in enumerate(one[1][0]) if place not in inner], one[1][0]))
-                in_rows = True
-            found = grouped(
-                ((stored[0].header.shape, *(ranks[position] for position in at)), numbers[0])
-                for numbers, (ranks, stored) in shards
-            )
-            result += [Slices(tuple(alike), group.name, in_rows) for alike in found.values() if len(alike) > 1]
+            boxed = [place for place, node in enumerate(axes.dims) if str(node) in own - {"layer"} and group.cut.boxes]
+            found: dict[tuple[object, ...], dict[tuple[int, ...], list[int]]] = {}
+            for numbers, (ranks, stored) in zip(self.side.numbers(group), group.shards.items(), strict=True):
+                row = tuple(n for place, n in enumerate(ranks) if place not in boxed) if boxed else ()
+                rows = found.setdefault((stored[0].header.shape, *(ranks[position] for position in at)), {})
+                rows.setdefault(row, []).append(numbers[0])
+            for rows in found.values():  # of each layer one after the other
+                alike = tuple(chain.from_iterable(rows.values()))
+                repeats = max(map(len, rows.values())) if boxed else 0 if heads else 1
+                result += [Slices(alike, group.name, repeats)] if len(alike) > 1 else []
         return tuple(result)
 
 

@@ -121,7 +121,7 @@ def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer
     if not equal:
         return
     got = f"bit-identical slices of {' × '.join(map(str, header.shape))}"
-    if slices.in_rows and _in_rows(slices.sources, dict((twin, one) for one, twin in equal)):
+    if _in_rows(slices, {twin: one for one, twin in equal}):
         after = _next(plan, slices)
         at = {source: place for place, source in enumerate(slices.sources)}
         if all(same(*(after.sources[at[source]] for source in pair)) for pair in equal):
@@ -144,22 +144,25 @@ def _next(plan: Work, slices: Slices) -> Slices:
 
     def form(one: Slices) -> tuple[object, ...]:
         header = plan.sources[one.sources[0]].header
-        return one.in_rows, len(one.sources), header.shape, header.dtype
+        return one.repeats, len(one.sources), header.shape, header.dtype
 
     alike = [one for one in plan.slices if form(one) == form(slices)]
     return alike[(alike.index(slices) + 1) % len(alike)]
 
 
-def _in_rows(sources: Sequence[int], first: Mapping[int, int]) -> bool:
-    """Whether each slice is repeated equally often, and its copies follow each other.
+def _in_rows(slices: Slices, first: Mapping[int, int]) -> bool:
+    """Whether each slice is repeated as often as it may be, and its copies follow each other.
 
-    >>> _in_rows([4, 5, 6, 7], {5: 4, 7: 6}), _in_rows([4, 5, 6, 7], {5: 4}), _in_rows([4, 5], {5: 4})
-    (True, False, False)
+    >>> heads, experts = (Slices((4, 5, 6, 7), "w", repeats) for repeats in (0, 4))
+    >>> pairs, one, all_equal = {5: 4, 7: 6}, {5: 4}, {5: 4, 6: 4, 7: 4}
+    >>> [[_in_rows(held, first) for first in (pairs, one, all_equal)] for held in (heads, experts)]
+    [[True, False, False], [False, False, True]]
     """
+    sources = slices.sources
     times, left = divmod(len(sources), len(sources) - len(first))
     return (
         not left
-        and times < len(sources)
+        and (times == slices.repeats if slices.repeats else times < len(sources))
         and all(first.get(source, source) == sources[at - at % times] for at, source in enumerate(sources))
     )
 

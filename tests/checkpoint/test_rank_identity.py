@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import zipfile
+from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 import engine
 from engine.commands.main import cli
@@ -210,3 +214,50 @@ def test_whether_roots_tell_anything_is_the_layout_s_to_say() -> None:
     assert saved_as("model_tp1_pp0", replace(layout, zip_root=None)) is None
     assert saved_as("consolidated.01", load_layout("meta-llama")) == "consolidated.01.pth"
     assert saved_as("consolidated", load_layout("meta-llama")) is None  # as in Meta's own
+
+
+STACK = {
+    "mapping": 1,
+    "name": "stack",
+    "version": "1.0.0",
+    "source": {"layout": "torch-dcp"},
+    "target": {"model_type": "mixtral", "architecture": "MixtralForCausalLM"},
+    "dims": {"layer": "num_hidden_layers", "expert": "num_local_experts"},
+    "rules": [
+        {
+            "source": "layers.{layer}.experts.weight",
+            "axes": "expert ffn hidden",
+            "targets": [{"name": "layers.{layer}.experts.{expert}.weight", "axes": "ffn hidden"}],
+        }
+    ],
+    "config": {"num_hidden_layers": "{{ layer }}", "num_local_experts": "{{ expert }}"},
+}
+
+
+@pytest.mark.parametrize(
+    ("same_as", "taken"),
+    [
+        (lambda layer, expert: (layer, 0), True),
+        (lambda layer, expert: (layer, expert // 2), False),
+        (lambda layer, expert: (layer, expert % 2), False),
+        (lambda layer, expert: (layer, expert if layer else 0), False),
+    ],
+    ids=["all of every layer, as after upcycling", "in pairs", "of two files", "those of one layer"],
+)
+def test_experts_in_one_tensor_of_each_layer_may_be_equal_on_all_ranks_or_on_none(
+    same_as: Callable[[int, int], tuple[int, int]], taken: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "stack.yaml").write_text(json.dumps(STACK))
+    made = torch.arange(2 * 4 * 8 * 8.0).reshape(2, 4, 8, 8)
+    every = {(layer, expert): made[same_as(layer, expert)].clone() for layer in range(2) for expert in range(4)}
+    (tmp_path / "hf").mkdir()
+    state = {f"layers.{layer}.experts.{expert}.weight": one for (layer, expert), one in every.items()}
+    save_file(state, tmp_path / "hf" / "model.safetensors")
+    config = {"model_type": "mixtral", "num_hidden_layers": 2, "num_local_experts": 4}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    engine.reverse(tmp_path / "stack.yaml", tmp_path / "hf", tmp_path / "step", ranks={"dp": 4})
+    refused = nullcontext() if taken else pytest.raises(EngineError, match=r"E306.*hold the same slice")
+    with refused:
+        engine.convert(tmp_path / "stack.yaml", tmp_path / "step", tmp_path / "out", config=tmp_path / "hf")
+        written = load_file(tmp_path / "out" / "model.safetensors")
+        assert all(torch.equal(one, written[name]) for name, one in state.items())

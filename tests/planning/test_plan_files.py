@@ -179,7 +179,7 @@ def test_a_plan_that_comes_out_differently_is_refused_and_the_difference_named(
     assert error.code == "E217" and told in error.message
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": 2}', "[" * 100_000])
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"plan": 3}', "[" * 100_000])
 def test_a_file_that_is_no_saved_plan_is_refused_plainly(tmp_path: Path, text: str) -> None:
     (tmp_path / "plan.json").write_text(text, encoding="utf-8")
     error = refused(tmp_path / "plan.json")
@@ -203,8 +203,8 @@ def test_a_saved_plan_whose_request_cannot_be_asked_is_refused(saved: Path) -> N
 
 
 def test_a_saved_plan_of_a_later_format_is_refused_as_such(saved: Path) -> None:
-    change(saved, "plan", to=3)
-    assert "version 3" in refused(saved).message
+    change(saved, "plan", to=4)
+    assert "version 4" in refused(saved).message
 
 
 @sampled(2)
