@@ -134,6 +134,11 @@ def a_replica_of_another_type_on_one_rank(folder: Path) -> None:
     edit(folder / RANK, lambda s: s.update({"blocks.0.norm1.weight": s["blocks.0.norm1.weight"].half()}))
 
 
+@attack("training", "E402", "F16 against BF16")
+def a_replica_of_the_same_bytes_and_another_type_on_one_rank(folder: Path) -> None:
+    edit(folder / RANK, lambda s: s.update({"blocks.0.norm1.weight": s["blocks.0.norm1.weight"].view(torch.half)}))
+
+
 @attack("training", "E303", "not supported")
 def a_weight_of_complex_numbers(folder: Path) -> None:
     edit(folder / RANK, lambda s: s.update({"blocks.0.mlp.w1.weight": torch.ones(12, 16, dtype=torch.complex64)}))
