@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -331,6 +332,34 @@ def test_parts_write_to_nothing_that_lies_elsewhere(plan: Path, tmp_path: Path) 
     with pytest.raises(EngineError, match="E401"):
         api.part(plan, "2/2", out)
     assert (elsewhere / "thesis.txt").read_text() == "mine"
+
+
+SIZE = 1 << 62  # stands for the tensor's size
+
+
+@pytest.mark.parametrize(
+    ("spans", "joined"),
+    [
+        ([(0, 8), (8, SIZE)], True),
+        ([(0, 8)], False),
+        ([(8, SIZE)], False),
+        ([(0, 8), (16, SIZE)], False),
+        ([(0, 16), (8, SIZE)], False),
+    ],
+    ids=["whole", "the end lacks", "the beginning lacks", "a hole", "twice"],
+)
+def test_what_parts_wrote_of_one_tensor_must_be_all_of_it_once(
+    spans: list[tuple[int, int]], joined: bool, plan: Path, tmp_path: Path
+) -> None:
+    api.part(plan, "1/1", tmp_path / "out")
+    (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
+    told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    del told["outputs"]["0"]
+    size = compiled.outputs[0].nbytes
+    told["spans"] = [[0, min(low, size), min(high, size), "0" * 32] for low, high in spans]
+    marker.write_text(json.dumps(told))
+    with nullcontext() if joined else pytest.raises(EngineError, match="parts do not cover the plan"):
+        read_markers(compiled, told["work"], LocalStore(marker.parent))
 
 
 def _edited(path: Path) -> None:
