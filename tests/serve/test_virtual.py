@@ -123,11 +123,28 @@ def test_etags_and_the_commit_are_the_same_for_the_same_bytes_and_others_for_oth
     first = told(FIXTURES / folder)
     assert told(tmp_path / "copy") == first
     commit, etags = told(FIXTURES / folder, dtype="float32")
-    assert commit != first[0] and etags["model.safetensors"] != first[1]["model.safetensors"]
+    other = {name for name, etag in etags.items() if etag != first[1][name]}
+    assert commit != first[0] and other == {"model.safetensors", "config.json", "conversion.json", "README.md"}
     change(tmp_path / "copy" / "model_tp0_pp0.pt", "blocks.0.mixer.Wqkv.weight")
     commit, etags = told(tmp_path / "copy")
     assert commit != first[0] and etags["model.safetensors"] != first[1]["model.safetensors"]
     assert etags["config.json"] == first[1]["config.json"]
+
+
+def test_etags_are_others_when_a_file_without_checksums_has_other_bytes(tmp_path: Path) -> None:
+    folder, mapping, _ = WHOLE[0]
+    engine.convert(mapping, FIXTURES / folder, tmp_path / "hf")
+
+    def told() -> dict[str, str]:
+        with engine.virtual(engine.plan_reverse(mapping, tmp_path / "hf")) as virtual:
+            return {"": virtual.commit} | {name: file.etag for name, file in virtual.items()}
+
+    first = told()
+    with (tmp_path / "hf" / "model.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x33")
+    other = {name for name, etag in told().items() if etag != first[name]}
+    assert other == {"", "model_tp0_pp0.pt", "conversion.json"}
 
 
 def test_nothing_of_a_tensor_is_handed_out_whose_replicas_differ(tmp_path: Path) -> None:
