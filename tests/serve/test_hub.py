@@ -13,9 +13,11 @@ import pytest
 
 import engine
 from engine import api
+from engine.errors import EngineError
 from engine.serve import revisions
 from engine.serve.hub import refusal
 from engine.serve.server import _request
+from engine.storage.places import store_at
 from engine.storage.store import Store, walk
 from tests.support.serving import MAPPING, STEP, Running
 
@@ -68,6 +70,22 @@ def test_a_step_is_found_when_training_has_written_it(run: Path, tmp_path: Path,
         assert sha() == first
     assert [line for line in running.told if "iter_0000200 is not served: E" in line]
     assert running.told[0].startswith("iter_0000100 is served as ")
+
+
+def test_a_commit_is_another_when_anything_that_determines_bytes_is(tmp_path: Path) -> None:
+    shutil.copytree(STEP, tmp_path / "step")
+    src, file = store_at(tmp_path / "step", "the checkpoint"), tmp_path / "step" / "model_tp0_pp0.pt"
+
+    def commit(salt: str, make: Callable[[Any], Any] = lambda store: None) -> str:
+        (one,) = revisions.Revisions(src, make, salt).all()
+        return one.commit
+
+    first = commit("one mapping")
+    assert first == commit("one mapping") != commit("another mapping")
+    file.touch()
+    assert first != commit("one mapping")
+    with pytest.raises(EngineError, match="E405 the step changed while it was planned"):
+        commit("one mapping", lambda store: file.touch())
 
 
 def test_a_commit_is_found_while_a_newer_step_is_being_removed(
