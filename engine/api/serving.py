@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from engine.api.outputs import small_files
 from engine.api.plans import plan
@@ -20,8 +21,10 @@ from engine.planning.request import WholeOptions
 from engine.serve.readers import reading_threads
 from engine.serve.tensors import Tensors
 from engine.serve.virtual import VirtualFolder
+from engine.storage.local import LocalStore
 from engine.storage.places import Source, store_at
-from engine.storage.store import Store
+from engine.storage.replacing import given_path
+from engine.storage.store import Store, walk
 
 if TYPE_CHECKING:
     from engine.serve.server import Line, Patience, Server
@@ -61,6 +64,7 @@ def virtual(compiled: Plan, *, tokenizer: str | Path | None = None, code: str | 
     return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code))
 
 
+_MOST_FILES = 1000  # of a tokenizer or code
 _NAME = re.compile(r"(?!api/)[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
@@ -124,7 +128,19 @@ def serve(
             compiled = plan(mapping, store, **options)
             return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code), threads)
 
-        salt = repr((__version__, mapping.digest, sorted(options.items()), str(tokenizer), str(code)))
+        given = [_states(path) for path in (tokenizer, code, options.get("config")) if path]
+        salt = repr((__version__, mapping.digest, sorted(options.items()), str(tokenizer), str(code), given))
         return Served(one.name, Revisions(store_at(one.src, "the checkpoint"), make, salt, told))
 
     return Server(Hub([served(one) for one in models], token), host, port, log, patience)
+
+
+def _states(given: str | Path) -> list[tuple[str, Any]]:
+    """The files of a folder that was given, or one file, with what changes when they do."""
+    path = given_path(given, "a file or folder to serve with")
+    folder, name = (path, None) if path.is_dir() else (path.parent, path.name)
+    try:
+        found = walk(LocalStore(folder)) if name is None else LocalStore(folder).states([name]).items()
+        return [(file, dict(state.told())) for file, state in islice(found, _MOST_FILES)]
+    except (OSError, EngineError):  # planning says what is wrong with it
+        return []

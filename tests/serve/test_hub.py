@@ -13,7 +13,9 @@ import pytest
 
 import engine
 from engine import api
+from engine.api import serving
 from engine.errors import EngineError
+from engine.run.execute import Small
 from engine.serve import revisions
 from engine.serve.hub import refusal
 from engine.serve.server import _request
@@ -86,6 +88,25 @@ def test_a_commit_is_another_when_anything_that_determines_bytes_is(tmp_path: Pa
     assert first != commit("one mapping")
     with pytest.raises(EngineError, match="E405 the step changed while it was planned"):
         commit("one mapping", lambda store: file.touch())
+
+
+@pytest.mark.parametrize("inside", ["", "tokenizer.json"], ids=["a folder", "a file in it"])
+def test_a_commit_is_another_when_the_tokenizer_that_was_given_is(
+    inside: str, tmp_path: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else clients take what they have of the model for the same."""
+    monkeypatch.setattr(serving, "small_files", lambda *_: Small({}))
+    given = tmp_path / "tokenizer.json"
+
+    def commit() -> Any:
+        with serve([api.Model("a/b", MAPPING, STEP)], tokenizer=tmp_path / inside) as running:
+            return json.loads(running.ask("/api/models/a/b")[2])["sha"]
+
+    given.write_text("{}")
+    first = commit()
+    assert first == commit()
+    given.write_text('{"model": {}}')
+    assert first != commit()
 
 
 def test_a_commit_is_found_while_a_newer_step_is_being_removed(
