@@ -335,6 +335,24 @@ def test_a_tensor_that_leaves_its_storage_is_refused(shape: str, offset: int, st
     assert caught.value.code == "E301"
 
 
+@pytest.mark.parametrize(
+    ("was", "now", "words"),
+    [
+        (b"first.weight", b"other.weight", "member x/data.pkl has other bytes than were saved"),
+        (b"x/data/0", b"x/data/1", "member x/data/0 differs between its local header and the directory"),
+    ],
+)
+def test_a_zip_whose_records_and_contents_disagree_is_refused(
+    was: bytes, now: bytes, words: str, tmp_path: Path
+) -> None:
+    source = tmp_path / "x.pt"
+    torch.save({"first.weight": torch.zeros(4)}, source)
+    source.write_bytes(source.read_bytes().replace(was, now, 1))
+    with pytest.raises(EngineError, match=words) as caught:
+        read_rank_file(source)
+    assert caught.value.code == "E301"
+
+
 def test_compressed_and_doubled_members_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "x.pt"
     torch.save({"a": torch.zeros(1000)}, source)

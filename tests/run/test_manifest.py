@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from safetensors.torch import load_file, save_file
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.formats.checksums import check_files
+from engine.storage.local import local_file
 from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
@@ -160,6 +164,19 @@ def test_a_flipped_bit_in_the_source_is_found_when_asked_for(source: Path, tmp_p
     assert caught.value.code == "E301"
     assert "model_tp1_pp0.pt" in str(caught.value)
     assert not (tmp_path / "bad").exists()
+
+
+def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
+    path = source / "model_tp1_pp0.pt"
+    raw = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        members = [(one.filename, one.header_offset, archive.read(one)) for one in archive.infolist() if one.file_size]
+    for name, header, content in members:
+        at = raw.index(content, header + 30 + len(name))
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ 1]) + raw[at + 1 :])
+        with pytest.raises(EngineError, match=re.escape(name)) as caught:
+            check_files([local_file(path)], lambda count: None)
+        assert caught.value.code == "E301"
 
 
 def test_files_without_checksums_are_said_to_be_unchecked(source: Path, tmp_path: Path) -> None:

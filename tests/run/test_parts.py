@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from engine.api.parts import loaded_part
 from engine.api.plans import read_saved
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.run.digests import digest_of
 from engine.run.parts import Part, read_markers, share
 from engine.run.schedule import Job, Unit
 from engine.storage.local import LocalStore
 from tests.attacks.values import mutated
 from tests.support.depth import SOAK, sampled
+from tests.support.readers import read_safetensors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
@@ -360,6 +363,26 @@ def test_what_parts_wrote_of_one_tensor_must_be_all_of_it_once(
     marker.write_text(json.dumps(told))
     with nullcontext() if joined else pytest.raises(EngineError, match="parts do not cover the plan"):
         read_markers(compiled, told["work"], LocalStore(marker.parent))
+
+
+def test_what_parts_wrote_of_one_tensor_and_something_changed_is_not_committed(
+    plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    api.part(plan, "1/1", tmp_path / "out")
+    (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
+    told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    path = marker.parent / next(file.name for file in compiled.shards if 0 in file.outputs)
+    at = next(one.offset for one in read_safetensors(path).tensors if one.name == compiled.outputs[0].name)
+    raw, edges = path.read_bytes(), (0, 8, compiled.outputs[0].nbytes)
+    del told["outputs"]["0"]
+    told["spans"] = [[0, low, high, digest_of([raw[at + low : at + high]])] for low, high in pairwise(edges)]
+    marker.write_text(json.dumps(told))
+    for changed in (at, at + 8):
+        path.write_bytes(raw[:changed] + bytes([raw[changed] ^ 1]) + raw[changed + 1 :])
+        assert path.name in str(refused("E409", plan, tmp_path / "out"))
+    path.write_bytes(raw)
+    api.commit(plan, tmp_path / "out")
+    assert files(tmp_path / "out") == whole
 
 
 def _edited(path: Path) -> None:
