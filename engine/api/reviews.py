@@ -26,6 +26,7 @@ def compare(
     ref: str | Path,
     *,
     mapping: str | Path | MappingFile | None = None,
+    config: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     dtype: str = "auto",
     progress: Callable[[Progress], None] | None = None,
@@ -44,6 +45,7 @@ def compare(
 
     Args:
         mapping: converts each side that is a training checkpoint.
+        config: as for `convert`, if the trainer saves no configuration, or an incomplete one.
         settings: values of the mapping's variants and options by name, as with `--set`.
         dtype: the type that a training checkpoint's tensors are converted to, as for `convert`.
         progress: called a few times a second with the bytes of `out` compared so far, and in all.
@@ -54,7 +56,7 @@ def compare(
 
     def planned(where: str | Path) -> Callable[[], tuple[Plan, Mapping[str, bytes]]] | None:
         def made() -> tuple[Plan, Mapping[str, bytes]]:
-            compiled = plan(mapping or "", where, settings=settings, dtype=dtype)
+            compiled = plan(mapping or "", where, config=config, settings=settings, dtype=dtype)
             compare_replicas(compiled)
             return compiled, make_assets(compiled, None).whole()
 

@@ -26,6 +26,7 @@ from engine.commands.options import (
 from engine.commands.progress import logged
 from engine.commands.say import answer
 from engine.errors import visible
+from engine.planning.given import amount
 from engine.planning.request import JOBS
 from engine.show.render import render
 from engine.show.text import quoted
@@ -241,7 +242,7 @@ def part(as_json: bool, /, which: str | None, path: str, out: str | None, quiet:
     """
     with progress.progress(show=not (quiet or as_json), also=None) as listener:
         nbytes = engine.api.part(path, which or "", out, progress=listener, **options)
-    told = f"wrote {nbytes:,} bytes" if nbytes else "this part was done already"
+    told = f"wrote {amount(nbytes)}" if nbytes else "this part was done already"
     to = f" --out {quoted(out)}" if out else ""
     text = f"{told}\nnext: engine commit --plan {quoted(path)}{to}   (when all parts are done)"
     answer(as_json, {"bytes": nbytes}, lambda: text, quiet=quiet)

@@ -142,7 +142,7 @@ def verify(ctx: click.Context, as_json: bool, /, out: str, quiet: bool, **option
 @click.command()
 @click.argument("out", metavar="OUT", shell_complete=folders)
 @click.argument("ref", metavar="REF", shell_complete=folders)
-@asks("mapping", "settings", "dtype", mapping="How to read a side that is a training checkpoint.")
+@asks("mapping", "config", "settings", "dtype", mapping="How to read a side that is a training checkpoint.")
 @click.option("--allow-cast", is_flag=True, help="Exit with 0 even if tensors are equal only after casting.")
 @QUIET
 @reports_errors

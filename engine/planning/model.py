@@ -166,10 +166,10 @@ class Plan(Work):
 
     def __repr__(self) -> str:
         """One line: mapping, checkpoint and output. The fields have the whole plan."""
-        ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items())
+        ranks = " × ".join(f"{name} {size}" for name, size in self.grid.sizes.items()) or "any number of ranks"
         files = counted(len(self.shards), "file")
         return (
-            f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks or 'one rank'}) to "
+            f"<Plan of {self.mapping.name} {self.mapping.version}: {self.folder!r} ({ranks}) to "
             f"{len(self.outputs):,} tensors, {self.nbytes:,} bytes in {files}>"
         )
 

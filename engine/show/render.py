@@ -59,7 +59,7 @@ def _pairs(facts: Mapping[str, Any], between: str) -> str:
 
 
 def _grid(facts: Mapping[str, Any]) -> str:
-    text = " × ".join(f"{name} {size}" for name, size in facts["ranks"].items()) or "one rank"
+    text = " × ".join(f"{name} {size}" for name, size in facts["ranks"].items()) or "any number of ranks"
     return f"{text}, {facts['chunks']} chunks" if facts["chunks"] > 1 else text
 
 

@@ -320,7 +320,7 @@ def test_what_comes_to_the_output_while_a_run_goes_on_is_kept(made: Path, tmp_pa
                            progress=arrive)  # fmt: skip
         assert caught.value.code == "E401"
         assert files(tmp_path / "out") == {"thesis.txt": b"years"}
-        shutil.rmcontents(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
 
 
 @sampled(2)

@@ -10,12 +10,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import engine
+from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
@@ -234,6 +237,18 @@ def test_experts_may_all_be_equal_as_after_upcycling(copy: Callable[[str], Path]
     with pytest.raises(EngineError, match="hold the same slice") as caught:
         convert("dist-ep2-moe", tmp_path / "copied", copied)
     assert caught.value.code == "E306"
+
+
+def test_each_command_that_reads_a_training_checkpoint_takes_its_config_json(tmp_path: Path) -> None:
+    """Messages of any of them say to give it."""
+    context = click.Context(cli)
+    commands = [cli.get_command(context, name) for name in cli.list_commands(context)]
+    taken = [{flag for one in command.params for flag in one.opts} for command in commands if command is not None]
+    assert all("--config" in flags for flags in taken if "--mapping" in flags)
+    convert("dist-tp2pp2", tmp_path / "out")
+    given = ("-m", FAMILIES["dist-tp2pp2"], "--config", str(MEGATRON / "dist-tp2pp2" / "hf_config.json"))
+    done = CliRunner().invoke(cli, ["compare", str(tmp_path / "out"), str(source_of(MEGATRON / "dist-tp2pp2")), *given])
+    assert done.exit_code == 0 and "39 equal" in done.output
 
 
 def test_without_arguments_a_second_number_of_a_folder_is_not_guessed(
