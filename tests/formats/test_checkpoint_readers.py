@@ -353,6 +353,14 @@ def test_a_zip_whose_records_and_contents_disagree_is_refused(
     assert caught.value.code == "E301"
 
 
+def test_bytes_between_tensors_that_no_header_names_are_refused(tmp_path: Path) -> None:
+    ends = {"a": [0, 4], "b": [8, 12]}
+    header = json.dumps({name: {"dtype": "U8", "shape": [4], "data_offsets": at} for name, at in ends.items()}).encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(12))
+    with pytest.raises(EngineError, match=r"E301 .*starts at 8, the one before ends at 4"):
+        read_safetensors(tmp_path / "x.safetensors")
+
+
 def test_compressed_and_doubled_members_are_refused(tmp_path: Path) -> None:
     source = tmp_path / "x.pt"
     torch.save({"a": torch.zeros(1000)}, source)
