@@ -180,7 +180,7 @@ _TOGETHER = {
     **{(command, "parts"): ("--executor",) for command in ("run", "reverse", "reshard")},
     **{(command, "overwrite"): ("--out",) for command in ("plan", "new")},
     **{("verify", name): ("--mapping",) for name in ("config", "dtype")},
-    **{("compare", name): ("--mapping",) for name in ("dtype", "settings")},
+    **{("compare", name): ("--mapping",) for name in ("config", "dtype", "settings")},
     ("verify", "settings"): ("--mapping", "--logits"),
 }
 

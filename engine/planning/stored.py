@@ -85,12 +85,12 @@ def _instances(rules: tuple[Rule, ...]) -> tuple[Instance, ...]:
             sources, parts = (
                 tuple(_of_param(name, rule.place, param) for name in names) for names in (rule.sources, rule.pieces)
             )
-            targets = tuple((_of_param(t.name, t.place if param else None, param), side(t.axes)) for t in rule.targets)
+            targets = tuple((_of_param(t.name, t.place, param), side(t.axes)) for t in rule.targets)
             result.append(Instance(f"{number}.{param or ''}", rule, param, side(rule.axes), sources, targets, parts))
     return tuple(result)
 
 
-def _of_param(name: str, place: Place | None, param: str | None) -> Pattern:
+def _of_param(name: str, place: Place, param: str | None) -> Pattern:
     compiled = pattern(name, place)
     return compiled.with_param(param) if param else compiled
 
