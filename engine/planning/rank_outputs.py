@@ -18,7 +18,7 @@ from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
-from engine.planning.config_keys import declared, read_training, shown
+from engine.planning.config_keys import declared, read_config, read_training, shown, source_side
 from engine.planning.destination import Destination, flag
 from engine.planning.facts import UNASKED, present_in, render_known
 from engine.planning.likeness import Like, destination_of
@@ -249,3 +249,14 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         return render_known(mapping.config, {**names_then, "options": options})
 
     check_returns(source.read, forth, mapping, source.options)
+    try:
+        read_config(written.config, source_side(mapping, source.layout), expressed=source.checkpoint.end == "whole")
+    except EngineError as error:
+        raise EngineError(
+            "E216",
+            f"what is written would be refused: {error.message}",
+            place=error.place,
+            got=error.got,
+            expected=error.expected,
+            fix="Use a mapping that can express it, or let `training_config` not write it.",
+        ) from error

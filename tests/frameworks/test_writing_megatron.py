@@ -282,6 +282,17 @@ def test_ranks_that_megatron_cannot_have_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
+def test_what_megatron_would_be_refused_for_when_it_is_read_is_not_written(tmp_path: Path) -> None:
+    first = whole("torch-qwen3-moe", "megatron-qwen3-moe", tmp_path / "hf")
+    config = json.loads((first / "config.json").read_text())
+    scaled = {**config["rope_parameters"], "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}
+    scaled |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    (first / "config.json").write_text(json.dumps({**config, "rope_parameters": scaled, "rope_scaling": None}))
+    with pytest.raises(EngineError, match="what is written would be refused: what `use_rope_scaling`") as caught:
+        engine.plan_reverse("megatron-qwen3-moe", first)
+    assert caught.value.code == "E216"
+
+
 def test_a_tied_model_has_its_embedding_again_on_the_last_of_several_stages(tmp_path: Path) -> None:
     first = whole("torch-tp1pp1-tied", "megatron-llama", tmp_path / "hf")
     engine.reverse("megatron-llama", first, tmp_path / "back", tp=2, pp=2)
