@@ -281,6 +281,12 @@ def test_a_buffers_first_tensor_and_its_last_that_exchanged_names_are_refused() 
         check_order([header_of(names, [names[-1], *names[1:-1], names[0]])])
 
 
+def test_names_that_a_program_sorted_by_their_numbers_say_nothing() -> None:
+    """Layer 10 is after layer 9."""
+    names = [(f"layers.{at}.w{one}.weight", (8, 8)) for at in range(12) for one in range(3)]
+    assert check_order([header_of(names, [names[1], names[0], *names[2:]])]) == ()
+
+
 def test_most_of_a_buffer_in_another_order_says_nothing() -> None:
     """A program that orders parameters otherwise exchanges many pairs: here gate and up of five layers of six."""
     names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in ("w3", "w1")]

@@ -8,6 +8,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import engine
+from engine.checkpoint import identity
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.layout_file import load_layout
 from engine.run import replicas
+from engine.storage.local import LocalStore
+from engine.storage.store import File
 from tests.attacks.faults import swap
 from tests.support.depth import sampled
 from tests.support.families import model_of, save_family
+from tests.support.readers import read_rank_file
 from tests.support.shards import Model, save, with_root
 
 V2 = Model("v2", layers=6, groups=2, bias=False)
@@ -84,6 +90,14 @@ def test_slices_of_queries_that_are_copied_in_pairs_are_no_repeated_heads(tmp_pa
         torch.save({**states[other], name: states[one][name].clone()}, folder / f"model_tp{other}_pp0.pt")
     error = refused(V2, folder)
     assert error.code == "E306" and "same slice" in str(error)
+
+
+def test_slices_of_every_tensor_that_is_cut_are_compared(tmp_path: Path) -> None:
+    folder = made(V2, tmp_path / "step", tp=2, pp=2)
+    plan = engine.plan(V2.mapping, folder, settings=LETTERS)
+    cut = {at for at, one in enumerate(plan.sources) if "norm" not in one.name}
+    assert {source for one in plan.slices for source in one.sources} == cut
+    assert all(len(one.sources) == 2 for one in plan.slices)
 
 
 def test_slices_that_are_only_equal_at_their_start_are_no_copies(
@@ -204,16 +218,67 @@ def test_a_rank_with_the_same_start_of_every_tensor_is_no_copy(tmp_path: Path) -
     engine.plan(model.mapping, folder, settings=LETTERS)
 
 
+def claims_of(folder: Path, files: list[tuple[bytes, bytes]]) -> list[identity.Claim]:
+    """Files of two tensors of bytes, without roots, each in a place of its own."""
+    made = []
+    for at, held in enumerate(files):
+        (folder / str(at)).write_bytes(b"".join(held))
+        begins = zip("ab", held, (0, len(held[0])), strict=True)
+        tensors = tuple(TensorHeader(name, "U8", (len(one),), (1,), begin) for name, one, begin in begins)
+        header = FileHeader(File(LocalStore(folder), str(at)), 0, tensors, "")
+        made.append(identity.Claim(header, None, (at,)))
+    return made
+
+
+START = b"12345678"  # as long as a sample
+
+
+@pytest.mark.parametrize(
+    ("files", "copies"),
+    [
+        ([(START + b"1", START), (START + b"2", START), (START + b"1", START)], ("2", "0")),
+        ([(START + b"1", b"1"), (START + b"2", b"1"), (START + b"1", b"2"), (START + b"1", b"2")], ("3", "2")),
+        ([(START + b"1", START + b"1"), (START + b"1", START + b"2")], None),
+        ([(bytes(9), bytes(9)), (bytes(9), bytes(9))], None),
+    ],
+    ids=["the first and the last", "two that begin as others do not", "the larger tensor only", "constants"],
+)
+def test_files_are_copies_if_all_their_bytes_are_equal(
+    files: list[tuple[bytes, bytes]], copies: tuple[str, str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "_SAMPLE", len(START))
+    claims = claims_of(tmp_path, files)
+    if copies is None:
+        identity.check_identities(claims)
+        return
+    with pytest.raises(EngineError, match=r"E306 `{}` and `{}` hold the same tensors".format(*copies)):
+        identity.check_identities(claims)
+
+
+def test_links_to_one_file_are_refused_even_if_it_holds_only_zeros(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4, 4)}, tmp_path / "one.pt")
+    (tmp_path / "other.pt").hardlink_to(tmp_path / "one.pt")
+    headers = [read_rank_file(tmp_path / name) for name in ("one.pt", "other.pt")]
+    with pytest.raises(EngineError, match=r"E306 `other[.]pt` and `one[.]pt` are one file"):
+        identity.check_identities([identity.Claim(header, None, (header.name,)) for header in headers])
+
+
+@pytest.mark.parametrize("key", ["step", "seed"])
+def test_files_of_one_save_agree_in_everything_that_they_say_of_it(key: str) -> None:
+    layout = replace(load_layout("internevo"), says_alike=("step", "seed"))
+    said = [{"step": 1, "seed": 1}, {"step": 1, "seed": 1, key: 2}]
+    files = [FileHeader(File(LocalStore(Path()), "f"), 0, (), "", says=one) for one in said]
+    identity.check_alike(files[:1] * 2, layout)
+    with pytest.raises(EngineError, match=rf"(?s)E306.*got +{key} 2"):
+        identity.check_alike(files, layout)
+
+
 def test_whether_roots_tell_anything_is_the_layout_s_to_say() -> None:
-    from dataclasses import replace
-
-    from engine.checkpoint.identity import saved_as
-
     layout = load_layout("internevo")
-    assert saved_as("model_tp1_pp0", layout) == "model_tp1_pp0.pt"
-    assert saved_as("model_tp1_pp0", replace(layout, zip_root=None)) is None
-    assert saved_as("consolidated.01", load_layout("meta-llama")) == "consolidated.01.pth"
-    assert saved_as("consolidated", load_layout("meta-llama")) is None  # as in Meta's own
+    assert identity.saved_as("model_tp1_pp0", layout) == "model_tp1_pp0.pt"
+    assert identity.saved_as("model_tp1_pp0", replace(layout, zip_root=None)) is None
+    assert identity.saved_as("consolidated.01", load_layout("meta-llama")) == "consolidated.01.pth"
+    assert identity.saved_as("consolidated", load_layout("meta-llama")) is None  # as in Meta's own
 
 
 STACK = {
