@@ -9,7 +9,8 @@ import pytest
 from safetensors import safe_open
 
 import engine
-from engine.move.reader import Reader
+from engine.move.blocks import output_blocks
+from engine.move.reader import Reader, _Needs
 from engine.storage.sources import SourceFiles
 from tests.support.depth import sampled
 from tests.support.readers import read_safetensors
@@ -59,3 +60,13 @@ def test_tensors_that_are_handed_out_are_those_that_are_written(tmp_path: Path) 
             assert tensor.dtype == file.get_tensor(name).dtype and tensor.equal(file.get_tensor(name))
             names.remove(name)
     assert not names
+
+
+def test_what_blocks_of_an_output_read_is_not_what_another_reads() -> None:
+    plan = engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2")
+    needs, found = _Needs(plan), []
+    for index, output in enumerate(plan.outputs):
+        for block in output_blocks(output, plan.copies(index)):
+            found += needs.of(index, block)
+            assert sum(end - begin for _, (begin, end) in found) >= block.high - block.low
+    assert len(set(found)) == len(found) >= len(plan.outputs)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,14 +25,16 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from engine.formats.headers import TensorHeader
 from engine.move import blocks as cutting
 from engine.move import moves, runs
 from engine.move.blocks import Block, block_bytes, blocks, largest_block
 from engine.move.moves import Moves
 from engine.planning.boxes import Copy
+from engine.planning.model import Output
 from engine.run import replicas as comparing
 from engine.run import schedule as scheduling
-from engine.run.schedule import schedule
+from engine.run.schedule import _scatters, schedule
 from tests.support.cases import cases, layouts_of, rank_files, request, same_files, writable_cases
 from tests.support.depth import SOAK, crossed, deep, examples, sampled
 from tests.support.shards import Model, State, same, save
@@ -225,3 +228,26 @@ def test_scratch_is_as_large_as_the_largest_run_needs() -> None:
     moves = Moves(8192).of(Block(0, 1 << 16, parts, (0, 0, 0), 0), 2)
     buffers = {id(part.obj): len(part.obj) for move in moves for part in move.parts}
     assert sorted(buffers.values()) == [(2048 - 1) * 8 + 4]
+
+
+def test_moves_are_of_the_size_of_an_element_and_the_template_that_are_asked_for() -> None:
+    moves = Moves(0)
+    for count, item in [(4, 4), (4, 2), (2, 2), (4, 2)]:
+        one = Block(0, count, (Copy(0, 0, 0, 0, (count,), (1,), (1,)),), (0,), 0)
+        for size in (item, item, 1, item):
+            assert [part.nbytes for move in moves.of(one, size) for part in move.parts] == [count * size]
+
+
+@pytest.mark.parametrize(
+    ("columns", "strides", "scattered"),
+    [([0, 1], (64, 1), True), ([0, 1, 1], (64, 1), False), ([0], (64, 1), False), ([0, 1], (1, 4096), False)],
+    ids=["each column once", "some twice", "some not", "a transposed view"],
+)
+def test_only_a_dense_tensor_whose_elements_each_go_to_one_place_is_scattered(
+    columns: list[int], strides: tuple[int, int], scattered: bool
+) -> None:
+    source = SimpleNamespace(header=TensorHeader("w", "F32", (4096, 64), strides, 0))
+    outputs = [Output("w", "F32", "F32", (4096, 32), "rule", "", "w") for _ in columns]
+    copies = [Copy(0, to, 32 * at, 0, (4096, 32), (64, 1), (32, 1)) for to, at in enumerate(columns)]
+    plan: Any = SimpleNamespace(sources=[source], outputs=outputs)
+    assert _scatters(plan, range(len(columns)), copies) == scattered

@@ -9,7 +9,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.move.tensors import unlike
-from engine.move.values import Converter
+from engine.move.values import Converter, normalize
 from engine.planning.model import Output
 
 KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -58,3 +58,11 @@ def test_a_number_beyond_what_it_is_computed_or_written_in_is_refused(transform:
     with pytest.raises(EngineError, match="does not fit float32") as caught:
         Converter().convert(output, memoryview(given.numpy()).cast("B"))
     assert caught.value.code == "E406"
+
+
+def test_rows_of_tiny_numbers_are_normalised_as_torch_does() -> None:
+    """Rows shorter than 1e-12 alone do not get length 1."""
+    rows = torch.tensor([[3.0, 4.0]]) * torch.tensor([[1.0], [1e-8], [1e-11], [1e-13]])
+    found = torch.from_numpy(normalize(rows.numpy()))
+    torch.testing.assert_close(found, torch.nn.functional.normalize(rows), rtol=1e-6, atol=0)
+    assert found.norm(dim=1).tolist() == pytest.approx([1, 1, 1, 0.5], rel=1e-3)

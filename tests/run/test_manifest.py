@@ -19,6 +19,7 @@ import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.checksums import check_files
+from engine.run.digests import content_id
 from engine.storage.local import local_file
 from tests.support.depth import sampled
 from tests.support.shards import Model, save
@@ -67,6 +68,12 @@ def test_the_content_id_is_that_of_the_model_whatever_ranks_and_files_it_came_in
     save(other, tmp_path / "other")
     ids.add(engine.convert(MODEL.mapping, tmp_path / "other", tmp_path / "hf", settings=LETTERS).content_id)
     assert len(ids) == 2
+
+
+def test_the_content_id_is_another_for_another_name_type_shape_or_digest_of_any_tensor() -> None:
+    last = ("w", ("F32", (2, 3), "12"))
+    others = [("v", last[1]), ("w", ("F16", (2, 3), "12")), ("w", ("F32", (3, 2), "12")), ("w", ("F32", (2, 3), "13"))]
+    assert len({content_id(dict([("a", ("F32", (1,), "1")), one])) for one in [last, *others]}) == 5
 
 
 def test_rank_files_have_a_manifest_too_and_it_is_no_stranger_to_them(source: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from engine.run.execute import Small
 from engine.serve import revisions
 from engine.serve.hub import refusal
 from engine.serve.server import _request
+from engine.storage.objects import ObjectState
 from engine.storage.places import store_at
 from engine.storage.store import Store, walk
 from tests.support.serving import MAPPING, STEP, Running
@@ -88,6 +89,16 @@ def test_a_commit_is_another_when_anything_that_determines_bytes_is(tmp_path: Pa
     assert first != commit("one mapping")
     with pytest.raises(EngineError, match="E405 the step changed while it was planned"):
         commit("one mapping", lambda store: file.touch())
+
+
+def test_a_commit_is_another_when_only_a_size_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a web server that gives no ETags, and times in seconds."""
+    commits = set()
+    for size in (1, 2, 1):
+        monkeypatch.setattr(revisions, "walk", lambda _, size=size: [("a", ObjectState(size, None, None, "12:00:00"))])
+        (one,) = revisions.Revisions(store_at(tmp_path, "the step"), lambda store: Any, "").all()
+        commits.add(one.commit)
+    assert len(commits) == 2
 
 
 @pytest.mark.parametrize("inside", ["", "tokenizer.json"], ids=["a folder", "a file in it"])
