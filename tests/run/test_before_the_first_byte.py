@@ -17,7 +17,10 @@ from engine import api
 from engine.assets import bundle
 from engine.errors import EngineError
 from engine.language.model import MappingFile
+from engine.planning.model import Output, Work
 from engine.run import execute
+from engine.run.runner import check_runnable
+from engine.run.running import Running
 from engine.storage.sinks import SinkFiles
 from tests.support.depth import sampled
 from tests.support.disk import Disk, tree
@@ -26,6 +29,7 @@ from tests.support.shards import Model, save
 
 MODEL = Model("v2", layers=1, hidden=16, heads=4, groups=2, ffn=32, vocab=512, bias=False)
 LETTERS = {"mlp_letters": "w2_is_down"}
+NOTHING = Work(folder="", files=(), sources=(), outputs=(), copies=lambda _: [], shards=())
 SPEC = {"file": "tokenizer.model", "bos": "<s>", "eos": "</s>", "pad": "</s>"}
 
 
@@ -294,3 +298,9 @@ def test_text_that_cannot_be_written_is_refused_before_a_rank_file_is(
     with pytest.raises((EngineError, UnicodeEncodeError)):
         execute.execute(plan, source, tmp_path / "out", lambda: execute.Small({}), execute.Running(), 0.0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step"]
+
+
+def test_values_that_change_along_an_axis_that_is_not_stored_last_are_refused_first() -> None:
+    output = Output("w", "F32", "F32", (2, 3), "rule", "rule 1", "w", ("normalize", "row"), 0)
+    with pytest.raises(EngineError, match="E209"):
+        check_runnable(replace(NOTHING, outputs=(output,)), Running(), 0, lambda _: 0)

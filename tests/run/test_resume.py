@@ -9,6 +9,8 @@ import shutil
 import signal
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,16 @@ import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.move import blocks
+from engine.planning.model import Plan
 from engine.run import writer
+from engine.run.journal import Begun, Interrupted, Journal, identity_of, read_journal, split, states_of
+from engine.run.schedule import Job, Unit
 from engine.storage.replacing import OutputLock
 from engine.storage.sinks import SinkFiles
 from tests.support.depth import SOAK, sampled
 from tests.support.disk import Disk, contents, partials
 from tests.support.forked import run_engine, start_engine
+from tests.support.frameworks import FIXTURES
 from tests.support.old_output import old_output
 from tests.support.shards import Model, save
 
@@ -68,6 +74,16 @@ def test_what_was_written_is_read_again_to_its_end(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(data)
     with SinkFiles([tmp_path / "file"]) as sinks:
         assert b"".join(map(bytes, sinks.read(0, 3, len(data) - 3))) == data[3:]
+
+
+def test_what_the_system_writes_in_part_is_written_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.pwritev
+    monkeypatch.setattr(os, "pwritev", lambda file, parts, at: write(file, [memoryview(parts[0])[:3]], at))
+    with SinkFiles([tmp_path / "file"]) as sinks:
+        sinks.write(0, 1, [b"abcd", memoryview(b"efghi")])
+    assert (tmp_path / "file").read_bytes() == b"\0abcdefghi"
 
 
 def test_a_resumed_run_writes_only_what_was_missing(
@@ -139,6 +155,47 @@ def test_another_conversion_does_not_resume_it(
         )
     assert caught.value.code == "E407"
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda plan: {"config": {**plan.config, "rms_norm_eps": 0.5}}, "the configuration, what is copied from where"),
+        (lambda plan: {"sizes": {**plan.sizes, "head": 1}}, "the model's sizes"),
+        (lambda plan: {"sources": (plan.sources[1], plan.sources[0], *plan.sources[2:])}, "what is copied from where"),
+        (lambda plan: {"replicas": ()}, "what is copied from where"),
+        (lambda plan: {"dtype": "float16"}, "the settings"),
+        (lambda plan: {"options": {"one": 1}}, "the settings"),
+        (lambda plan: {"shards": plan.shards[:-1]}, "the output files, what is copied from where"),
+        (lambda plan: {"files": (replace(plan.files[0], identity=""), *plan.files[1:])}, "the source files"),
+    ],
+)
+def test_only_a_run_that_does_the_same_goes_on(change: Callable[[Plan], Any], told: str, tmp_path: Path) -> None:
+    plan = engine.plan("families/internlm2.yaml", FIXTURES / "internevo" / "v2_tp2_pp2")
+    Journal(tmp_path, plan, {}).close()
+    assert read_journal(tmp_path, plan).states == states_of(plan)
+    other = replace(plan, **change(plan))
+    with pytest.raises(EngineError, match=f"E407 the interrupted run cannot be resumed: {told} changed"):
+        read_journal(tmp_path, other)
+    assert identity_of(other) != identity_of(plan)
+
+
+def test_what_a_run_goes_on_with_depends_on_what_is_known_of_its_sources() -> None:
+    """Files that nothing touched and that hold checksums; else whole tensors are read again, others anew."""
+    known = engine.plan("families/internlm2.yaml", FIXTURES / "internevo" / "v2_tp2_pp2")
+    plain = replace(known, files=tuple(replace(file, summed=False) for file in known.files))
+    begun = {0: Begun("", None), 1: Begun("", 8)}
+    left = Interrupted(begun, states_of(known))
+    assert split(known, left, ()) == (begun, set())
+    for plan, states in ((known, {}), (plain, left.states)):
+        assert split(plan, Interrupted(begun, states), ()) == ({0: begun[0]}, {0})
+        scattered = Job((0,), (Unit((0,), scattered=True),), (8,))
+        assert split(plan, Interrupted(begun, states), [scattered]) == ({}, set())
+    for plan, told in ((known, False), (plain, True)):
+        state: Any = plan.files[0].state
+        touched = replace(plan.files[0], state=replace(state, modified=state.modified + 1))
+        other = replace(plan, files=(touched, *plan.files[1:]))
+        assert (identity_of(other) != identity_of(plan)) == told
 
 
 def test_a_source_that_changed_is_named_when_resuming(
