@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
 from engine.assets.bundle import make_assets
-from engine.assets.ready import for_each_release, names_of, together
+from engine.assets.ready import for_each_release, names_of, read_ready, together
 from engine.assets.ready_ids import ids_of
 from engine.errors import EngineError
 from engine.storage.local import LocalStore
@@ -131,6 +131,14 @@ def test_a_language_models_tokenizer_json_alone_gets_no_tokens_of_the_models_cla
     }
     other = {"config.json": b'{"architectures": ["BertModel"]}'}
     assert together(files, other, chat=False) == {**files, **other}
+
+
+def test_a_token_that_begins_as_a_statement_of_a_template_does_is_no_template(saved: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved, tmp_path / "given")
+    file = tmp_path / "given" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w5"', '"{% w5"'))
+    store = LocalStore(tmp_path / "given")
+    assert read_ready(store, names_of(store, ""), 131, {}, {})[1]["{% w5"] == 5
 
 
 def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 import zipfile
+import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -31,6 +32,7 @@ from engine.formats.headers import ITEM_SIZES
 from engine.formats.rank_files import read_torch_file
 from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
 from engine.formats.standins import Opaque
+from engine.formats.torch_files import torch_file
 from engine.formats.unpickle import load_pickle
 from engine.storage.local import local_file
 from tests.support.depth import examples
@@ -514,3 +516,28 @@ def test_threads_parse_python_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(literals, ["a = 1"] * 8)) == [{"a": 1}] * 8
     assert most == [1]
+
+
+def test_members_beyond_4_gib_are_written_as_torch_and_others_read_them(tmp_path: Path) -> None:
+    """Large ones are holes in the file, and are not read."""
+    size, path = (1 << 32) + 3, tmp_path / "model.pt"
+    made = torch_file(
+        [("large", "U8", (size,)), ("after", "F32", (2,)), ("again", "U8", (size,)), ("last", "U8", (1,))], "model"
+    )
+    held = {1: struct.pack("<2f", 1.5, -2), 3: b"7"}
+    sums = [zlib.crc32(held.get(number, b"")) for number in range(4)]
+    records = [one for tensor, checksum in enumerate(sums) for one in made.after(tensor, checksum)]
+    with path.open("wb") as file:
+        for at, data in [*made.start(), *records, *made.finish(sums), *((made.offsets[n], held[n]) for n in held)]:
+            file.seek(at)
+            file.write(data)
+    assert path.stat().st_size == made.size
+    state = torch.load(path, mmap=True, weights_only=True)
+    assert state["large"].shape == state["again"].shape == (size,)
+    assert state["after"].tolist() == [1.5, -2] and state["last"].tolist() == [55]
+    with zipfile.ZipFile(path) as archive:
+        assert archive.getinfo("model/data/0").file_size == archive.getinfo("model/data/2").file_size == size
+        assert [archive.read(f"model/data/{number}") for number in held] == list(held.values())
+    found = read_rank_file(path)
+    assert tuple(one.offset for one in found.tensors) == made.offsets
+    assert [one.shape for one in found.tensors] == [(size,), (2,), (size,), (1,)]
