@@ -72,8 +72,9 @@ class Group:
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", (self.instance.key, *self.fixed.values()))
 
-    def shapes(self) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-        return tuple((ranks, stored[0].header.whole) for ranks, stored in self.shards.items())
+    def shapes(self) -> tuple[tuple[tuple[int, ...], ...], ...]:
+        """The ranks of each shard with its shape; with several if its replicas are not alike."""
+        return tuple([(ranks, *{one.header.whole: 0 for one in stored}) for ranks, stored in self.shards.items()])
 
     @property
     def first(self) -> Stored:

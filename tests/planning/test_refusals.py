@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections import OrderedDict
@@ -96,6 +97,39 @@ def test_sizes_that_disagree_show_both_sides_and_the_file(source: Path) -> None:
     edit(source / "model_tp1_pp0.pt", lambda s: s.update({"blocks.1.mlp.w1.weight": torch.ones(8, 16).bfloat16()}))
     error = refuse(source, "E203", "axis `ffn`", "20", "24", "blocks.1.mlp.w1.weight")
     assert error.place is not None and error.place.file.endswith("internlm.yaml") and error.place.line
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "told"),
+    [
+        ("norm1.weight", 17, ("the shape", "17 in model_tp1_pp0.pt", "16, as in model_tp0_pp0.pt")),
+        ("mixer.Wqkv.weight", 25, ("axis `heads`", "25 rows", "a multiple of 12")),
+    ],
+)
+def test_a_shape_that_one_rank_has_in_a_later_layer_is_refused_whatever_its_values(
+    name: str, rows: int, told: tuple[str, ...], source: Path
+) -> None:
+    def longer(state: dict[str, torch.Tensor]) -> None:
+        whole = state[f"blocks.1.{name}"]
+        state[f"blocks.1.{name}"] = torch.cat([whole, whole[: rows - len(whole)]])
+
+    edit(source / "model_tp1_pp0.pt", longer)
+    refuse(source, "E203", f"blocks.1.{name}", *told)
+
+
+def test_tensors_are_in_the_order_of_the_model_and_its_type_is_that_of_most_numbers(tmp_path: Path) -> None:
+    """Layer 10 is after layer 9. More tensors than matrices of the MLP are float32, and they are smaller."""
+    save(Model(layers=11), tmp_path / "step", tp=1)
+    wide = re.compile("norm|mixer")
+    edit(
+        tmp_path / "step" / "model_tp0_pp0.pt",
+        lambda s: s.update({name: one.float() for name, one in s.items() if wide.search(name)}),
+    )
+    plan = engine.plan(V1.mapping, tmp_path / "step", settings={"mlp_letters": "w2_is_down"})
+    layers = [int(one.name.split(".")[2]) for one in plan.outputs if ".layers." in one.name]
+    assert layers == sorted(layers) and {*layers} == {*range(11)}
+    assert [one.dtype for one in plan.outputs].count("F32") > len(plan.outputs) / 2
+    assert plan.config["dtype"] == plan.config["torch_dtype"] == "bfloat16"
 
 
 def test_a_config_of_another_model_disagrees_with_the_tensors(source: Path) -> None:
