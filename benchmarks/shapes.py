@@ -87,6 +87,7 @@ def config(spec: Spec) -> dict[str, Any]:
         "mlp_ratio": shape.ffn / shape.hidden,
         "multiple_of": math.gcd(shape.ffn, 256),
         "layer_norm_epsilon": 1e-5,
+        "no_bias": True,
         "rope_base": 1000000,
         "dtype": "torch.bfloat16",
         "num_chunks": spec.ranks.chunks,
