@@ -239,6 +239,21 @@ def test_a_plan_that_was_saved_without_its_copies_is_planned_by_each_part(
     assert files(tmp_path / "out") == whole
 
 
+def test_a_tied_tensor_is_compared_by_the_part_that_begins_what_it_is_tied_to(tmp_path: Path) -> None:
+    source = FIXTURES.parent / "dcp" / "tt03_tied_fsdp4"
+    known = {"config": source / "hf_config.json"}
+    api.save_plan(tmp_path / "plan.json", "torchtitan-llama", source / "step-10", **known)
+
+    def told(plan: Any) -> list[Any]:
+        read = [[(plan.sources[copy.source].name, *copy[2:]) for copy in one.copies] for one in plan.tied]
+        return [(one.output, plan.outputs[one.same_as].name, set(at)) for one, at in zip(plan.tied, read, strict=True)]
+
+    expected = told(engine.plan("torchtitan-llama", source / "step-10", **known))
+    saved = read_saved(tmp_path / "plan.json")
+    parts = [loaded_part(saved, Part(number, 3), positioned=True)[0] for number in (1, 2, 3)]
+    assert len(expected) == 1 and [one for part in parts for one in told(part)] == expected
+
+
 def test_copies_that_are_not_those_of_the_plan_are_found_at_the_end(plan: Path, tmp_path: Path) -> None:
     data = json.loads(plan.read_text())
     kinds = [row[1] for row in data["work"]["outputs"]]
