@@ -15,9 +15,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
 from engine.assets.bundle import make_assets
+from engine.assets.generation import check_tokens
 from engine.assets.ready import for_each_release, names_of, read_ready, together
 from engine.assets.ready_ids import ids_of
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.storage.local import LocalStore
 from tests.support.depth import sampled
 from tests.support.frameworks import FIXTURES, source_of
@@ -139,6 +140,23 @@ def test_a_token_that_begins_as_a_statement_of_a_template_does_is_no_template(sa
     file.write_text(file.read_text().replace('"w5"', '"{% w5"'))
     store = LocalStore(tmp_path / "given")
     assert read_ready(store, names_of(store, ""), 131, {}, {})[1]["{% w5"] == 5
+
+
+@pytest.mark.parametrize("key", ["bos_token_id", "eos_token_id", "pad_token_id"])
+def test_generation_settings_have_ids_of_the_models_rows_only(key: str) -> None:
+    for right in (130, [1, 130], None):
+        check_tokens({key: right}, 131, Place("generation_config.json"))
+    for wrong in (131, [1, 131]):
+        with pytest.raises(EngineError, match="E502"):
+            check_tokens({key: wrong}, 131, Place("generation_config.json"))
+
+
+def test_a_token_of_the_mappings_template_has_the_id_that_the_mapping_says(saved: Path) -> None:
+    store = LocalStore(saved)
+    read_ready(store, names_of(store, ""), 131, {}, {"5": "w5"})
+    for number, token in (("6", "w5"), ("5", "<none>")):
+        with pytest.raises(EngineError, match=r"E501 the tokenizer lacks a token of the mapping's chat template"):
+            read_ready(store, names_of(store, ""), 131, {}, {number: token})
 
 
 def test_what_lies_beside_the_configuration_is_copied_and_told(saved: Path, tmp_path: Path) -> None:
