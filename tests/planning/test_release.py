@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
 from tests.support.depth import sampled
+from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save
 
 V2 = Model("v2", groups=2)
@@ -101,6 +103,20 @@ def test_strict_refuses_any_other_size(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="this is not release `famous-7b`") as caught:
         engine.plan(chosen, source, settings=SETTINGS, strict=True)
     assert caught.value.code == "E213" and caught.value.got == "vocab = 32"
+
+
+def test_what_only_the_release_answers_is_asked_about_another_model(tmp_path: Path) -> None:
+    """Meta's files do not say the base of the angles; the release's is not that of every model."""
+    save_family(model_of("meta", heads=4, groups=4), tmp_path / "step", tp=1)
+    weights, params = tmp_path / "step" / "consolidated.00.pth", tmp_path / "step" / "params.json"
+    state = torch.load(weights, weights_only=True)
+    torch.save({name: one for name, one in state.items() if name != "rope.freqs"}, weights)  # Llama 3 has none
+    params.write_text(json.dumps({**json.loads(params.read_text()), "vocab_size": SIZES["vocab"]}))
+    with pytest.raises(EngineError, match=r"E202.*this is not release `meta-llama-3-8b`") as caught:
+        engine.plan("meta-llama-3-8b", tmp_path / "step")
+    assert "--set rope_theta=VALUE" in str(caught.value.expected)
+    plan = engine.plan("meta-llama-3-8b", tmp_path / "step", settings={"rope_theta": 500000})
+    assert plan.config["rope_parameters"]["rope_theta"] == 500000
 
 
 def test_reverse_and_reshard_say_it_too(source: Path, tmp_path: Path) -> None:
