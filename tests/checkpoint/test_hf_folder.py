@@ -11,7 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from engine.checkpoint.folder import read_configuration
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
+from engine.storage.local import LocalStore
 from tests.support.readers import read_hf_config, read_hf_folder
 
 INDEX = "model.safetensors.index.json"
@@ -175,3 +178,15 @@ def test_the_configuration_is_read_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(EngineError, match="not JSON"):
         read_hf_config(tmp_path)
+
+
+def test_configurations_in_two_places_must_be_the_same_but_for_what_only_says_who_saved_them(tmp_path: Path) -> None:
+    (tmp_path / "huggingface").mkdir()
+    one, other = tmp_path / "config.json", tmp_path / "huggingface" / "config.json"
+    one.write_text(json.dumps({"rope_theta": 10000, "dtype": "float32"}))
+    other.write_text(json.dumps({"rope_theta": 10000, "dtype": "bfloat16", "transformers_version": "5.0.0"}))
+    store, layout = LocalStore(tmp_path), load_layout("torch-dcp")
+    assert read_configuration(store, layout) == ("config.json", {"rope_theta": 10000, "dtype": "float32"})
+    other.write_text(json.dumps({"rope_theta": 500000}))
+    with pytest.raises(EngineError, match=r"E218 `rope_theta` is not the same in config[.]json and huggingface/config"):
+        read_configuration(store, layout)
