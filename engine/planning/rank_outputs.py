@@ -218,7 +218,8 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
     scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
     scope |= {"given": source.read.config, "mode": destination.mode.name}
     asked = {n: mapping.variants[n] for n, one in source.decisions.items() if one.evidence != UNASKED}
-    for name, decision in decide(asked, {}, scope).items():
+    alone = {name: variant for name, variant in asked.items() if len(variant.choices) == 1}
+    for name, decision in decide({n: v for n, v in asked.items() if n not in alone}, {}, scope).items():
         if decision.choice != choices[name]:
             variant = mapping.variants[name]
             raise EngineError(
@@ -249,6 +250,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         return render_known(mapping.config, {**names_then, "options": options})
 
     check_returns(source.read, forth, mapping, source.options)
+    decide(alone, {}, scope)  # their choice would be no other, but may be open
     try:
         read_config(written.config, source_side(mapping, source.layout), expressed=source.checkpoint.end == "whole")
     except EngineError as error:
