@@ -218,6 +218,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
     scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
     scope |= {"given": source.read.config, "mode": destination.mode.name}
     asked = {n: mapping.variants[n] for n, one in source.decisions.items() if one.evidence != UNASKED}
+    # variants of one choice may be open, but are never read as another one: what is lost is told before
     alone = {name: variant for name, variant in asked.items() if len(variant.choices) == 1}
     for name, decision in decide({n: v for n, v in asked.items() if n not in alone}, {}, scope).items():
         if decision.choice != choices[name]:
@@ -242,6 +243,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
                 fix="Let `training_config` write values from which `dims` compute the sizes again.",
             )
     if source.layout.config_of_target:
+        decide(alone, {}, scope)
         with_parts(source.read.config, mapping, source.layout)  # their own spellings must agree too
         return
     names_then = {**scope, **choices, **sizes, "training": _training_again(source, destination)}
@@ -250,7 +252,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
         return render_known(mapping.config, {**names_then, "options": options})
 
     check_returns(source.read, forth, mapping, source.options)
-    decide(alone, {}, scope)  # their choice would be no other, but may be open
+    decide(alone, {}, scope)
     try:
         read_config(written.config, source_side(mapping, source.layout), expressed=source.checkpoint.end == "whole")
     except EngineError as error:
