@@ -26,6 +26,9 @@ from engine.proving.matrix import choices_named
 from engine.proving.proof import Finding
 from engine.proving.values import check_declared, check_options, check_spellings, check_tokens
 
+_Check = Callable[[MappingFile], Iterator[EngineError]]
+_KEPT = 64  # rules whose findings are remembered
+
 
 def lint_file(name: str) -> list[EngineError]:
     """Load and lint one mapping or layout; an error in loading is a finding too."""
@@ -63,6 +66,22 @@ def _coded(code: str, found: Iterable[EngineError]) -> Iterator[EngineError]:
         yield one
 
 
+def _of_rules(check: _Check) -> _Check:
+    """A check of nothing but rules and choices: done once for a family and all releases that change neither."""
+    known: dict[object, list[EngineError]] = {}
+
+    def checked(mapping: MappingFile) -> Iterator[EngineError]:
+        key = mapping.rules, tuple((one.name, *one.choices) for one in mapping.variants.values())
+        if key not in known:
+            if len(known) == _KEPT:
+                known.clear()
+            known[key] = list(check(mapping))
+        return iter(known[key])
+
+    return checked
+
+
+@_of_rules
 def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
     """L001: two rules that can match the same name and can be active together."""
     named = [(rule, name) for rule in mapping.rules for name in sorted(spelled_out(rule.sources))]
@@ -79,6 +98,7 @@ def _overlaps(mapping: MappingFile) -> Iterator[Finding]:
                 )
 
 
+@_of_rules
 def _unmatched(mapping: MappingFile) -> Iterator[EngineError]:
     """L005, under every combination of choices."""
     every = instances(mapping)
@@ -89,6 +109,7 @@ def _unmatched(mapping: MappingFile) -> Iterator[EngineError]:
             yield error
 
 
+@_of_rules
 def _gaps(mapping: MappingFile) -> Iterator[Finding]:
     """L002: under another choice of one variant, a tensor is no longer read and another is no longer written.
 
@@ -97,13 +118,13 @@ def _gaps(mapping: MappingFile) -> Iterator[Finding]:
     """
     every = choices_named([mapping])
     held = {tuple(one.values()): [rule for rule in mapping.rules if rule.active(one)] for one in every}
-    for choices, (key, active) in zip(every, held.items(), strict=True):
-        read, written = _ends(active)
+    ends = {key: _ends(rules) for key, rules in held.items()}
+    for choices, (key, here) in zip(every, ends.items(), strict=True):
         for position, name in enumerate(choices):
             for other in mapping.variants[name].choices:
-                rules = held.get((*key[:position], other, *key[position + 1 :]), [])
-                lost = [set(there) - set(here) for there, here in zip(_ends(rules), (read, written), strict=True)]
-                for rule in rules if all(lost) else ():
+                beside = (*key[:position], other, *key[position + 1 :])
+                lost = [there - kept for there, kept in zip(ends.get(beside, ()), here, strict=False)]
+                for rule in held.get(beside, ()) if all(lost) else ():
                     if lost[0] & set(rule.sources):
                         yield Finding(
                             rule.place,
@@ -226,7 +247,7 @@ def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expres
                     yield expression, side, path, keys
 
 
-_ALONE: dict[str, Callable[[MappingFile], Iterator[EngineError]]] = {
+_ALONE: dict[str, _Check] = {
     "L001": _overlaps,
     "L002": _gaps,
     "L003": _unused,
