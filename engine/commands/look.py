@@ -49,7 +49,7 @@ def mappings(as_json: bool, /) -> None:
     found = engine.api.mappings()
     told = ("name", "version", "layout", "description", "expect", "files")
     data = {"mappings": [{name: as_data(getattr(one, name)) for name in told} for one in found]}
-    answer(as_json, data, lambda: render("mappings.txt", found=found))
+    answer(as_json, data, lambda: render("mappings.txt", found=data["mappings"]))
 
 
 @click.command()
