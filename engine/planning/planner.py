@@ -20,6 +20,7 @@ from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_asked, check_release, not_the_release
 from engine.planning.request import Request
 from engine.planning.source import Source, read_source
+from engine.planning.stored import Stored
 from engine.planning.variants import check_settings, decide
 from engine.planning.whole_outputs import whole_configuration, whole_outputs
 from engine.planning.written import summed
@@ -197,6 +198,20 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     if source.read.noted and crosses:
         told = ", ".join(f"{name} = {value}" for name, value in source.read.noted.items())
         notices.append(f"nothing reads these keys of {source.read.side.file}: {told}")
+    notices += _unlike_layers(source)
     if source.ignored and not crosses:
         notices.append(f"not written, as the mapping ignores them: {first_of(sorted(source.ignored), 3)}")
     return tuple(notices)
+
+
+def _unlike_layers(source: Source) -> list[str]:
+    """The notice that tensors of one kind have several element types: training gives all layers the same."""
+    held: dict[str, dict[str, Stored]] = {}
+    for group in source.side.groups:
+        held.setdefault(group.instance.key, {}).setdefault(group.first.header.dtype, group.first)
+    unlike = [types for types in held.values() if len(types) > 1]
+    if not unlike:
+        return []
+    told = ", ".join(f"{one.header.name} in {source.files[one.file]} is {dtype}" for dtype, one in unlike[0].items())
+    more = f", and {len(unlike) - 1} more kinds" if len(unlike) > 1 else ""
+    return [printable(f"element types differ between layers: {told}{more}; are all files from one run?")]

@@ -208,6 +208,19 @@ def test_types_that_differ_inside_one_tensor_are_refused(source: Path) -> None:
     refuse(source, "E210", "F32 in model_tp1_pp0.pt", "BF16 in model_tp0_pp0.pt")
 
 
+def test_types_that_differ_between_layers_are_reported(source: Path) -> None:
+    settings = {"mlp_letters": "w2_is_down"}
+    name = "blocks.1.norm1.weight"
+    for path in source.glob("model_tp*_pp*.pt"):  # norms of all layers alike: as training saves them
+        edit(path, lambda s: s.update({key: s[key].float() for key in s if "norm" in key}))
+    assert not engine.plan(V1.mapping, source, settings=settings).notices
+    for tp in range(2):
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s: s.update({name: s[name].bfloat16()}))
+    plan = engine.plan(V1.mapping, source, settings=settings)
+    told = "element types differ between layers: blocks.0.norm1.weight in model_tp0_pp0.pt is F32, "
+    assert plan.notices == (f"{told}{name} in model_tp0_pp1.pt is BF16; are all files from one run?",)
+
+
 def test_a_value_too_large_for_float16_is_refused(source: Path) -> None:
     def change(state: dict[str, torch.Tensor]) -> None:
         state["blocks.0.mlp.w1.weight"][0, 0] = 1e6
