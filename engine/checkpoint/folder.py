@@ -17,16 +17,10 @@ from engine.formats.rank_files import Pickles, read_rank_file
 from engine.formats.safetensors import read_safetensors, read_sharded_safetensors
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
+from engine.storage.listing import listing
 from engine.storage.store import File, Store
 
 _KEPT = 256  # pickles of a folder that stay in memory while it is read
-_UNLISTED: dict[type[OSError], tuple[str, str, str]] = {
-    NotADirectoryError: (
-        "E304", "the checkpoint is a file, not a folder", "Give the folder that holds the rank files.",
-    ),
-    FileNotFoundError: ("E304", "there is no such checkpoint folder", "Check the path."),
-    OSError: ("E305", "the checkpoint folder cannot be read", "Check its permissions."),
-}  # fmt: skip
 _READERS = 4  # threads: indexing waits for storage, not for the processor
 
 
@@ -37,7 +31,7 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
         inside: patterns of subfolders whose files are listed too.
     """
     below = [pattern(text) for text in dict.fromkeys(inside)]
-    try:
+    with listing(folder):
         names = [name for name in folder.names() if not name.startswith(".")]
         for name in [n for n in names if any(one.match(n) is not None for one in below)]:
             try:
@@ -46,10 +40,6 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
                 continue
             names.remove(name)
         names.sort()
-    except OSError as error:
-        code, message, fix = _UNLISTED.get(type(error), _UNLISTED[OSError])
-        got = error.strerror if code == "E305" else None
-        raise EngineError(code, message, place=Place(folder.place()), got=got, fix=fix) from error
     return names
 
 

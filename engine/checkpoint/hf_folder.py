@@ -18,6 +18,7 @@ from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
 from engine.storage.json_text import parse_json
+from engine.storage.listing import listing
 from engine.storage.store import File, Store
 
 # In the order transformers looks for them.
@@ -95,7 +96,9 @@ def other_weights(where: Store | File, files: tuple[FileHeader, ...]) -> tuple[s
     if isinstance(where, File):
         return ()
     read = {file.name for file in files}
-    return tuple(name for name in where.names() if name.endswith((".safetensors", *_TORCH)) and name not in read)
+    with listing(where):
+        names = where.names()
+    return tuple(name for name in names if name.endswith((".safetensors", *_TORCH)) and name not in read)
 
 
 def read_hf_config(where: Store | File) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from engine.formats.configs import json_object
 from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
 from engine.planning.config_keys import shown
+from engine.storage.listing import listing
 from engine.storage.store import File, Store
 
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"
@@ -28,7 +29,8 @@ _LARGEST = 256 << 20  # bytes of a file that is read
 
 def small_files(where: Store) -> dict[str, bytes]:
     """The files of a checkpoint folder that define the model besides its weights, and its Python files."""
-    names = {*where.names()}
+    with listing(where):
+        names = {*where.names()}
     wanted = [name for name in (CONFIG, GENERATION, *TOKENIZER, *TEMPLATES) if name in names]
     wanted += sorted(name for name in names if name.endswith(".py"))
     with suppress(OSError):  # of a file of that name

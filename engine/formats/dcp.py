@@ -26,6 +26,7 @@ from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Instance, Refused, Tensor, attributes, element_type, ints
 from engine.formats.unpickle import error_of, load_pickle
 from engine.formats.zipdir import TorchZip
+from engine.storage.listing import listing
 from engine.storage.store import File, OpenFile, State, Store
 
 DIRECTORY = ".metadata"
@@ -190,7 +191,9 @@ def read_dcp_directory(folder: Store, below: str = "", *, again: bool = False) -
         return _read(File(folder, f"{below}/{DIRECTORY}")).below(below)
     if folder.has(DIRECTORY):
         return _read(File(folder, DIRECTORY), again=again)
-    every = [_read(File(folder, name)) for name in folder.names() if _OF_RANK.fullmatch(name)]
+    with listing(folder):
+        names = folder.names()
+    every = [_read(File(folder, name)) for name in names if _OF_RANK.fullmatch(name)]
     if not every:
         raise EngineError(
             "E201",

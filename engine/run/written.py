@@ -19,6 +19,7 @@ from engine.run.digests import digest_of
 from engine.run.manifest import NAME, read_manifest
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles
+from engine.storage.listing import listing
 from engine.storage.store import File, Store
 
 _BLOCK = 1 << 20
@@ -184,7 +185,8 @@ def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[
     Returns:
         Problems, for files that programs read or run; and notes, for all others.
     """
-    others = [name for name in _files_of(folder) if name not in {NAME, INDEX, *known}]
+    with listing(folder):
+        others = [name for name in _files_of(folder) if name not in {NAME, INDEX, *known}]
     problems, beside = [], []
     for name in others:
         parts = [part for part in name.lower().split("/") if part]

@@ -18,6 +18,7 @@ import torch
 import engine
 from engine.errors import EngineError
 from engine.storage import output
+from engine.storage.local import LocalStore
 from tests.support.depth import crossed, sampled
 from tests.support.forked import run_engine
 from tests.support.old_output import old_output
@@ -136,6 +137,40 @@ def test_a_source_that_vanishes_after_it_was_listed_is_refused(
     listed = reading.list_folder
     monkeypatch.setattr(reading, "list_folder", lambda *where: (listed(*where), (source / name).unlink())[0])
     fails(source, out, "E305", "E304")
+
+
+TAKES: dict[str, Callable[[Path], object]] = {
+    "run": lambda folder: engine.convert(V1.mapping, folder, folder.with_name("new"), settings=LETTERS, overwrite=True),
+    "reverse": lambda folder: engine.reverse(V1.mapping, folder, folder.with_name("new"), overwrite=True),
+    "verify": lambda folder: engine.verify(folder),
+    "compare": lambda folder: engine.compare(folder, folder),
+}
+
+
+@pytest.mark.parametrize("command", TAKES)
+def test_a_folder_that_vanishes_before_it_is_listed_is_refused(
+    command: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = source
+    if command != "run":
+        engine.convert(V1.mapping, source, folder := tmp_path / "hf", settings=LETTERS)
+    names, listed, last = LocalStore.names, [], 0
+
+    def vanishing(self: LocalStore, inside: str = "") -> list[str]:
+        if (self.path, inside) == (folder, ""):
+            listed.append(inside)
+            if len(listed) == last:
+                folder.rename(tmp_path / "gone")
+        return names(self, inside)
+
+    monkeypatch.setattr(LocalStore, "names", vanishing)
+    TAKES[command](folder)
+    for last in range(1, len(listed) + 1):  # noqa: B007  # read above
+        listed.clear()
+        with pytest.raises(EngineError):
+            TAKES[command](folder)
+        (tmp_path / "gone").rename(folder)
+    assert last > 0
 
 
 def before_headers(monkeypatch: pytest.MonkeyPatch, harm: Callable[[], object]) -> None:

@@ -1,0 +1,28 @@
+"""Listing a folder that must be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from engine.errors import EngineError, Place
+from engine.storage.store import Store
+
+_UNLISTED: dict[type[OSError], tuple[str, str, str]] = {
+    NotADirectoryError: (
+        "E304", "the checkpoint is a file, not a folder", "Give the folder that holds the rank files.",
+    ),
+    FileNotFoundError: ("E304", "there is no such checkpoint folder", "Check the path."),
+    OSError: ("E305", "the checkpoint folder cannot be read", "Check its permissions."),
+}  # fmt: skip
+
+
+@contextmanager
+def listing(folder: Store) -> Iterator[None]:
+    """E304/E305 if a folder that is listed inside is not there, or was removed meanwhile."""
+    try:
+        yield
+    except OSError as error:
+        code, message, fix = _UNLISTED.get(type(error), _UNLISTED[OSError])
+        got = error.strerror if code == "E305" else None
+        raise EngineError(code, message, place=Place(folder.place()), got=got, fix=fix) from error
