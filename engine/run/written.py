@@ -18,8 +18,8 @@ from engine.planning.reading import read_checkpoint
 from engine.run.digests import digest_of
 from engine.run.manifest import NAME, read_manifest
 from engine.storage.json_text import parse_json
-from engine.storage.sources import SourceFiles
 from engine.storage.listing import listing
+from engine.storage.sources import SourceFiles
 from engine.storage.store import File, Store
 
 _BLOCK = 1 << 20

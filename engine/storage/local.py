@@ -80,8 +80,12 @@ def _shown(nanoseconds: int) -> str:
 
     >>> _shown(1_500_000_000_000_000_001)
     '2017-07-14 02:40:00.000000001'
+    >>> _shown(3 * 10**20)  # later than any date has a name
+    '300000000000.000000000 s'
     """
     seconds, rest = divmod(nanoseconds, 10**9)
+    if not -60_000_000_000 < seconds < 250_000_000_000:
+        return f"{seconds}.{rest:09d} s"
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{rest:09d}"
 
 
