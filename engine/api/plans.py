@@ -38,6 +38,7 @@ from engine.planning.saved_plan import (
 from engine.planning.saved_work import work_data
 from engine.proving.meta_model import fitted, written_as_model
 from engine.proving.own import checked
+from engine.run.angles import check_values
 from engine.run.execute import Small
 from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
@@ -179,6 +180,7 @@ def _compiled(
     else:
         loaded = written_as_model(loaded, checkpoint)
     made = checked(make_plan(loaded, layout, checkpoint, asked, like=like))
+    check_values(made)
     if through is None:
         check_effects(made, asked.settings)
         return made

@@ -45,7 +45,7 @@ def every_expression(mapping: MappingFile) -> list[Expression]:
     """All expressions of a mapping."""
     choices = [v.choices for v in mapping.variants.values()]
     written = [mapping.config, mapping.training_config, mapping.remote_code, mapping.transformers]
-    return list(expressions_of([mapping.dims, choices, *written]))
+    return list(expressions_of([mapping.dims, choices, *written, [entry.values for entry in mapping.ignore]]))
 
 
 def axes_of(mapping: MappingFile) -> list[str]:

@@ -233,4 +233,5 @@ def read_tree(part: Document) -> Any:
 def _exclusion(number: int, entry: Document) -> Exclusion:
     side: Literal["source", "target"] = "source" if "source" in entry.data else "target"
     pattern(entry.data[side], entry.value_place(side))
-    return Exclusion(side, entry.data[side], entry.data["why"], entry.place())
+    values = expression(entry.part("values")) if "values" in entry.data else None
+    return Exclusion(side, entry.data[side], entry.data["why"], entry.place(), values)

@@ -83,12 +83,16 @@ def _holds(when: Mapping[str, tuple[str, ...]], choices: Mapping[str, str]) -> b
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """An `ignore` or `refuse` entry: a name pattern on one side, and why."""
+    """An `ignore` or `refuse` entry: a name pattern on one side, and why.
+
+    `values` is what element number `index` of an ignored tensor must be, as far as its type can hold it.
+    """
 
     side: Literal["source", "target"]
     pattern: str
     why: str
     place: Place
+    values: Expression | None = None
 
 
 @dataclass(frozen=True, slots=True)

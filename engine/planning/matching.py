@@ -30,7 +30,7 @@ class Matches:
     refused: Mapping[str, Exclusion]
 
 
-_SIDES = {"training": "source", "whole": "target"}  # the names of the two sides in `ignore` and `refuse`
+SIDES = {"training": "source", "whole": "target"}  # the names of the two sides in `ignore` and `refuse`
 _CANNOT = {"training": "the target cannot express this model", "whole": "training files cannot express this model"}
 
 
@@ -48,7 +48,7 @@ def find_candidates(names: Sequence[str], all_instances: Sequence[Instance], map
             candidates[name] = found
 
     def among(entries: Sequence[Exclusion]) -> dict[str, Exclusion]:
-        known = [(pattern(entry.pattern), entry) for entry in entries if entry.side == _SIDES[end]]
+        known = [(pattern(entry.pattern), entry) for entry in entries if entry.side == SIDES[end]]
         return {name: entry for name in distinct for one, entry in known if one.match(name) is not None}
 
     ignored = {name: entry.why for name, entry in among(mapping.ignore).items()}

@@ -28,6 +28,7 @@ from engine.planning.request import Request
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
 from engine.proving.tiny import World, decided_by_names
+from engine.run.angles import first_values
 from engine.run.runner import write_weights
 from engine.run.running import Running
 from engine.storage.local import LocalStore
@@ -40,6 +41,7 @@ class Trip:
     world: World
     case: Case
     checkpoint: Checkpoint
+    values: list[list[float]]  # of tensors that are not written, as the world's configuration gives them
 
     @property
     def where(self) -> str:
@@ -71,7 +73,7 @@ def write_ranks(
     checkpoint = read_checkpoint(folder, layout)
     if any("given" in names_in(dim) for dim in mapping.dims.values()):
         checkpoint = replace(checkpoint, target_config=world.config)
-    return Trip(world, case, checkpoint)
+    return Trip(world, case, checkpoint, first_values(plan))
 
 
 def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
@@ -91,7 +93,7 @@ def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:
 
 def compare_trip(trip: Trip, plan: Plan, out: Path) -> list[Failure]:
     """Elements that the plan back does not restore, or that the rank files do not hold exactly once."""
-    failures = [*_counted(trip, plan), *_choices(trip, plan)]
+    failures = [*_counted(trip, plan), *_choices(trip, plan), *_values(trip, plan)]
     if failures:
         return failures
     return [*differences(trip.world, plan, convert(plan, out), trip.where)][:1]
@@ -142,6 +144,13 @@ def _choices(trip: Trip, plan: Plan) -> Iterator[Failure]:
         reached = any(name in rule.when for rule in plan.mapping.rules)
         if read != choice and reached and plan.mapping.variants[name].decide == "expression":
             yield Failure(f"`{name}` was written as {choice} and is read as {read}", where=trip.where)
+
+
+def _values(trip: Trip, plan: Plan) -> Iterator[Failure]:
+    back = first_values(plan)
+    if trip.values and back and trip.values != back:
+        told = f"`values` of `ignore` are {trip.values[0]} on one side and {back[0]} on the other"
+        yield Failure(told, str(plan.mapping.ignore[0].place), where=trip.where)
 
 
 def stored_numbers(plan: Plan, source: int) -> np.ndarray:

@@ -23,7 +23,7 @@ from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
 from tests.support.depth import examples, sampled
-from tests.support.families import model_of, save_family
+from tests.support.families import angles, model_of, save_family
 from tests.support.frameworks import FIXTURES
 from tests.support.fsdp import save_fsdp
 from tests.support.shards import Model, save
@@ -193,7 +193,7 @@ def test_an_ignored_tensor_is_told_with_its_reason(tmp_path: Path) -> None:
     save(PAIRS, tmp_path / "step")
     path = tmp_path / "step" / "model_tp0_pp0.pt"
     state = torch.load(path, weights_only=True)
-    state["layers.0.attention.rotary_emb.inv_freq"] = torch.ones(4)
+    state["layers.0.attention.rotary_emb.inv_freq"] = angles(10000.0, PAIRS.head_dim)
     torch.save(state, path)
     name = "layers.0.attention.rotary_emb.inv_freq"
     told = only(api.explain(name, PAIRS.mapping, tmp_path / "step", backward=True))

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import engine
 from tests.support.depth import sampled
+from tests.support.families import angles
 from tests.support.shards import Model, same, save
 
 MODEL = Model("v1", layers=2)
@@ -39,7 +40,8 @@ def test_payload_at_any_byte_is_read(odd: int, tmp_path: Path) -> None:
 
 def test_frequencies_kept_as_buffers_are_left_out(tmp_path: Path) -> None:
     expected = save(MODEL, tmp_path / "step", tp=2, pp=2)
-    change(tmp_path / "step", lambda s: s.update({"blocks.0.mixer.rotary_emb.inv_freq": torch.ones(2)}))
+    kept = angles(10000.0, MODEL.head_dim)
+    change(tmp_path / "step", lambda s: s.update({"blocks.0.mixer.rotary_emb.inv_freq": kept}))
     engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)
     same(load_file(tmp_path / "hf" / "model.safetensors"), expected)
     report = engine.reshard(MODEL.mapping, tmp_path / "step", tmp_path / "other", tp=4, settings=LETTERS)

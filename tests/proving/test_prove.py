@@ -168,6 +168,23 @@ def test_a_configuration_that_is_not_read_back_alike_fails_the_round_trip(
     assert all("rotary=pairs" in (failure.where or "") for failure in check.failures)
 
 
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ("2e4 ** (-2 * index / head_dim)", "`values` of `ignore` are"),
+        ("'one'", "E105 `values` is not a number"),
+    ],
+)
+def test_values_that_the_two_sides_compute_otherwise_or_not_at_all_fail_the_round_trip(
+    values: str, message: str, edited: Callable[..., Path], tmp_path: Path
+) -> None:
+    now = "values: rope_parameters.rope_theta ** (-2 * index / head_dim)"
+    mapping = load_mapping(edited("internlm", (now, f'values: "{values}"')))
+    layout, worlds = engine.api.load_layout(mapping.layout), Worlds(mapping)
+    first = next((c, most) for c, most in combinations_of(mapping) if worlds.used(c, most=most) is not None)
+    assert message in told(check_round_trip(mapping, layout, worlds, [first], tmp_path / "trips"))
+
+
 def test_a_configuration_that_transformers_refuses_is_told(broken: Callable[..., Proof]) -> None:
     proof = broken("meta-llama", ("attention_bias: false", "attention_bias: false\n  layer_types: [odd]"))
     assert "E502 transformers refuses the configuration" in told(proof)

@@ -223,6 +223,11 @@ def build_llama(m: Any) -> Parts:
     return layers, first, last, expected
 
 
+def angles(base: float, head_dim: int) -> torch.Tensor:
+    """How far each rotary pair turns from one position to the next, as models computed it when they kept it."""
+    return 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+
+
 def save_meta(
     m: Meta, folder: Path, layers: list[list[Whole]], first: list[Whole], last: list[Whole], *, tp: int = 1
 ) -> None:
@@ -233,7 +238,7 @@ def save_meta(
     for t in range(tp):
         state = OrderedDict((name, tp_slice(whole, t, tp).clone()) for name, whole in named.items())
         if m.embedding == "by_hidden":
-            state["rope.freqs"] = torch.ones(m.head_dim // 2)
+            state["rope.freqs"] = angles(10000.0, m.head_dim).to(torch.bfloat16)
         torch.save(state, folder / f"consolidated.{t:02}.pth")
     (folder / "params.json").write_text(json.dumps(m.params()))
 
