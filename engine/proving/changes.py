@@ -39,7 +39,7 @@ _PARAMS = (".weight", ".bias")
 # Parts of a meaning whose values say what is written, accepted and refused.
 VALUED = (
     "reading", "writing", "tensors there", "tokenizer", "generation_config.json", "chat", "options", "variants",
-    "divided evenly", "ignored", "refused", "keys", "about",
+    "divided evenly", "ignored", "values of ignored", "refused", "keys", "about",
 )  # fmt: skip
 _Key = tuple[str, ...]  # kind, target, sources before and after
 

@@ -20,7 +20,7 @@ from engine.errors import EngineError
 from engine.language.documents import flat, grouped, plain, tree_of
 from engine.language.keys import Key, Limits
 from engine.language.layout_file import load_layout
-from engine.language.model import Exclusion, Layout, MappingFile
+from engine.language.model import Layout, MappingFile
 from engine.proving.holdings import holdings, origins
 from engine.proving.matrix import Combination, combinations_of
 from engine.proving.proof import Failure
@@ -38,7 +38,8 @@ _SAID = frozenset((
 ))  # fmt: skip
 _ORDER = (
     "about", "release", "options", "variants", "divided evenly", "sizes", "tensors", "layers", "ranks", "ignored",
-    "refused", "tensors there", "reading", "writing", "keys", "tokenizer", "generation_config.json", "chat",
+    "values of ignored", "refused", "tensors there", "reading", "writing", "keys", "tokenizer",
+    "generation_config.json", "chat",
 )  # fmt: skip
 # Sections that places of tensors and readings of configurations depend on; the latter depend on options too.
 _SHARED = ("rules", "dims", "even", "variants", "config", "training_config", "keys", "source", "target")
@@ -76,7 +77,8 @@ def facts_of(mapping: MappingFile) -> Iterator[Fact]:
             for name, v in mapping.variants.items()
         },
         "divided evenly": sorted(mapping.even),
-        "ignored": sorted(map(_ignored, mapping.ignore)),
+        "ignored": sorted(f"{one.side} {one.pattern}" for one in mapping.ignore),
+        "values of ignored": {f"{e.side} {e.pattern}": e.values.text for e in mapping.ignore if e.values is not None},
         "refused": sorted(f"{one.side} {one.pattern}" for one in mapping.refuse),
         "keys": {side: _keys(keys) for side, keys in mapping.keys.items()},
         "tokenizer": dict(mapping.tokenizer or {}),
@@ -144,10 +146,6 @@ def _about(mapping: MappingFile) -> Meaning:
     about |= {} if versions is None else {"transformers": versions}
     about |= {key: value for key, value in mapping.resolved.items() if key not in (*_SAID, "source", "target")}
     return about
-
-
-def _ignored(one: Exclusion) -> str:
-    return f"{one.side} {one.pattern}" + ("" if one.values is None else f", values {one.values.text}")
 
 
 def _option(body: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 _MOST_DIGITS = 64  # a float holds any such number; transformers itself writes 31 digits
+_DEEPEST = 100  # levels: Python since 3.12 reads ten thousand, and no function that calls itself follows them
 _LONG = b"0" * (_MOST_DIGITS + 1)
 _DIGITS = bytes(48 if 48 <= byte <= 57 else byte for byte in range(256))  # each digit → 0
 
@@ -26,6 +27,8 @@ def parse_json(raw: bytes, *, own: bool = False) -> Any:
     long = _number if _LONG in raw.translate(_DIGITS) else None
     try:
         value = json.loads(raw.decode(), object_pairs_hook=_unique, parse_int=long, parse_float=_finite)
+        if raw.count(b"[") + raw.count(b"{") > _DEEPEST:
+            _check_depth(value)
         if own and b"\\u" in raw:
             _check_text(value)
     except RecursionError:
@@ -53,6 +56,15 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         raise ValueError(f"the number {text[:20]} is beyond what a float holds")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(_DEEPEST + 1):
+        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [value for values in inside for value in values]
+    if level:
+        raise RecursionError
 
 
 def _check_text(value: Any) -> None:

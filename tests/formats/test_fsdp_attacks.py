@@ -149,7 +149,7 @@ def rewritten(path: Path, old: bytes, new: bytes) -> Path:
     """The same file with other bytes in its pickle."""
     with zipfile.ZipFile(path) as archive:
         members = {m: archive.read(m) for m in archive.namelist()}
-    assert members["x/data.pkl"].count(old) == 1
+    assert members["x/data.pkl"].count(old) in (1, 2)  # Python since 3.13 names the class of a method with it
     with zipfile.ZipFile(path, "w") as archive:
         for member, data in members.items():
             archive.writestr(member, data.replace(old, new) if member.endswith("data.pkl") else data)
