@@ -83,10 +83,7 @@ def _holds(when: Mapping[str, tuple[str, ...]], choices: Mapping[str, str]) -> b
 
 @dataclass(frozen=True, slots=True)
 class Exclusion:
-    """An `ignore` or `refuse` entry: a name pattern on one side, and why.
-
-    `values` is what element number `index` of an ignored tensor must be, as far as its type can hold it.
-    """
+    """An `ignore` or `refuse` entry: a name pattern on one side, and why; `values` must be those of such a tensor."""
 
     side: Literal["source", "target"]
     pattern: str
