@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -266,9 +267,18 @@ def test_an_axis_nothing_determines_is_an_error(whole: dict[str, torch.Tensor], 
     assert code(two, tmp_path) == "E204"
 
 
-def test_pieces_that_do_not_match_are_an_error_of_the_mapping(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    changed = rule("head", target=None, targets=[{"name": "head.weight", "axes": "vocab other"}])
-    assert code(changed, tmp_path) == "E107"
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize(
+    ("axes", "told"),
+    [
+        ("vocab other", "source piece {hidden, vocab} occurs in no target"),
+        ("(vocab + other) hidden", "target piece {hidden, other} of `head.weight` has no source"),
+    ],
+)
+def test_pieces_that_do_not_match_are_an_error_of_the_mapping(axes: str, told: str, tmp_path: Path) -> None:
+    changed = rule("head", target=None, targets=[{"name": "head.weight", "axes": axes}])
+    with pytest.raises(EngineError, match=re.escape(f"E107 rule `head`: {told}")):
+        result({**changed, "dims": {**DATA["dims"], "other": "1"}}, tmp_path)
 
 
 def test_rules_that_fill_one_target_change_its_values_alike(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
