@@ -519,6 +519,15 @@ def test_a_configuration_of_another_run_beside_the_training_file_is_refused(
     api.plan(FAMILY, source)
 
 
+def test_what_only_the_training_file_says_must_be_what_its_absence_means(tmp_path: Path) -> None:
+    source = with_source(tmp_path / "ckpt", "adapt_hf=True", "adapt_hf=True, tie_word_embeddings=False")
+    api.plan(FAMILY, source)
+    text = torch.load(source / "config_file.pt", weights_only=True)
+    torch.save(text.replace("tie_word_embeddings=False", "tie_word_embeddings=True"), source / "config_file.pt")
+    error = refused(api.plan, FAMILY, source)
+    assert error.code == "E218" and "tie_word_embeddings" in error.message and "config_file.pt" in error.message
+
+
 @pytest.mark.parametrize(
     "change", [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"attention_bias": True}], ids=told
 )
