@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +29,10 @@ from engine.formats.headers import TensorHeader
 from engine.move import blocks as cutting
 from engine.move import moves, runs
 from engine.move.blocks import Block, block_bytes, blocks, largest_block
-from engine.move.moves import Moves
+from engine.move.moves import Moves, Scatterer
 from engine.planning.boxes import Copy
 from engine.planning.model import Output
+from engine.planning.stored import Stored
 from engine.run import replicas as comparing
 from engine.run import schedule as scheduling
 from engine.run.schedule import _scatters, schedule
@@ -236,6 +237,25 @@ def test_moves_are_of_the_size_of_an_element_and_the_template_that_are_asked_for
         one = Block(0, count, (Copy(0, 0, 0, 0, (count,), (1,), (1,)),), (0,), 0)
         for size in (item, item, 1, item):
             assert [part.nbytes for move in moves.of(one, size) for part in move.parts] == [count * size]
+
+
+@pytest.mark.parametrize("strides", [(100, 10, 1), (10, 50, 2), (1, 2, 10)], ids=str)
+def test_scattering_writes_no_byte_between_its_runs(strides: tuple[int, int, int]) -> None:
+    """The output holds what another source fills there."""
+    given, out = torch.arange(24, dtype=torch.uint8), torch.full((200,), 255, dtype=torch.uint8)
+    expected = out.clone()
+    expected.as_strided((2, 3, 4), strides).copy_(given.view(2, 3, 4))
+
+    def write(output: int, at: int, parts: Sequence[memoryview]) -> None:
+        data = torch.frombuffer(bytearray().join(parts), dtype=torch.uint8)
+        out[at : at + len(data)] = data
+
+    files: Any = SimpleNamespace(read_into=lambda _, at, parts: parts[0].__setitem__(slice(None), given.numpy().data))
+    source = Stored(0, TensorHeader("w", "U8", (24,), (1,), 0), "w")
+    Scatterer(files, [source], write).scatter(
+        0, Block(0, 24, (Copy(0, 0, 0, 0, (2, 3, 4), strides, (12, 4, 1)),), (0,), 0)
+    )
+    assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize(
