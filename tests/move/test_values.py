@@ -60,6 +60,12 @@ def test_a_number_beyond_what_it_is_computed_or_written_in_is_refused(transform:
     assert caught.value.code == "E406"
 
 
+def test_a_sum_beyond_the_type_that_is_read_and_written_is_refused() -> None:
+    output = Output("w", "F16", "F16", (1,), "rule", "", "w", ("add", "32"), 0)
+    with pytest.raises(EngineError, match="E406 `w` does not fit float16"):
+        Converter().convert(output, memoryview(torch.tensor([65504.0]).half().numpy()).cast("B"))
+
+
 def test_rows_of_tiny_numbers_are_normalised_as_torch_does() -> None:
     """Rows shorter than 1e-12 alone do not get length 1."""
     rows = torch.tensor([[3.0, 4.0]]) * torch.tensor([[1.0], [1e-8], [1e-11], [1e-13]])
