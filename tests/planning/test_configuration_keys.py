@@ -536,8 +536,14 @@ def test_what_the_mapping_leaves_out_is_not_taken_from_a_given_configuration(
 ) -> None:
     engine.convert("internlm2-official", FIXTURES / "v2_tp2_pp2", tmp_path / "hf")
     given = changed(tmp_path / "hf", tmp_path / "given", change) / "config.json"
-    error = refused(api.plan, "internlm2-official", FIXTURES / "v2_tp2_pp2", config=given)
-    assert error.code == "E218" and next(iter(change)) in error.message
+    source = FIXTURES / "v2_tp2_pp2"
+    for call, src, how in (
+        (api.plan, source, {}),
+        (api.plan_reshard, source, {"tp": 1}),
+        (api.plan_reverse, tmp_path / "hf", {"like": source}),
+    ):
+        error = refused(call, "internlm2-official", src, config=given, **how)
+        assert error.code == "E218" and next(iter(change)) in error.message
 
 
 def test_a_model_type_of_another_model_is_refused_though_all_tensors_fit(tmp_path: Path) -> None:
