@@ -208,3 +208,9 @@ def test_every_worker_that_compares_counts_in_the_memory_told(source: Path) -> N
     plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
     both_sides = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN)
     assert predicted_memory(plan, 3) - predicted_memory(plan, 1) == 2 * both_sides
+
+
+def test_what_a_store_buffers_of_files_written_at_once_counts_for_every_worker(source: Path) -> None:
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
+    one, two = (predicted_memory(plan, 3, lambda files, each=each: files * each) for each in (1 << 20, 2 << 20))
+    assert two - one == 3 * (3 << 20)
