@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 import engine
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
-from engine.run.memory import predicted_memory
+from engine.run.memory import predicted_memory, workers_of
 from engine.run.meter import Meter, Progress
 from engine.run.replicas import compare_replicas, replica_bytes
 from engine.run.schedule import Job, Shares, Unit
@@ -214,3 +215,20 @@ def test_what_a_store_buffers_of_files_written_at_once_counts_for_every_worker(s
     plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
     one, two = (predicted_memory(plan, 3, lambda files, each=each: files * each) for each in (1 << 20, 2 << 20))
     assert two - one == 3 * (3 << 20)
+
+
+def test_a_worker_that_casts_counts_its_own_buffers(source: Path) -> None:
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS, dtype="float32")
+    assert predicted_memory(plan, 3) - predicted_memory(plan, 1) == 2 * (5 * LARGE_BLOCK_BYTES + MOST_SPAN)
+
+
+def test_as_many_workers_run_as_fit_beside_other_work_and_into_a_small_window(
+    source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
+    limit = predicted_memory(plan, 3) + 1000
+    assert [workers_of(plan, 8, limit, beside, lambda files: 0) for beside in (1000, 1001)] == [3, 2]
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    stores = [SimpleNamespace(file=SimpleNamespace(store=SimpleNamespace(block=block << 20))) for block in (0, 8, 16)]
+    found = [workers_of(SimpleNamespace(files=[one]), None, None, 0, lambda files: 0) for one in stores]  # type: ignore[arg-type]
+    assert found == [16, 2, 16]
