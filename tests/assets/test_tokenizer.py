@@ -231,6 +231,30 @@ def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, flag: str) 
     assert "user-defined symbols" in str(caught.value.got)
 
 
+@pytest.mark.parametrize(
+    ("changes", "length", "told"),
+    [
+        ({}, 2, "1 unused pieces that others are made of"),
+        ({}, 1, "1 unused pieces that others are made of"),
+        ({"byte_fallback": False, "vocab_size": 120}, 0, "1 unused pieces without byte fallback"),
+    ],
+)
+def test_unused_pieces_that_no_vocabulary_expresses_are_refused(
+    changes: dict[str, Any], length: int, told: str, tmp_path: Path
+) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(train(**changes))
+    texts = [piece.piece for piece in model.pieces if piece.type == 1]
+    inner = (p for p in model.pieces if len(p.piece) == length and sum(p.piece in text for text in texts) > 1)
+    spare = next(piece for piece in model.pieces if piece.piece == RESERVED[0])
+    one = next(inner, spare)
+    one.piece, one.type = one.piece if length else "☃", 5
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(EngineError, match="converted exactly") as caught:
+        convert_tokenizer(path, SPEC)
+    assert caught.value.got == told
+
+
 def test_equal_scores_whose_order_no_ranks_express_are_refused(tmp_path: Path) -> None:
     """Which once were converted, since no text that was tried showed it."""
     model = sentencepiece_model_pb2.ModelProto.FromString(train())
