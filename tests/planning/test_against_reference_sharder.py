@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 import engine
 from engine.errors import EngineError
 from tests.support import shards
-from tests.support.cases import cases
+from tests.support.cases import cases, same_files
 from tests.support.depth import deep, examples, sampled
 from tests.support.reference import forward, whole_training
 from tests.support.shards import Model, State, same, save
@@ -97,6 +97,16 @@ def test_the_sharder_cuts_genuine_weights_into_the_very_bytes_training_wrote(
     assert written.keys() == genuine.keys()
     for file, state in genuine.items():
         same(written[file], state)
+
+
+@pytest.mark.parametrize("layout", [{"tp": 12}, {"mode": "isp", "wp": 12}, {"pp": 12}], ids=str)
+def test_more_than_ten_ranks_are_in_the_order_of_their_numbers(layout: dict[str, Any], tmp_path: Path) -> None:
+    model = replace(V2, layers=layout.get("pp", 1), hidden=24, heads=12, groups=12, ffn=48, vocab=24)
+    expected = save(model, tmp_path / "step", **layout)
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    same(load_file(tmp_path / "hf" / "model.safetensors"), expected)
+    engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", like=tmp_path / "step")
+    same_files(rank_files(tmp_path / "back"), rank_files(tmp_path / "step"))
 
 
 def test_the_reference_forward_gives_internevos_own_logits() -> None:
