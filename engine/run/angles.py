@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.errors import EngineError, Place, shape_text
+from engine.language.documents import grouped, portions
 from engine.language.expressions import evaluate
 from engine.language.model import Exclusion
 from engine.language.names import pattern
@@ -17,8 +18,10 @@ from engine.planning.matching import SIDES
 from engine.planning.model import Plan
 from engine.planning.stored import Stored, strip
 from engine.storage.sources import SourceFiles
+from engine.storage.store import Range
 
 _MOST = 1 << 16  # elements of such a tensor
+_TOGETHER = 256  # such tensors that are fetched together
 _NEAR = {"F64": (1e-4, 0.0), "F32": (1e-4, 0.0), "F16": (0.02, 6e-8), "BF16": (0.02, 0.0)}  # relative, and absolute
 
 
@@ -34,22 +37,31 @@ def check_values(plan: Plan) -> None:
     ignored = {name: e for name in plan.ignored for known, e in entries if known.match(name) is not None}
     stored = strip(plan.files, plan.layout if plan.reads == "training" else None) if ignored else ()
     found = [one for one in stored if one.name in ignored]
+    for one in found:
+        shape, dtype = one.header.shape, one.header.dtype
+        if dtype not in _NEAR or len(shape) != 1 or not 0 < shape[0] <= _MOST:
+            raise _other(plan, one, ignored[one.name], f"{shape_text(shape)} {dtype}", "a list of numbers")
     expected: dict[tuple[str, int], list[float]] = {}
     with SourceFiles(plan.files) as files:
         gatherer = Gatherer(files, found)
-        for number, one in enumerate(found):
-            entry, header = ignored[one.name], one.header
-            size = header.shape[0] if len(header.shape) == 1 else 0
-            if header.dtype not in _NEAR or not 0 < size <= _MOST:
-                raise _other(plan, one, entry, f"{shape_text(header.shape)} {header.dtype}", "a list of numbers")
-            values = expected.setdefault((entry.pattern, size), [])
-            values += [] if values else _computed(entry, plan.names, size)
-            block = block_of([in_order(number, header.shape, header.strides)], 0, size)
-            read = elements(gatherer.gather(block, header.dtype), header.dtype).view(float_type(header.dtype))
-            near, least = _NEAR[header.dtype]
-            for index, (got, value) in enumerate(zip(map(float, read), values, strict=True)):
-                if not abs(got - value) <= near * abs(value) + least:
-                    raise _other(plan, one, entry, f"{got:.6g} at index {index} of {size}", f"{value:.6g}")
+        for batch in files.ahead(map(_ranges, portions(((item, 1) for item in enumerate(found)), None, _TOGETHER))):
+            for number, one in batch:
+                entry, header = ignored[one.name], one.header
+                size = header.shape[0]
+                values = expected.get((entry.pattern, size)) or _computed(entry, plan.names, size)
+                expected[entry.pattern, size] = values
+                block = block_of([in_order(number, header.shape, header.strides)], 0, size)
+                read = elements(gatherer.gather(block, header.dtype), header.dtype).view(float_type(header.dtype))
+                near, least = _NEAR[header.dtype]
+                for index, (got, value) in enumerate(zip(map(float, read), values, strict=True)):
+                    if not abs(got - value) <= near * abs(value) + least:
+                        raise _other(plan, one, entry, f"{got:.6g} at index {index} of {size}", f"{value:.6g}")
+
+
+def _ranges(batch: Sequence[tuple[int, Stored]]) -> tuple[Sequence[tuple[int, Stored]], Mapping[int, list[Range]]]:
+    """Tensors, with the bytes that they fill in each file, to be fetched together from storage with latency."""
+    told = ((one.file, (one.header.offset, one.header.offset + one.header.nbytes)) for _, one in batch)
+    return batch, grouped(told)
 
 
 def first_values(plan: Plan, size: int = 3) -> list[list[float]]:
