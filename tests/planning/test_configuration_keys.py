@@ -593,6 +593,11 @@ def test_keys_that_nothing_reads_are_listed_in_plan_and_manifest(tmp_path: Path)
     assert json.loads((tmp_path / "hf" / "conversion.json").read_text())["unread"]["mystery"] == 5
 
 
+def test_a_length_that_training_states_is_told_since_an_option_says_it(tmp_path: Path) -> None:
+    source = training(tmp_path / "ckpt", {"max_position_embeddings": 4096})
+    assert any("max_position_embeddings = 4096" in notice for notice in api.plan(FAMILY, source).notices)
+
+
 def test_resharding_keeps_what_cannot_be_converted(tmp_path: Path) -> None:
     source = training(tmp_path / "ckpt", {"use_dynamic_ntk_rope": True, "mystery": 5})
     engine.reshard(FAMILY, source, tmp_path / "out", tp=1, pp=1)
