@@ -148,6 +148,11 @@ def test_the_card_tells_source_and_decisions() -> None:
         assert line in card.splitlines()
 
 
+def test_the_card_of_another_model_does_not_name_internlm() -> None:
+    facts = {**FACTS, "mapping": "megatron-mixtral", "architecture": "MixtralForCausalLM", "layout": "megatron"}
+    assert "internlm" not in model_card(facts).decode()
+
+
 def test_the_card_is_the_same_for_the_same_facts_in_another_order() -> None:
     other = {**dict(reversed(FACTS.items())), "ranks": {"pp": 4, "tp": 2}}
     assert model_card(FACTS) == model_card(other)
