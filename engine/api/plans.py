@@ -19,6 +19,7 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.effects import check_effects
+from engine.planning.likeness import of_like
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.reading import read_checkpoint
@@ -171,10 +172,10 @@ def _compiled(
     if config is None and asked.reads == "whole" and (layout.config_of_target or layout.config_from_target):
         found = found_at(asked.src)
         config = found.beside("config.json") if isinstance(found, File) else File(found, "config.json")
-    like = None if asked.like is None else read_checkpoint(asked.like, layout, config)
-    mapping, plain = loaded, layout
-    if like is not None:
-        loaded, layout, like = fitted(mapping, plain, like)
+    mapping, plain, like = loaded, layout, None
+    if asked.like is not None:
+        with of_like(asked.like):
+            loaded, layout, like = fitted(mapping, plain, read_checkpoint(asked.like, layout, config))
     if asked.reads == "training":
         loaded, layout, checkpoint = fitted(mapping, plain, checkpoint)
     else:

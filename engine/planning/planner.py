@@ -14,7 +14,7 @@ from engine.errors import EngineError, first_of, printable
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
-from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
+from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of, of_like
 from engine.planning.model import Plan
 from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_asked, check_release, not_the_release
@@ -60,7 +60,10 @@ def make_plan(
             expected="a `training_config` block",
             fix="Write the keys of the training configuration as expressions over config.json.",
         )
-    other = Like() if like is None else like_of(_held(read_source(mapping, layout, like, mine)))
+    other = Like()
+    if like is not None:
+        with of_like(like.folder):
+            other = like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(mapping, layout, asked, other) if crosses and asked.writes == "training" else None
     if cut is not None:
         mode = cut["mode"]

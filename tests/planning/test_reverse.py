@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -311,6 +312,26 @@ def test_a_tensor_that_is_missing_is_named(lost: str, tmp_path: Path) -> None:
         engine.reverse(V2.mapping, folder, tmp_path / "back")
     assert caught.value.code == "E207"
     assert lost in str(caught.value)
+
+
+BARE: dict[str, Any] = {"model_config": {"hidden_size": 64, "no_bias": True}, "config_file": ""}
+LIKE_FAULTS: dict[str, Callable[[Path], object]] = {
+    "E304": lambda folder: (folder / "model_config.pt").unlink(),
+    "E306": lambda folder: shutil.copy(folder / "model_tp1_pp0.pt", folder / "model_tp0_pp0.pt"),
+    "E212": lambda folder: torch.save('model_type = "LLAMA2"', folder / "config_file.pt"),
+    "E105": lambda folder: [torch.save(held, folder / f"{name}.pt") for name, held in BARE.items()],
+}
+
+
+@pytest.mark.parametrize("code", LIKE_FAULTS)
+def test_what_is_wrong_with_like_is_not_blamed_on_the_source(code: str, tmp_path: Path) -> None:
+    """Both have files of the same names."""
+    source, like = FIXTURES / "v2_tp2_pp2", tmp_path / "like"
+    shutil.copytree(source, like)
+    LIKE_FAULTS[code](like)
+    with pytest.raises(EngineError, match=r"--like .*like: ") as caught:
+        engine.plan_reshard("families/internlm2.yaml", source, like=like)
+    assert caught.value.code == code and str(caught.value).startswith(f"{code} --like {like}: ")
 
 
 def test_a_rule_that_does_not_invert_is_refused_unless_named(tmp_path: Path) -> None:
