@@ -357,13 +357,22 @@ def test_a_model_without_its_configuration_is_refused_by_that(tmp_path: Path) ->
         engine.reverse(V1.mapping, source, tmp_path / "back")
 
 
-def test_a_size_that_what_is_written_would_tell_otherwise_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ('{vocab_size: "{{ 3 if F32 else vocab_size }}"}', "E216 axis `vocab` would be read as 3"),
+        ("{norm_type: \"{{ 'layernorm' if F32 else 'rmsnorm' }}\"}", "E216 what is written would be refused"),
+    ],
+    ids=["a size", "a key"],
+)
+def test_what_would_be_read_otherwise_than_it_was_meant_is_refused(more: str, told: str, tmp_path: Path) -> None:
     source, mine = hf(V1, tmp_path), tmp_path / "mine.yaml"
     text = f"mapping: 1\nname: mine\nversion: 1.0.0\nextends: {V1.mapping.removeprefix('families/')}\n"
-    text += """training_config: {vocab_size: "{{ 3 if dtype == 'torch.float32' else vocab_size }}"}\n"""
+    text += "training_config: " + more.replace("F32", "dtype == 'torch.float32'") + "\n"
     mine.write_text(text, encoding="utf-8")
-    with pytest.raises(EngineError, match="E216 axis `vocab` would be read as 3"):
+    with pytest.raises(EngineError, match=told):
         engine.reverse(str(mine), source, tmp_path / "back", dtype="float32")
+    engine.reverse(str(mine), source, tmp_path / "back")
 
 
 def test_biases_of_row_parallel_linears_are_on_rank_0_only(tmp_path: Path) -> None:
