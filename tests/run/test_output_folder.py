@@ -1,0 +1,143 @@
+"""The folder of an output: what is there before, meanwhile and after a failure."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import EngineError
+from engine.storage import output, replacing
+from engine.storage.output import OutputFolder, clean
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def folder_of(out: Path, **how: Any) -> OutputFolder:
+    return OutputFolder(out, out.parent / "step", **{"overwrite": False, **how})
+
+
+def filled(folder: Path, content: str) -> Path:
+    folder.mkdir()
+    (folder / "file").write_text(content, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_to_the_place_of_an_output_meanwhile_is_kept_and_so_is_the_new_output(
+    overwrite: bool, tmp_path: Path
+) -> None:
+    out = tmp_path / "hf"
+    folder = folder_of(out, overwrite=overwrite)
+    with pytest.raises(EngineError, match="E401"), folder as store:
+        store.put("model.safetensors", b"new")
+        filled(out, "another's")
+    assert (out / "file").read_text(encoding="utf-8") == "another's"
+    assert (folder.partial / "model.safetensors").read_bytes() == b"new"
+
+
+def test_what_came_before_the_lock_was_taken_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "hf")
+    filled(tmp_path / "hf", "another's")
+    with pytest.raises(EngineError, match="E401"), folder:
+        raise AssertionError("it was let in")
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_the_old_output_is_back_if_the_new_one_cannot_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, rename = filled(tmp_path / "hf", "old"), os.rename
+    folder = folder_of(out, overwrite=True, foreign=lambda store: None)
+    monkeypatch.setattr(output, "exchange", lambda one, other: False)
+
+    def failing(one: Path, other: Path) -> None:
+        if one == folder.partial:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(EngineError, match="E403"), folder as store:
+        store.put("file", b"new")
+    assert (out / "file").read_text(encoding="utf-8") == "old"
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_what_was_written_is_on_stable_storage_before_it_has_its_name_and_its_name_before_the_old_one_goes(
+    old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done = tmp_path / "hf", list[str]()
+    if old:
+        filled(out, "old")
+    folder = folder_of(out, overwrite=True, foreign=lambda store: None)
+
+    def told(what: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def calling(*given: Any) -> Any:
+            named = os.readlink(f"/proc/self/fd/{given[0]}") if what == "fsync" else str(given[-1])
+            done.append(f"{what} {os.path.relpath(named, folder.partial).partition('.file')[0] or '.file'}")
+            return call(*given)
+
+        return calling
+
+    with folder as store:
+        (folder.partial / "below").mkdir()
+        for name in ("fsync", "replace", "rename"):
+            monkeypatch.setattr(os, name, told(name, getattr(os, name)))
+        monkeypatch.setattr(output, "exchange", told("rename", replacing.exchange))
+        monkeypatch.setattr(output, "remove", told("remove", replacing.remove))
+        store.put("file", b"new")
+    moved = ["fsync .file", "replace file", "fsync below", "fsync .", "rename ../hf", "fsync .."]
+    assert done == [*moved, *(["remove ."] if old else [])]
+
+
+def test_of_several_left_overs_the_newest_is_put_back_or_goes_on(tmp_path: Path) -> None:
+    out = tmp_path / "hf"
+    for number, name in enumerate(("partial-bbbbbbbb", "partial-aaaaaaaa", "partial-cccccccc")):
+        os.utime(filled(tmp_path / f".hf.{name}", name), (number % 2, number % 2))
+    folder = folder_of(out, resume=True)
+    with folder:
+        assert (folder.partial / "file").read_text(encoding="utf-8") == "partial-aaaaaaaa"
+    assert os.listdir(tmp_path) == ["hf"]
+    os.rename(out, tmp_path / "away")
+    filled(tmp_path / ".hf.old-bbbbbbbb", "older")
+    os.rename(tmp_path / ".hf.old-bbbbbbbb", tmp_path / ".hf.old-cccccccc")
+    newest = filled(tmp_path / ".hf.old-aaaaaaaa", "newest")
+    while newest.lstat().st_ctime_ns <= (tmp_path / ".hf.old-cccccccc").lstat().st_ctime_ns:
+        newest.chmod(0o755)
+    assert [path.name for path in clean(out)] == [".hf.old-cccccccc"]
+    assert (out / "file").read_text(encoding="utf-8") == "newest"
+
+
+def test_where_nothing_can_be_locked_what_another_run_may_be_writing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(replacing.fcntl, "flock", refusing)
+    other = filled(tmp_path / ".hf.partial-00000000", "another run's")
+    with folder_of(tmp_path / "hf"):
+        pass
+    assert (other / "file").is_file() and (tmp_path / "hf").is_dir()
+
+
+def test_what_an_interrupted_run_takes_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left = tmp_path / ".hf.partial-00000000"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(bytes(1 << 20))
+    taken = (left / "model.safetensors").lstat().st_blocks * 512
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: Usage(0, 0, 1000))
+    for more, fits in ((0, True), (1, False)):
+        folder = folder_of(tmp_path / "hf", resume=True)
+        folder.need = 1000 + taken + more
+        if fits:
+            folder.__enter__()
+            folder.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+        else:
+            with pytest.raises(EngineError, match="E403 there is not enough room"), folder:
+                pass
