@@ -98,6 +98,17 @@ def test_one_changed_element_is_named_with_its_rule_and_the_shard_it_came_from(b
     assert "no manifest" not in text  # problems come first, and nothing that reassures
 
 
+def test_of_elements_in_several_blocks_the_first_is_told(both: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def some(state: dict[str, torch.Tensor]) -> None:
+        for at in ((11, 5), (14, 3), (3, 9)):
+            state[Q][at] += 1
+
+    monkeypatch.setattr(source, "_BLOCK", 16)  # one row
+    change(both, some)
+    (differing,) = source_of(both)["differing"]
+    assert differing["index"] == [3, 9] and "in 3 of 256 elements" in differing["what"]
+
+
 def test_a_source_that_changed_since_is_found_though_the_manifest_still_holds(both: Path) -> None:
     other = Model("v2", layers=3, groups=2, bias=False, seed=1)
     shutil.rmtree(both / "step")

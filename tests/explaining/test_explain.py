@@ -187,6 +187,20 @@ def test_replicas_are_told_as_such(pairs: Path) -> None:
     notes = {one.asked.file: one.notes for one in told.tensors}
     assert notes["model_tp0_pp0.pt"] == ()
     assert "replica" in notes["model_tp1_pp0.pt"][0] and "model_tp0_pp0.pt" in notes["model_tp1_pp0.pt"][0]
+    for one in told.tensors:
+        other = {"0": "1", "1": "0"}[str(one.asked.file)[8]]
+        (flow,) = one.flows
+        assert flow.source.file == one.asked.file
+        assert flow.replicas == (f"model_tp{other}{str(one.asked.file)[9:]}",)
+
+
+def test_of_unlike_shards_those_are_explained_that_have_the_position(made: dict[str, Any]) -> None:
+    plan, _ = made["uneven"]
+    found = [
+        [one.asked.file for one in explain_source(plan, f"embedding.word_embeddings.weight[{row}]").tensors]
+        for row in (9, 10)
+    ]
+    assert [len(files) for files in found] == [3, 1]
 
 
 def test_an_ignored_tensor_is_told_with_its_reason(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,11 +29,12 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.run.digests import digest_of
 from engine.run.parts import Part, read_markers, share
-from engine.run.schedule import Job, Unit
+from engine.run.schedule import Job, Unit, schedule
 from engine.storage.local import LocalStore
 from tests.attacks.values import mutated
 from tests.support.depth import SOAK, sampled
 from tests.support.readers import read_safetensors
+from tests.support.shards import Model, save
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "internevo"
 MAPPING, STEP = "families/internlm2.yaml", FIXTURES / "v2_tp2_pp2"
@@ -252,6 +254,29 @@ def test_a_tied_tensor_is_compared_by_the_part_that_begins_what_it_is_tied_to(tm
     saved = read_saved(tmp_path / "plan.json")
     parts = [loaded_part(saved, Part(number, 3), positioned=True)[0] for number in (1, 2, 3)]
     assert len(expected) == 1 and [one for part in parts for one in told(part)] == expected
+
+
+def test_replicas_of_what_several_parts_write_are_compared_by_the_part_that_begins_it(tmp_path: Path) -> None:
+    model = Model("v2", layers=1, ffn=48, bias=False)
+    save(model, tmp_path / "step", tp=2)
+    api.save_plan(tmp_path / "plan.json", model.mapping, tmp_path / "step")
+    whole = engine.plan(model.mapping, tmp_path / "step")
+    norm, jobs = [output.name for output in whole.outputs].index("model.norm.weight"), schedule(whole)
+    parts = [Part(number, 600) for number in range(1, 601)]
+    mine = [part for part in parts for job in share(jobs, part, cut=True) if any(norm in u.outputs for u in job.units)]
+    assert len(mine) > 1
+    works = [loaded_part(read_saved(tmp_path / "plan.json"), part, positioned=True)[0] for part in mine]
+    assert [[one.name for one in work.replicas] for work in works] == [["norm.weight"], *[[]] * (len(mine) - 1)]
+
+
+def test_a_source_that_changed_since_its_plan_was_saved_is_refused_by_the_part_that_reads_it(tmp_path: Path) -> None:
+    step = shutil.copytree(STEP, tmp_path / "step")
+    api.save_plan(tmp_path / "mine.json", MAPPING, step)
+    state = torch.load(step / "model_tp1_pp1.pt", weights_only=True)
+    torch.save({name: one + 1 for name, one in state.items()}, step / "model_tp1_pp1.pt")
+    api.part(tmp_path / "mine.json", "1/4", tmp_path / "out")
+    with pytest.raises(EngineError, match=r"E405 `model_tp1_pp1[.]pt` changed since"):
+        api.part(tmp_path / "mine.json", "4/4", tmp_path / "out")
 
 
 def test_copies_that_are_not_those_of_the_plan_are_found_at_the_end(plan: Path, tmp_path: Path) -> None:
