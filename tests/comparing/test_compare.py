@@ -455,6 +455,19 @@ def test_a_tied_head_stored_on_one_side_only_is_no_difference(tied: str, tmp_pat
     assert done.same() and verdict(done, "lm_head.weight").other == "model.embed_tokens.weight"
 
 
+def test_a_tied_head_that_both_sides_store_equally_is_a_difference(tmp_path: Path) -> None:
+    """The one takes its embedding for it, which is another matrix."""
+    done = compared(tmp_path, model(), model(), out=CONFIG | {"tie_word_embeddings": True})
+    assert not unequal(done) and not done.same()
+
+
+def test_a_second_copy_under_a_name_of_its_own_leaves_the_first_equal(tmp_path: Path) -> None:
+    whole = model()
+    name, other = "model.layers.0.mlp.up_proj.weight", "model.layers.9.mlp.up_proj.weight"
+    done = compared(tmp_path, whole | {other: whole[name].clone()}, whole)
+    assert unequal(done) == {other: "extra"} and verdict(done, other).other == name
+
+
 # -- forms of checkpoints
 
 

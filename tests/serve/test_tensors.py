@@ -25,6 +25,7 @@ from engine.formats.headers import ITEM_SIZES
 from engine.serve import tensors as lazy_tensors
 from engine.serve.readers import Once
 from engine.serve.tensors import Tensors, torch_types
+from tests.language import test_features as features
 from tests.support.depth import sampled
 from tests.support.forked import run
 from tests.support.frameworks import source_of
@@ -253,6 +254,17 @@ def test_a_checkpoint_that_changes_or_is_closed_is_not_read(tmp_path: Path) -> N
         assert tensors["model.embed_tokens.weight"].numel()  # of files that did not change
     with pytest.raises(engine.EngineError, match="closed"):
         tensors["model.embed_tokens.weight"]
+
+
+def test_no_tensor_is_handed_out_that_another_is_tied_to_and_differs_from(tmp_path: Path) -> None:
+    whole = {"embed.weight": torch.randn(8, 4), "head.weight": torch.randn(8, 4)}
+    whole |= {f"layers.{i}.mlp.weight": torch.randn(6, 4) for i in range(2)}
+    features.shards(whole, tmp_path)
+    data = {**features.rule("head", tied_to="embed.weight"), "config": {"tie_word_embeddings": True}}
+    with engine.open(tmp_path / "step", features.write(data, tmp_path)) as tensors:
+        assert torch.equal(tensors["h.0.mlp.weight"], whole["layers.0.mlp.weight"])
+        with pytest.raises(engine.EngineError, match="E402"):
+            tensors["embed.weight"]
 
 
 def test_tensors_are_read_where_they_were_opened_wherever_the_program_goes(

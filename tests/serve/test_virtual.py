@@ -16,6 +16,7 @@ import torch
 import engine
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.planning.model import Plan
+from engine.run.execute import Small
 from engine.serve.virtual import VirtualFolder
 from tests.support.depth import sampled
 
@@ -129,6 +130,16 @@ def test_etags_and_the_commit_are_the_same_for_the_same_bytes_and_others_for_oth
     commit, etags = told(tmp_path / "copy")
     assert commit != first[0] and etags["model.safetensors"] != first[1]["model.safetensors"]
     assert etags["config.json"] == first[1]["config.json"]
+
+
+def test_the_manifest_has_another_etag_when_a_small_file_that_it_names_has_other_bytes() -> None:
+    folder, mapping, _ = WHOLE[0]
+    plan = engine.plan(mapping, FIXTURES / folder)
+    etags = set()
+    for data in (b"one", b"one", b"two"):
+        with VirtualFolder(plan, lambda data=data: Small({"tokenizer.json": data})) as virtual:  # type: ignore[misc]
+            etags.add((virtual["model.safetensors"].etag, virtual["conversion.json"].etag))
+    assert len(etags) == 2 and len({weights for weights, _ in etags}) == 1
 
 
 def test_etags_are_others_when_a_file_without_checksums_has_other_bytes(tmp_path: Path) -> None:
