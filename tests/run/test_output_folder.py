@@ -6,6 +6,7 @@ import errno
 import os
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,27 @@ def test_what_an_interrupted_run_takes_counts_as_room(tmp_path: Path, monkeypatc
         else:
             with pytest.raises(EngineError, match="E403 there is not enough room"), folder:
                 pass
+
+
+@pytest.mark.parametrize("content", ["", "another's"])
+def test_a_single_file_replaces_an_empty_one_or_its_own_kind_and_none_that_came_meanwhile(
+    content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "plan.json"
+
+    def ours(start: bytes) -> bool:
+        return start.startswith(b"own")
+
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(EngineError, match="E401") if content else nullcontext():
+        replacing.write_file(path, b"own", overwrite=True, ours=ours)
+    path.unlink()
+
+    def unsupported(file: Path, to: Path) -> None:
+        path.write_text("another's", encoding="utf-8")
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", unsupported)
+    with pytest.raises(EngineError):
+        replacing.write_file(path, b"own", overwrite=False, ours=ours)
+    assert os.listdir(tmp_path) == ["plan.json"] and path.read_text(encoding="utf-8") == "another's"

@@ -279,6 +279,17 @@ def test_a_source_that_changed_since_its_plan_was_saved_is_refused_by_the_part_t
         api.part(tmp_path / "mine.json", "4/4", tmp_path / "out")
 
 
+def test_a_part_of_a_plan_whose_mapping_changed_since_is_refused(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    text = "mapping: 1\nname: mine\nversion: 1.0.0\nextends: internlm2.yaml\n"
+    mine.write_text(text, encoding="utf-8")
+    api.save_plan(tmp_path / "plan.json", mine, STEP)
+    api.part(tmp_path / "plan.json", "1/2", tmp_path / "out")
+    mine.write_text(text + "config: {bos_token_id: 7}\n", encoding="utf-8")
+    with pytest.raises(EngineError, match="E217"):
+        api.part(tmp_path / "plan.json", "2/2", tmp_path / "out")
+
+
 def test_copies_that_are_not_those_of_the_plan_are_found_at_the_end(plan: Path, tmp_path: Path) -> None:
     data = json.loads(plan.read_text())
     kinds = [row[1] for row in data["work"]["outputs"]]
