@@ -19,7 +19,6 @@ from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint, whole_checkpoint
 from engine.planning.effects import check_effects
-from engine.planning.likeness import of_like
 from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.reading import read_checkpoint
@@ -43,6 +42,7 @@ from engine.run.angles import check_values
 from engine.run.execute import Small
 from engine.run.schedule import scattered_outputs
 from engine.show.notebook import displayed
+from engine.storage.folders import one_of_two
 from engine.storage.local import open_regular
 from engine.storage.places import Source, followed, found_at, store_at
 from engine.storage.replacing import check_file_free, given_path, write_file
@@ -174,7 +174,7 @@ def _compiled(
         config = found.beside("config.json") if isinstance(found, File) else File(found, "config.json")
     mapping, plain, like = loaded, layout, None
     if asked.like is not None:
-        with of_like(asked.like):
+        with one_of_two(asked.like, "--like "):
             loaded, layout, like = fitted(mapping, plain, read_checkpoint(asked.like, layout, config))
     if asked.reads == "training":
         loaded, layout, checkpoint = fitted(mapping, plain, checkpoint)

@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.api.plans import plan
 from engine.assets.bundle import make_assets
-from engine.comparing.comparison import Comparison, compare_sides, read_side
+from engine.comparing.comparison import Comparison, Side, compare_sides, read_side
 from engine.comparing.verify import Verified, check_asked, verify_output, written_dtype
 from engine.errors import EngineError
 from engine.language.model import MappingFile
@@ -17,6 +17,7 @@ from engine.planning.model import Plan
 from engine.run.meter import Meter, Progress
 from engine.run.replicas import compare_replicas
 from engine.show.notebook import displayed
+from engine.storage.folders import one_of_two
 from engine.storage.places import found_at, on_this_machine, store_at
 
 
@@ -62,7 +63,10 @@ def compare(
 
         return None if mapping is None else made
 
-    sides = [read_side(found_at(one), planned(one)) for one in (out, ref)]
+    sides: list[Side] = []
+    for one in (out, ref):
+        with one_of_two(one):
+            sides.append(read_side(found_at(one), planned(one)))
     if mapping is not None and not any(side.training for side in sides):
         raise EngineError("E001", "neither side is a training checkpoint, so a mapping has no effect",
                           fix="Leave --mapping out.")  # fmt: skip

@@ -17,7 +17,7 @@ from engine.formats.rank_files import Pickles, read_rank_file
 from engine.formats.safetensors import read_safetensors, read_sharded_safetensors
 from engine.language.model import ConfigFile, Layout, Mode
 from engine.language.names import pattern
-from engine.storage.listing import listing
+from engine.storage.folders import listing
 from engine.storage.store import File, Store
 
 _KEPT = 256  # pickles of a folder that stay in memory while it is read

@@ -17,8 +17,8 @@ from engine.formats.configs import read_json
 from engine.formats.headers import FileHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import read_safetensors
+from engine.storage.folders import listing
 from engine.storage.json_text import parse_json
-from engine.storage.listing import listing
 from engine.storage.store import File, Store
 
 # In the order transformers looks for them.

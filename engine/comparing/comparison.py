@@ -10,9 +10,10 @@ from typing import Any
 from engine.checkpoint.hf_folder import read_hf_config, read_hf_folder
 from engine.comparing.diagnoses import diagnose, fold_verdicts
 from engine.comparing.effects import Difference
-from engine.comparing.settings import CONFIG, TOKENIZER, compare_settings, small_files
+from engine.comparing.settings import CONFIG, GENERATION, TOKENIZER, compare_settings, small_files
 from engine.comparing.tensors import Verdict, compare_tensors
 from engine.errors import EngineError
+from engine.formats.configs import json_object
 from engine.formats.headers import FLOATS, TORCH_NAMES, FileHeader, TensorHeader
 from engine.planning.model import Output, Plan
 from engine.storage.json_text import as_data
@@ -108,7 +109,10 @@ def read_side(where: Store | File, planned: Callable[[], tuple[Plan, Mapping[str
             raise
         plan, small = planned()
         return Side(plan, plan.config, small)
-    return Side(files, read_hf_config(where), None if isinstance(where, File) else small_files(where))
+    beside = None if isinstance(where, File) else small_files(where)
+    if beside is not None and GENERATION in beside:
+        json_object(beside[GENERATION], GENERATION)  # refused here, where the folder is known
+    return Side(files, read_hf_config(where), beside)
 
 
 def compare_sides(

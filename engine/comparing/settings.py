@@ -15,7 +15,7 @@ from engine.formats.configs import json_object
 from engine.language.documents import same
 from engine.oracle.meaning import default_generation, full_config, full_generation, plain_config
 from engine.planning.config_keys import shown
-from engine.storage.listing import listing
+from engine.storage.folders import listing
 from engine.storage.store import File, Store
 
 CONFIG, GENERATION, SETTINGS = "config.json", "generation_config.json", "tokenizer_config.json"

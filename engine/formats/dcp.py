@@ -26,7 +26,7 @@ from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Instance, Refused, Tensor, attributes, element_type, ints
 from engine.formats.unpickle import error_of, load_pickle
 from engine.formats.zipdir import TorchZip
-from engine.storage.listing import listing
+from engine.storage.folders import listing
 from engine.storage.store import File, OpenFile, State, Store
 
 DIRECTORY = ".metadata"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.ranks import counts_of, stage_dims, written_dims
@@ -37,17 +35,6 @@ class Like:
     @property
     def chunks(self) -> int:
         return self.stages.chunks if self.stages is not None else 1
-
-
-@contextmanager
-def of_like(folder: str | Path) -> Iterator[None]:
-    """Errors name the folder of `like`: its files have the names that those of the source have."""
-    try:
-        yield
-    except EngineError as error:
-        for one in {error, *error.errors}:
-            one.message = f"--like {folder}: {one.message}"
-        raise
 
 
 def like_of(source: Source) -> Like:

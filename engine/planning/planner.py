@@ -14,7 +14,7 @@ from engine.errors import EngineError, first_of, printable
 from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
-from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of, of_like
+from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
 from engine.planning.model import Plan
 from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_asked, check_release, not_the_release
@@ -25,6 +25,7 @@ from engine.planning.variants import check_settings, decide
 from engine.planning.whole_outputs import whole_configuration, whole_outputs
 from engine.planning.written import summed
 from engine.planning.zeros import padded
+from engine.storage.folders import one_of_two
 
 
 def make_plan(
@@ -62,7 +63,7 @@ def make_plan(
         )
     other = Like()
     if like is not None:
-        with of_like(like.folder):
+        with one_of_two(like.folder, "--like "):
             other = like_of(_held(read_source(mapping, layout, like, mine)))
     cut = cut_of_model(mapping, layout, asked, other) if crosses and asked.writes == "training" else None
     if cut is not None:

@@ -17,8 +17,8 @@ from engine.language.layout_file import load_layout
 from engine.planning.reading import read_checkpoint
 from engine.run.digests import digest_of
 from engine.run.manifest import NAME, read_manifest
+from engine.storage.folders import listing
 from engine.storage.json_text import parse_json
-from engine.storage.listing import listing
 from engine.storage.sources import SourceFiles
 from engine.storage.store import File, Store
 

@@ -22,6 +22,7 @@ from engine import api
 from engine.commands.main import cli
 from engine.comparing.comparison import Comparison
 from engine.comparing.tensors import Verdict
+from engine.errors import EngineError
 from engine.formats.safetensors import index_json
 from engine.move.tensors import tiles
 from engine.run.meter import Progress
@@ -630,3 +631,14 @@ def test_names_of_any_kind_are_compared(tmp_path: Path) -> None:
     done = compared(tmp_path, one, two)
     assert {v.kind for v in done.verdicts} == {"different"}
     assert done.as_dict()["rows"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "generation_config.json"])
+def test_a_damaged_file_is_told_with_the_folder_that_it_is_in(name: str, tmp_path: Path, ref: Path) -> None:
+    """Both folders have files of these names."""
+    out = save(tmp_path / "out", model())
+    (ref / name).write_bytes(b"{")
+    for pair in ((out, ref), (ref, out)):
+        with pytest.raises(EngineError) as caught:
+            api.compare(*pair)
+        assert caught.value.code == "E301" and caught.value.message.startswith(f"{ref}: ")

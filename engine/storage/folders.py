@@ -1,4 +1,4 @@
-"""Listing a folder that must be there."""
+"""What is wrong with a folder: it cannot be listed, or it is one of two that have files of the same names."""
 
 from __future__ import annotations
 
@@ -26,3 +26,15 @@ def listing(folder: Store) -> Iterator[None]:
         code, message, fix = _UNLISTED.get(type(error), _UNLISTED[OSError])
         got = error.strerror if code == "E305" else None
         raise EngineError(code, message, place=Place(folder.place()), got=got, fix=fix) from error
+
+
+@contextmanager
+def one_of_two(folder: object, option: str = "") -> Iterator[None]:
+    """Errors about a folder name it, with the option that gave it, unless their place does."""
+    try:
+        yield
+    except EngineError as error:
+        for one in {error, *error.errors}:
+            if one.place is None or str(folder) not in one.place.file:
+                one.message = f"{option}{folder}: {one.message}"
+        raise
