@@ -115,8 +115,10 @@ def verify(
     written = store_at(out, "the output")
     compiled, small = None, {}
     if src is not None and mapping is not None:
-        compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype or written_dtype(written))
-        small = make_assets(compiled, None).whole()
+        dtype = dtype or written_dtype(written)
+        with one_of_two(src, "--src "):
+            compiled = plan(mapping, src, config=config, settings=settings, dtype=dtype)
+            small = make_assets(compiled, None).whole()
     source = on_this_machine(store_at(src, "the checkpoint"), "--logits") if src is not None and logits else None
     return verify_output(
         written, progress, plan=compiled, small=small, sample=sample, load=load, source=source, settings=settings or {}

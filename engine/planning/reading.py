@@ -15,6 +15,7 @@ from engine.formats.configs import read_config, read_json
 from engine.formats.headers import FileHeader
 from engine.language.model import Layout
 from engine.planning.attempts import Checkpoint
+from engine.storage.folders import one_of_two
 from engine.storage.local import local_file
 from engine.storage.places import Source, followed, store_at
 from engine.storage.replacing import given_path
@@ -47,7 +48,10 @@ def read_checkpoint(
     given = store_at(src, "the checkpoint")
     folder = followed(given)
     file = config if config is None or isinstance(config, File) else _given_config(config)
-    target = {} if file is None else read_json(file)
+    target = {}
+    if file is not None:
+        with one_of_two(file.place, "" if isinstance(config, File) else "--config "):
+            target = read_json(file)
 
     def configurations() -> tuple[str, dict[str, Any], dict[str, Any]]:
         """The file and content of the model's configuration, and the training configuration."""

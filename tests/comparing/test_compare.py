@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -642,3 +643,21 @@ def test_a_damaged_file_is_told_with_the_folder_that_it_is_in(name: str, tmp_pat
         with pytest.raises(EngineError) as caught:
             api.compare(*pair)
         assert caught.value.code == "E301" and caught.value.message.startswith(f"{ref}: ")
+
+
+@pytest.mark.parametrize("given", ["--src", "--config"])
+def test_a_damaged_configuration_is_told_with_the_option_that_gave_it(given: str, tmp_path: Path) -> None:
+    """The output, the checkpoint and another folder may each hold a config.json."""
+    genuine, step, other = FIXTURES.parent / "dcp" / "fsdp4-f32-hf", tmp_path / "step", tmp_path / "other"
+    shutil.copytree(genuine / "step-10", step)
+    shutil.copy(genuine / "hf_config.json", step / "config.json")
+    out = save(tmp_path / "out", model())
+    other.mkdir()
+    (step if given == "--src" else other).joinpath("config.json").write_text("{")
+    with pytest.raises(EngineError) as caught:
+        if given == "--src":
+            api.verify(out, src=step, mapping="transformers", dtype="auto")
+        else:
+            api.plan("transformers", step, config=other / "config.json")
+    named = step if given == "--src" else other / "config.json"
+    assert caught.value.message == f"{given} {named}: the file is not JSON"
