@@ -22,8 +22,8 @@ _MAPPING_ORDER = (
 )  # fmt: skip
 _LAYOUT_ORDER = (
     "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "wrappers", "options",
-    "layers", "indices", "sizes", "uneven", "even", "lone_rank", "zip_root", "says", "modes", "skip", "skip_tensors",
-    "refuse",
+    "layers", "indices", "sizes", "uneven", "even", "whole", "lone_rank", "zip_root", "says", "modes", "skip",
+    "skip_tensors", "refuse",
 )  # fmt: skip
 _RULE_ORDER = (
     "name", "source", "pieces", "target", "axes", "split", "stage", "when", "optional", "transform", "keep", "drop",

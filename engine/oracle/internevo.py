@@ -142,10 +142,11 @@ class Forward(Shards):
         return sum(rows) if by_vocab else rows[0]
 
     def _embedding(self) -> tuple[list[Stored], bool]:
-        """Its parts, and whether they are parts of the vocabulary: the key shows it, not the configuration."""
+        """Its parts, one if all ranks hold it whole, and whether they are parts of the vocabulary, as the key shows."""
         stems = ("embedding",) if self._v1 else ("tok_embeddings", "embed_tokens")
         spot, key = self.edge(*(f"{stem}{of}.weight" for stem in stems for of in ("", ".word_embeddings")))
-        return self.edges(spot, key), "word_embeddings" in key
+        parts, by_vocab = self.edges(spot, key), "word_embeddings" in key
+        return (parts if by_vocab or parts[0].shape[1] < self.hidden else parts[:1]), by_vocab
 
     def embedding(self, low: int, high: int) -> torch.Tensor:
         """Rows low..high of the embedding, put together from all ranks."""
@@ -153,8 +154,7 @@ class Forward(Shards):
         if not by_vocab:
             return torch.cat([self.rows(part, low, high) for part in parts], dim=1)
         found, first = [], 0
-        for part in parts:
-            count = part.shape[0]
+        for part, count in ((one, one.shape[0]) for one in parts):
             found.append(self.rows(part, min(max(low - first, 0), count), min(max(high - first, 0), count)))
             first += count
         return torch.cat(found)

@@ -171,7 +171,11 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     def start(one: Stored) -> bytes:
         return begins(checkpoint.files[one.file], one.header)
 
-    groups = {key: share_units(group, stated, question.mapping.even, start) for key, group in groups.items()}
+    even, whole = question.mapping.even, question.layout.whole
+    groups = {
+        key: share_units(group, stated, even, start, whole=group.instance.stage_class in whole)
+        for key, group in groups.items()
+    }
     counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
     known = facts.get("layer")
     dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)

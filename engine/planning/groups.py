@@ -254,27 +254,35 @@ def _check_slices(group: Group) -> None:
 
 
 def share_units(
-    group: Group, sizes: Mapping[str, int], units: Collection[str], begins: Callable[[Stored], bytes]
+    group: Group, sizes: Mapping[str, int], units: Collection[str], begins: Callable[[Stored], bytes], *, whole: bool
 ) -> Group:
-    """The group with equal units folded to replicas, if several consecutive ranks hold each unit.
+    """The group with equal shards folded to replicas, if several consecutive ranks hold the same part.
 
-    For example key and value heads, if there are fewer of them than tensor-parallel ranks. A run compares the folded
-    units as replicas.
+    For example key and value heads, if there are fewer of them than tensor-parallel ranks, or an embedding that each
+    rank holds whole. A run compares the folded shards as replicas.
 
     Args:
         units: axes that training divides evenly, so that a rank holds whole units only.
+        whole: whether each rank may hold all of the axis, as the configuration has it.
         begins: reads the first bytes of a tensor, to see in a first layer whether units are equal at all.
     """
     for at, (_, axis) in enumerate(group.cut.dims):
         ranks, count = {key[at] for key in group.shards}, sizes.get(axis, 0)
         times, left = divmod(len(ranks), max(count, 1))
         alike = {replicas[0].header.whole for replicas in group.shards.values()}
-        if axis not in units or left or count < 1 or times < 2 or ranks != {*range(len(ranks))} or len(alike) > 1:
+        sides = [*zip(map(str, group.instance.axes.dims), *alike, strict=False)] if len(alike) == 1 else []
+        full = whole and (axis, count) in sides
+        if full:
+            times = len(ranks)
+        elif axis not in units or left or count < 1:
+            continue
+        if times < 2 or ranks != {*range(len(ranks))} or len(alike) > 1:
             continue
         folded: dict[tuple[int, ...], tuple[Stored, ...]] = {}
         for key, replicas in group.shards.items():
             one = (*key[:at], key[at] // times, *key[at + 1 :])
-            if one in folded and not any(group.fixed.values()) and begins(folded[one][0]) != begins(replicas[0]):
+            first = one in folded and not full and not any(group.fixed.values())
+            if first and begins(folded[one][0]) != begins(replicas[0]):
                 return group  # more units than the configuration says
             folded[one] = (*folded.get(one, ()), *replicas)
         return replace(group, shards=folded)

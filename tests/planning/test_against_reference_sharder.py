@@ -184,6 +184,34 @@ def test_any_two_layouts_of_a_model_give_the_same_files(case: tuple[Model, dict[
         assert written[0] == written[1]
 
 
+WHOLE_LAYOUTS: list[dict[str, Any]] = [{"tp": 2, "pp": 2}, {"tp": 3}, {"mode": "isp", "tp": 2, "wp": 4}]
+
+
+@pytest.mark.parametrize("layout", WHOLE_LAYOUTS, ids=str)
+@pytest.mark.parametrize("family", ["v1", "v2"])
+def test_an_embedding_that_every_rank_holds_whole_is_one_embedding(
+    family: str, layout: dict[str, Any], tmp_path: Path
+) -> None:
+    """InternEvo 0.3.10 to 0.4.9 does not cut it with embed_split_hidden=False, its default."""
+    model = Model(family, layers=2, hidden=24, heads=6, groups=6, ffn=36, embedding="whole")
+    truth = save(model, tmp_path / "step", **layout)
+    same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "step"))), truth)
+
+
+@pytest.mark.parametrize("row", [0, 500])
+def test_whole_embeddings_that_differ_between_ranks_are_refused(row: int, tmp_path: Path) -> None:
+    model = Model(layers=1, vocab=512, embedding="whole")
+    save(model, tmp_path / "step", tp=2)
+    path = tmp_path / "step" / "model_tp1_pp0.pt"
+    state = torch.load(path, weights_only=True)
+    state["embedding.weight"][row] += 1
+    torch.save(state, path)
+    with pytest.raises(EngineError) as caught:
+        engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
+    assert caught.value.code == "E402"
+    assert not (tmp_path / "hf").exists()
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
 def test_norms_kept_in_float32_stay_so_unless_told_otherwise(dtype: str, tmp_path: Path) -> None:
     truth = save(V1, tmp_path / "step", tp=2, pp=2)
@@ -196,16 +224,16 @@ def test_norms_kept_in_float32_stay_so_unless_told_otherwise(dtype: str, tmp_pat
     same(load_file(tmp_path / "hf" / "model.safetensors"), wide)
 
 
-def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> State:
+def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int, wrapped: str = "wrapped_experts") -> State:
     """A mixture of experts in v1 names: a float32 gate in every rank file, each expert in its own.
 
     Experts are named by the local layer, their files by pp · (layers // pp) + the local layer.
     """
     truth = {n: t for n, t in save(model, folder, tp=tp, pp=pp).items() if ".mlp." not in n}
     make = torch.Generator().manual_seed(7)
-    wrapped = "mlp.moe_layer.experts.wrapped_experts"
-    shape = {"w1": (model.ffn, model.hidden), "w2": (model.hidden, model.ffn), "w3": (model.ffn, model.hidden)}
-    called = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+    stem, inner, outer = "mlp.moe_layer.experts", (model.ffn, model.hidden), (model.hidden, model.ffn)
+    down, up = ("w2", "w3") if model.letters == "w2_is_down" else ("w3", "w2")
+    shape, called = {"w1": inner, down: outer, up: inner}, {"w1": "gate_proj", down: "down_proj", up: "up_proj"}
     for (_, p), mine in shards.stages(model.layers, pp, 1, zbv=False).items():
         gates = {local: torch.randn(experts, model.hidden, generator=make) for local in range(len(mine))}
         truth |= {f"model.layers.{mine[n]}.mlp.gate.weight": gate for n, gate in gates.items()}
@@ -220,8 +248,8 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
                 truth[f"model.layers.{mine[local]}.mlp.experts.{e}.{called[w]}.weight"] = whole
             for t in range(tp):
                 low, high = shards.shares(model.ffn, tp)[t]
-                cut = {w: v[:, low:high] if w == "w2" else v[low:high] for w, v in parts.items()}
-                named = {f"blocks.{local}.{wrapped}.{e}.{w}.weight": v.clone() for w, v in cut.items()}
+                cut = {w: v[:, low:high] if w == down else v[low:high] for w, v in parts.items()}
+                named = {f"blocks.{local}.{stem}.{wrapped}.{e}.{w}.weight": v.clone() for w, v in cut.items()}
                 number = p * (model.layers // pp) + local
                 torch.save(named, folder / f"model_moe_layer{number}_expert{e}_tp{t}.pt")
     said = torch.load(folder / "config_file.pt", weights_only=True)
@@ -234,6 +262,12 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int) -> S
 def test_experts_come_together_from_their_own_files(layers: int, tp: int, pp: int, tmp_path: Path) -> None:
     model = replace(V1, layers=layers, hidden=32, ffn=40)
     truth = save_moe(model, tmp_path / "step", experts=3, tp=tp, pp=pp)
+    same(dict(engine.iter_tensors(engine.plan("families/internlm-moe.yaml", tmp_path / "step"))), truth)
+
+
+def test_experts_are_read_by_the_name_that_they_had_until_2024(tmp_path: Path) -> None:
+    model = replace(V1, layers=3, hidden=32, ffn=40, **OLD)
+    truth = save_moe(model, tmp_path / "step", experts=2, tp=2, pp=2, wrapped="experts")
     same(dict(engine.iter_tensors(engine.plan("families/internlm-moe.yaml", tmp_path / "step"))), truth)
 
 

@@ -175,12 +175,8 @@ def build(m: Model) -> tuple[list[list[Whole]], list[Whole], list[Whole], State]
     embed, norm = rand(m.vocab, m.hidden), rand(m.hidden)
     head = rand(1, m.hidden) if m.head == "reward" else rand(m.vocab, m.hidden)
     stem = "embedding" if m.family == "v1" else "tok_embeddings"
-    by_vocab = m.embedding == "by_vocab"
-    first = [
-        Whole(
-            f"{stem}.word_embeddings.weight" if by_vocab else f"{stem}.weight", embed, "vocab" if by_vocab else "hidden"
-        )
-    ]
+    kind = {"by_hidden": "hidden", "by_vocab": "vocab", "whole": "replicated"}[m.embedding]
+    first = [Whole(f"{stem}.word_embeddings.weight" if kind == "vocab" else f"{stem}.weight", embed, kind)]
     out_name = "head.weight" if m.family == "v1" else "output.weight"
     last = [
         Whole("norm.weight", norm, "replicated"),
