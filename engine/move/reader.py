@@ -104,11 +104,11 @@ class Reader:
     def _covering(self, index: int, low: int, high: int) -> Iterator[Block]:
         """Blocks that hold elements low..high: blocks of the whole output, whose templates repeat, or part of one."""
         copies, blocks, ends = self._blocks_of(index)
-        at = bisect_right(ends, low)
+        at, wanted = bisect_right(ends, low), high - low
         while low < high:
             whole = blocks[at]
             end = min(high, whole.high)
-            least = (end - low) * _WORTH < whole.high - whole.low
+            least = wanted * _WORTH < whole.high - whole.low
             yield block_of(copies, low, end) if least else whole
             low, at = end, at + 1
 
