@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from safetensors import safe_open
 
 import engine
+from engine.move import blocks
 from engine.move.blocks import output_blocks
 from engine.move.reader import Reader, _Needs
 from engine.storage.sources import SourceFiles
@@ -70,3 +72,15 @@ def test_what_blocks_of_an_output_read_is_not_what_another_reads() -> None:
             found += needs.of(index, block)
             assert sum(end - begin for _, (begin, end) in found) >= block.high - block.low
     assert len(set(found)) == len(found) >= len(plan.outputs)
+
+
+def test_reading_piece_by_piece_computes_each_block_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 1024)
+    plan = engine.plan("families/internlm2.yaml", FIXTURES / "v2_tp2_pp2")
+    for index, output in enumerate(plan.outputs):
+        with SourceFiles(plan.files) as files:
+            reader = Reader(plan, files)
+            with patch.object(reader, "convert", wraps=reader.convert) as converts:
+                for start in range(0, output.nbytes, 1100):
+                    reader.read_into(index, start, memoryview(bytearray(min(1100, output.nbytes - start))))
+        assert converts.call_count <= len(list(output_blocks(output, plan.copies(index)))), output.name
