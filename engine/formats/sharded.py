@@ -22,7 +22,9 @@ from engine.formats.headers import Part
 from engine.formats.standins import (
     DType,
     Function,
+    Instance,
     Opaque,
+    OpaqueClass,
     OtherClass,
     PlainClass,
     Refused,
@@ -45,10 +47,16 @@ _SHARDED = OtherClass("ShardedTensor")  # never instantiated directly
 _GROUP = PlainClass("ProcessGroupState")
 
 
-def _getattr(*arguments: Any) -> PlainClass:
-    """Python pickles a nested class as a `getattr` call; only one such class occurs here."""
-    if len(arguments) == 2 and arguments[0] is _SHARDED and arguments[1] == "ProcessGroupState":
-        return _GROUP
+def _getattr(*arguments: Any) -> PlainClass | Instance | Opaque:
+    """Python pickles as a `getattr` call a nested class, of which only one occurs here, and before 3.11.4 an enum."""
+    match arguments:
+        case [OtherClass() as kind, "ProcessGroupState"] if kind is _SHARDED:
+            return _GROUP
+        case [PlainClass(takes=True) as kind, str(member)] if not member.startswith("_"):
+            return Instance(kind, (member,))
+        case [OpaqueClass() as kind, str(member)] if not member.startswith("_"):
+            made: Opaque = kind.call()
+            return made
     raise Refused("E302", "builtins.getattr")
 
 
