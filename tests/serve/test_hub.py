@@ -18,7 +18,7 @@ from engine.errors import EngineError
 from engine.run.execute import Small
 from engine.serve import revisions
 from engine.serve.hub import refusal
-from engine.serve.server import _request
+from engine.serve.server import _request, is_loopback
 from engine.storage.objects import ObjectState
 from engine.storage.places import store_at
 from engine.storage.store import Store, walk
@@ -357,3 +357,12 @@ def test_a_reason_is_one_short_line_whatever_it_quotes() -> None:
     told = response.headers["X-Error-Message"]
     assert told.isascii() and told.isprintable() and told.startswith("caf?") and len(told) == 400
     assert isinstance(response.body, bytes) and len(json.loads(response.body)["error"]) == 400
+
+
+@pytest.mark.parametrize(("addresses", "alone"), [(["127.0.0.1", "::1"], True), (["127.0.0.1", "10.0.0.1"], False)])
+def test_a_host_that_others_reach_too_is_not_this_machine_alone(
+    addresses: list[str], alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [(0, 0, 0, "", (address, 0)) for address in addresses]
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: found)
+    assert is_loopback("host.example") == alone

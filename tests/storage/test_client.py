@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 from engine.storage import client
+from engine.storage.sources import WINDOW
+from engine.storage.upload import Upload
 from engine.storage.uploads import _client, _end_uploads
 from tests.storage.conftest import refused
 
@@ -99,3 +101,13 @@ def test_uploads_are_ended_with_the_options_that_the_store_was_given(
 def test_uploads_of_other_stores_cannot_be_ended() -> None:
     store = types.SimpleNamespace(url="gs://bucket/x", place=lambda: "gs://bucket/x")
     assert "lifecycle" in refused("E001", lambda: _end_uploads(store, lambda _: True)).fix  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("end", "taken"), [(None, ["mine"]), ("another's", ["mine"]), ("this", [])])
+def test_only_what_this_run_made_visible_is_taken_back(end: str | None, taken: list[str]) -> None:
+    """Nothing once the whole output is there from the same work: it was completed elsewhere."""
+    marks = {"mine": "this", "another's": "that", "nobody's": None, "conversion.json": end}
+    gone: list[str] = []
+    store: Any = types.SimpleNamespace(attribute=lambda name, key: marks.get(name), delete=gone.append, block=WINDOW)
+    Upload(store, "this", set(), mark="conversion.json")._take_back([*marks][:3], "conversion.json")
+    assert gone == taken
