@@ -68,6 +68,13 @@ def test_the_old_output_is_back_if_the_new_one_cannot_take_its_place(
     assert (out / "file").read_text(encoding="utf-8") == "old"
 
 
+def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(filled(tmp_path / "hf", "old"))
+    for out in (Path(), tmp_path / "hf"):
+        with pytest.raises(EngineError, match="E001 the current folder cannot be replaced"):
+            OutputFolder(out, tmp_path / "step", overwrite=True, foreign=lambda store: None)
+
+
 @pytest.mark.parametrize("old", [False, True])
 def test_what_was_written_is_on_stable_storage_before_it_has_its_name_and_its_name_before_the_old_one_goes(
     old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -142,6 +142,12 @@ def test_the_manifest_has_another_etag_when_a_small_file_that_it_names_has_other
     assert len(etags) == 2 and len({weights for weights, _ in etags}) == 1
 
 
+def test_two_files_of_one_name_are_refused_before_any_is_handed_out() -> None:
+    folder, mapping, _ = WHOLE[0]
+    with pytest.raises(engine.EngineError, match="E502"):
+        VirtualFolder(engine.plan(mapping, FIXTURES / folder), lambda: Small({"model.safetensors": b""}))
+
+
 def test_etags_are_others_when_a_file_without_checksums_has_other_bytes(tmp_path: Path) -> None:
     folder, mapping, _ = WHOLE[0]
     engine.convert(mapping, FIXTURES / folder, tmp_path / "hf")
