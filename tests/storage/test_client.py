@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from engine.storage import client
+from engine.storage.objects import LOCK
 from engine.storage.sources import WINDOW
 from engine.storage.upload import Upload
-from engine.storage.uploads import _client, _end_uploads
+from engine.storage.uploads import Uploads, _client, _end_uploads
 from tests.storage.conftest import refused
 
 pytest.importorskip("obstore", reason="the extra `store` is not installed")
@@ -111,3 +112,82 @@ def test_only_what_this_run_made_visible_is_taken_back(end: str | None, taken: l
     store: Any = types.SimpleNamespace(attribute=lambda name, key: marks.get(name), delete=gone.append, block=WINDOW)
     Upload(store, "this", set(), mark="conversion.json")._take_back([*marks][:3], "conversion.json")
     assert gone == taken
+
+
+class Shelf:
+    """An object store in memory, and what was done to it in order."""
+
+    listable, block = True, WINDOW
+
+    def __init__(self, url: str = "s3://b/hf", **objects: bytes) -> None:
+        self.url, self.objects, self.done = url, {name: (data, "old") for name, data in objects.items()}, list[str]()
+
+    def place(self, name: str = "") -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def entries(self, inside: str = "") -> dict[str, Any]:
+        found = {name: types.SimpleNamespace(size=len(data)) for name, (data, _) in self.objects.items()}
+        found.pop(LOCK, None)
+        if not found:
+            raise FileNotFoundError
+        return found
+
+    def names(self, inside: str = "") -> list[str]:
+        return sorted(self.entries())
+
+    def content(self, name: str) -> bytes | None:
+        return self.objects.get(name, (None,))[0]
+
+    def attribute(self, name: str, key: str) -> str | None:
+        return self.objects[name][1] if name in self.objects else None
+
+    def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
+        if new and name in self.objects:
+            return False
+        self.done.append(f"write {name}")
+        self.objects[name] = data, work
+        return True
+
+    def delete(self, name: str) -> None:
+        self.done.append(f"delete {name}")
+        self.objects.pop(name, None)
+
+
+def uploads_to(store: Shelf, source: str = "ckpt", **how: Any) -> Uploads:
+    asked = {"mark": "conversion.json", "work": "this", "overwrite": False, "foreign": lambda _: None, **how}
+    return Uploads(store, source, **asked)  # type: ignore[arg-type]
+
+
+def test_a_prefix_that_only_begins_alike_is_not_the_source() -> None:
+    for source in ("s3://b/h", "s3://b/hf2", "s3://b/hf-ckpt/1000"):
+        uploads_to(Shelf(), source)
+    for source in ("s3://b/hf", "s3://b/hf/", "s3://b/hf/1000", "s3://b"):
+        refused("E404", lambda source=source: uploads_to(Shelf(), source))
+
+
+def test_what_makes_old_files_a_checkpoint_is_removed_before_a_new_one_is_there() -> None:
+    store = Shelf(**{"conversion.json": b"{}", "config.json": b"{}", "model.safetensors": b"", "old.txt": b""})
+    with uploads_to(store, overwrite=True) as upload:
+        for name in ("conversion.json", "README.md", "config.json"):
+            upload.put(name, b"new")
+    told = [one for one in store.done if not one.endswith(LOCK)]
+    assert told == [
+        "delete conversion.json", "delete config.json",
+        "write README.md", "write config.json", "write conversion.json",
+        "delete model.safetensors", "delete old.txt",
+    ]  # fmt: skip
+
+
+def test_nothing_is_made_visible_once_another_run_has_the_output() -> None:
+    store = Shelf()
+
+    def close() -> None:
+        store.objects[LOCK] = b"another's", ""
+
+    def run() -> None:
+        with uploads_to(store) as upload:
+            upload.writers["model.safetensors"] = types.SimpleNamespace(close=close, abort=lambda: None)  # type: ignore[assignment]
+            upload.put("config.json", b"new")
+
+    refused("E403", run)
+    assert "write config.json" not in store.done and store.content(LOCK) == b"another's"
