@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from collections import namedtuple
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ import pytest
 from engine.errors import EngineError
 from engine.storage import output, replacing
 from engine.storage.output import OutputFolder, clean
+from engine.storage.sinks import Checksum, SinkFiles
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -173,3 +175,44 @@ def test_a_single_file_replaces_an_empty_one_or_its_own_kind_and_none_that_came_
     with pytest.raises(EngineError):
         replacing.write_file(path, b"own", overwrite=False, ours=ours)
     assert os.listdir(tmp_path) == ["plan.json"] and path.read_text(encoding="utf-8") == "another's"
+
+
+def test_a_file_that_is_replaced_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("own", encoding="utf-8")
+    path.chmod(0o640)
+    replacing.write_file(path, b"own, new", overwrite=True, ours=lambda start: True)
+    assert path.stat().st_mode & 0o777 == 0o640 and path.read_bytes() == b"own, new"
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "a\tb", "a\\b", "a\nb"])
+def test_a_mount_point_is_found_whatever_its_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    escaped = "".join(f"\\{ord(one):03o}" if one in " \t\n\\" else one for one in str(tmp_path / name))
+    (tmp_path / "mountinfo").write_text(f"36 35 98:0 / {escaped} rw,noatime - ext4 /dev/x rw\n", encoding="utf-8")
+    monkeypatch.setattr(replacing, "_MOUNTS", tmp_path / "mountinfo")
+    assert replacing.is_mount(tmp_path / name) and not replacing.is_mount(tmp_path / f"{name}2")
+
+
+def test_a_closed_old_output_gives_a_folder_that_its_owner_can_write(tmp_path: Path) -> None:
+    out = filled(tmp_path / "hf", "old")
+    out.chmod(0o550)
+    folder = folder_of(out, overwrite=True, foreign=lambda store: None)
+    with folder as store:
+        assert folder.partial.stat().st_mode & 0o777 == 0o750
+        store.put("file", b"new")
+    assert (out / "file").read_bytes() == b"new"
+
+
+def test_a_file_with_a_second_name_is_not_written_to(tmp_path: Path) -> None:
+    filled(tmp_path / "others", "another's")
+    os.link(tmp_path / "others" / "file", tmp_path / "model.safetensors")
+    with SinkFiles([tmp_path / "model.safetensors"]) as sinks, pytest.raises(OSError, match="second name"):
+        sinks.write(0, 0, (b"new",))
+    assert (tmp_path / "others" / "file").read_text(encoding="utf-8") == "another's"
+
+
+def test_a_checksum_is_of_bytes_in_their_order_whenever_they_arrive() -> None:
+    data, total = bytes(range(100)), Checksum()
+    for low, high in ((0, 10), (70, 100), (10, 30), (50, 70), (30, 50)):
+        total.add(low, memoryview(data)[low:high])
+    assert total.result() == zlib.crc32(data)
