@@ -112,7 +112,7 @@ def check_unchanged(files: Iterable[IndexedFile]) -> None:
 def join(ranges: Iterable[Range], gap: int = GAP) -> list[Range]:
     """Sorted ranges, none within `gap` bytes of the next.
 
-    >>> join([(30, 40), (0, 10), (12, 20)], 2)
+    >>> join([(30, 40), (0, 10), (12, 20), (13, 15)], 2)
     [(0, 20), (30, 40)]
     """
     found: list[Range] = []

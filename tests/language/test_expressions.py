@@ -40,6 +40,12 @@ def refused(text: str, **names: Any) -> EngineError:
         ),
         ("training.parallel.pipeline.mode is defined", {"training": {"parallel": None}}, False),
         ("[tps, wps] | max", {"tps": 2, "wps": 4}, 4),
+        (
+            "(name | length, rows | length, facts | length) | max",
+            {"name": "ab", "rows": [1, 2, 3], "facts": {"a": 1}},
+            3,
+        ),
+        ("facts | length + 1", {"facts": {"a": 1}}, 2),
         ("max(tps, wps) + min([1, 2])", {"tps": 2, "wps": 4}, 5),
         (
             "chunk * pps + (pps - 1 - pp if schedule == 'zbv' and chunk % 2 == 1 else pp)",

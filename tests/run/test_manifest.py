@@ -195,6 +195,15 @@ def test_files_without_checksums_are_said_to_be_unchecked(source: Path, tmp_path
     assert any("model_tp1_pp0.pt" in notice and "not checked" in notice for notice in report.notices)
 
 
+def test_zips_in_a_row_are_checked_and_what_is_before_them_is_said_to_be_unchecked(source: Path) -> None:
+    path = source / "model_tp1_pp0.pt"
+    (source / "model_tp1_pp0.pt.md5").unlink(missing_ok=True)
+    raw = path.read_bytes()
+    for content, unchecked in ((raw + raw, []), (b"PK\x03\x04, and no zip" + raw, [path.name])):
+        path.write_bytes(content)
+        assert check_files([local_file(path)], lambda count: None) == unchecked
+
+
 def test_a_sidecar_of_another_file_is_found(source: Path, tmp_path: Path) -> None:
     (source / "model_tp1_pp0.pt.md5").write_text("d41d8cd98f00b204e9800998ecf8427e")
     with pytest.raises(EngineError) as caught:
