@@ -470,6 +470,13 @@ def test_a_second_copy_under_a_name_of_its_own_leaves_the_first_equal(tmp_path: 
     assert unequal(done) == {other: "extra"} and verdict(done, other).other == name
 
 
+def test_a_tensor_over_another_is_a_copy_though_its_own_place_is_changed_too(tmp_path: Path) -> None:
+    here, there = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
+    whole = model()
+    done = compared(tmp_path, whole | {here: whole[there].clone(), there: -whole[there]}, whole)
+    assert unequal(done) == {here: "copied", there: "negated"}
+
+
 # -- forms of checkpoints
 
 
