@@ -164,6 +164,15 @@ def test_a_tensor_that_claims_more_than_its_file_holds_is_refused(tmp_path: Path
     refused(tmp_path, "E303", "`a` repeats its elements")
 
 
+def test_shards_are_read_in_the_order_of_their_names(tmp_path: Path) -> None:
+    """Else a plan, and the manifest of what it writes, would be another in every process."""
+    listed = {f"t{at}": f"model-{at:05}-of-00007.safetensors" for at in (3, 7, 1, 5, 2, 6, 4)}
+    for name, file in listed.items():
+        save_file({name: torch.zeros(1)}, tmp_path / file)
+    write_index(tmp_path, listed)
+    assert [file.name for file in read_hf_folder(tmp_path)] == sorted(listed.values())
+
+
 def test_a_folder_without_weights_says_what_it_has(tmp_path: Path) -> None:
     (tmp_path / "model_tp0_pp0.pt").write_bytes(b"")
     refused(tmp_path, "E304", "model_tp0_pp0.pt", "model.safetensors.index.json")
