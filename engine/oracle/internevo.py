@@ -275,7 +275,7 @@ class Forward(Shards):
         return {"gate": gate, "up": raised, "gated": gated, "down": self._row_parallel(spot, f"{name}.{down}", gated)}
 
     def _letters_of(self, spot: Spot, name: str) -> str:
-        """Which of w2 and w3 projects down. They changed places on 2024-03-15, and only shapes show it."""
+        """Which of w2 and w3 projects down. They changed places on 2024-02-01, and only shapes show it."""
         if self._letters is None:
             w1, w2, w3 = (_shapes(self.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
             fits = {letters for letters, up, down in (("w2_is_down", w3, w2), ("w2_is_up", w2, w3))
@@ -289,7 +289,7 @@ class Forward(Shards):
                     place=Place(self._folder, tensor=f"{name}.w2.weight"),
                     got=f"w1 {w1[:1]}, w2 {w2[:1]}, w3 {w3[:1]}",
                     expected="exactly one of w2 and w3 to be w1 transposed",
-                    fix="Say which one goes down: --set mlp_letters=w2_is_down (trained with code since 2024-03-15) "
+                    fix="Say which one goes down: --set mlp_letters=w2_is_down (trained with code since 2024-02-01) "
                     "or --set mlp_letters=w2_is_up.",
                 )
             (self._letters,) = fits
