@@ -92,7 +92,7 @@ class _Block:
     above: list[str]
     body: list[str]
     spaced: bool  # whether a blank line was before it
-    multiline: bool
+    multiline: bool  # whether the value is, whatever comments follow it
 
 
 def _split(lines: list[str], pairs: list[Any], column: int) -> tuple[list[str], list[_Block]]:
@@ -117,7 +117,7 @@ def _split(lines: list[str], pairs: list[Any], column: int) -> tuple[list[str], 
         while len(body) > last - line + 1 and not body[-1]:
             body.pop()
         spaced = starts[index] > 0 and not lines[starts[index] - 1] and index > 0
-        blocks.append(_Block(str(key.value), lines[starts[index] : line], body, spaced, len(body) > 1))
+        blocks.append(_Block(str(key.value), lines[starts[index] : line], body, spaced, last > line))
     return head, blocks
 
 

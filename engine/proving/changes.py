@@ -36,9 +36,10 @@ _ASPECTS = {
 }
 _MANY = 4  # items; of longer lists only additions and removals are shown
 _PARAMS = (".weight", ".bias")
+_THERE = "tensors there"
 # Parts of a meaning whose values say what is written, accepted and refused.
 VALUED = (
-    "reading", "writing", "tensors there", "tokenizer", "generation_config.json", "chat", "options", "variants",
+    "reading", "writing", _THERE, "tokenizer", "generation_config.json", "chat", "options", "variants",
     "divided evenly", "ignored", "values of ignored", "refused", "keys", "about",
 )  # fmt: skip
 _Key = tuple[str, ...]  # kind, target, sources before and after
@@ -96,7 +97,7 @@ def compare_meanings(
 def value_changes(before: Meaning, after: Meaning) -> tuple[ValueChange, ...]:
     """Values that are written differently: each key once, with the first input that shows it."""
     found = grouped(
-        (name.partition(" ")[::2] if part in ("reading", "writing") else (part, name), (given, old, new))
+        (name.partition(" ")[::2] if part in ("reading", "writing", _THERE) else (part, name), (given, old, new))
         for part in VALUED
         for name, given, old, new in _values(part, before.get(part, {}), after.get(part, {}))
         if not same(old, new)
@@ -113,6 +114,14 @@ def _told_value(value: Any) -> str | None:
 
 def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any, Any]]:
     """(key, input, value before, value after), including all that differ."""
+    sides = [one if isinstance(one, Mapping) else {} for one in (before, after)]
+    if part == _THERE:
+        for given in dict.fromkeys(name for side in sides for name in side):
+            # A mapping that does not ask for a tensor decides without it as with all.
+            usual = "all" if given.startswith("without ") else given
+            for name, old, new in changed(*(side.get(given, side.get(usual, {})) for side in sides)):
+                yield f"choice {name}", f"{_THERE}: {given}", old, new
+        return
     if part not in ("reading", "writing"):
         both = [one if isinstance(one, Mapping) else {"": one} for one in (before, after)]
         for name, old, new in changed(*(dict(leaves(one)) for one in both)):
@@ -120,7 +129,6 @@ def _values(part: str, before: Any, after: Any) -> Iterator[tuple[str, str, Any,
                 old, new = [one for one in old if one not in new], [one for one in new if one not in old]
             yield name, "", old, new
         return
-    sides = [one if isinstance(one, Mapping) else {} for one in (before, after)]
     usual = [side.get("gives", {}) for side in sides]
     rows = [side.get("otherwise", {}) for side in sides]
     # Inputs that only one mapping reads leave the other's usual values.
@@ -271,11 +279,17 @@ def _conditions(held: Sequence[Mapping[str, str]], every: Sequence[Mapping[str, 
     full = {name: {one[name] for one in every} for name in every[0]}
     if prod(map(len, seen.values())) == len(held):
         return [tuple(f"{n}={'|'.join(c)}" for n, c in seen.items() if set(c) != full[n])]
-    # Not a product: fix one variant, and describe the rest for each of its choices.
-    name = next(n for n, choices in seen.items() if len(choices) > 1)
+    # Not a product: fix one variant that matters, and describe the rest for each of its choices.
+    name = next(n for n in seen if not _indifferent(n, held, full[n]))
     result: list[tuple[str, ...]] = []
     for choice in seen[name]:
         below = [one for one in held if one[name] == choice]
         within = [one for one in every if one[name] == choice]
         result += [tuple(dict.fromkeys((f"{name}={choice}", *rest))) for rest in _conditions(below, within)]
     return result
+
+
+def _indifferent(name: str, held: Sequence[Mapping[str, str]], choices: set[str]) -> bool:
+    """Whether the same combinations are held for every choice of a variant."""
+    rest = [[{**one, name: ""} for one in held if one[name] == choice] for choice in choices]
+    return all(one == rest[0] for one in rest)

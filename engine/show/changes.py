@@ -78,5 +78,6 @@ def _sections(one: MappingDiff) -> Iterator[tuple[str, list[Change]]]:
 
 
 def _given(value: ValueChange) -> str:
-    more = f", and {value.others} more" if value.others else ""
-    return (f" with {value.given}" if value.given else "") + more
+    given = value.given or ("usual values" if value.others else "")
+    more = f", and {counted(value.others, 'more input')}" if value.others else ""
+    return (f" with {given}" if given else "") + more

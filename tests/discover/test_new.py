@@ -115,6 +115,7 @@ def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(na
     made = api.new_mapping(FOLDER / name, out=file)
     assert (made.kind, made.parent) == ("release", f"families/{family}.yaml")
     assert undecided(file) == []
+    assert api.format_mapping(made.text) == made.text
     loaded = engine.load_mapping(file)
     assert loaded.expect["hidden"] == 64
     chosen = ASKS if made.state is not None and made.state["code"] == "E202" else {}

@@ -195,6 +195,26 @@ def test_only_the_weight_of_a_weight_and_bias_pair_is_told_as_such(tmp_path: Pat
     assert tensors(diff) == [("removed", "model.layers.{layer}.self_attn.o_proj.bias", ())]
 
 
+def test_a_change_under_one_of_two_conditions_is_told_by_the_variants_that_matter(tmp_path: Path) -> None:
+    line = next(one for one in FAMILY.splitlines(True) if "source: norm.weight" in one)
+    when = line.replace("}\n", ", when: {rotary: halves, mlp_letters: w2_is_up}}\n")
+    assert tensors(compared(tmp_path, (line, when))) == [
+        ("removed", "model.norm.weight", ("rotary=halves", "mlp_letters=w2_is_down")),
+        ("removed", "model.norm.weight", ("rotary=pairs",)),
+    ]
+
+
+def test_a_choice_by_which_tensors_there_are_is_told_once_with_an_example(tmp_path: Path) -> None:
+    bias = "layers.{layer}.attention.%s.bias"
+    told = f"all: present('{bias % 'wqkv'}') and present('{bias % 'wo'}')"
+    diff = compared(tmp_path, (told, told.replace(" and ", " or ")))
+    assert diff is not None
+    (value,) = [one for one in diff.values if one.name == "attention_biases"]
+    assert (value.file, value.given) == ("choice", f"tensors there: without {bias % 'wo'}")
+    assert (value.old, value.new, value.others) == ("refused: E202", "all", 3)
+    assert f"choice attention_biases with {value.given}, and 3 more inputs" in rendered([diff], "text")
+
+
 # -- what the file says
 
 
