@@ -267,6 +267,8 @@ for _key, _value, _codes in (
     ("layer_norm_epsilon", NAN, "E218"),
     ("layer_norm_epsilon", INF, "E218"),
     ("layer_norm_epsilon", 1 << 20_000, "E301"),
+    ("no_bias", True, "E202"),
+    ("no_bias", None, None),
     ("num_chunks", 0, "E218"),
     ("num_chunks", 1 << 40, None),
     ("dtype", "\x1b[2J", None),
