@@ -183,7 +183,12 @@ class OutputFolder:
         if os.path.lexists(self.final):
             old = self.partial if exchange(self.partial, self.final) else self._swap()
             sync_folder(self.final.parent)
-            remove(old)
+            try:
+                remove(old)
+            except OSError as error:
+                told = "the new output is in its place, but what was there before could not be removed"
+                got = error.strerror or str(error)
+                raise EngineError("E403", told, place=Place(str(old)), got=got, fix="Remove it yourself.") from error
         else:
             os.rename(self.partial, self.final)
             sync_folder(self.final.parent)

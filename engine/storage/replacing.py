@@ -185,11 +185,21 @@ def is_empty(path: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a folder with its contents, or a file or link."""
+    """Remove a folder with its contents, or a file or link; the owner of a closed folder opens it first."""
     if is_folder(path):
+        opened(path)
+        for folder, names, _ in os.walk(path):
+            for one in filter(is_folder, (Path(folder, name) for name in names)):
+                opened(one)
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def opened(folder: Path) -> None:
+    """Let the owner of a folder list and change it; another's stays as it is."""
+    with suppress(PermissionError):
+        folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
 
 
 class OutputLock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import zlib
 from collections import namedtuple
 from collections.abc import Callable
@@ -26,7 +27,7 @@ def folder_of(out: Path, **how: Any) -> OutputFolder:
 
 
 def filled(folder: Path, content: str) -> Path:
-    folder.mkdir()
+    folder.mkdir(parents=True)
     (folder / "file").write_text(content, encoding="utf-8")
     return folder
 
@@ -200,7 +201,35 @@ def test_a_closed_old_output_gives_a_folder_that_its_owner_can_write(tmp_path: P
     with folder as store:
         assert folder.partial.stat().st_mode & 0o777 == 0o750
         store.put("file", b"new")
+    assert (out / "file").read_bytes() == b"new" and [*tmp_path.iterdir()] == [out]
+
+
+def test_closed_folders_are_removed_with_what_they_hold_and_what_links_lead_to_stays_closed(tmp_path: Path) -> None:
+    other = filled(tmp_path / "other", "another's")
+    inside = filled(tmp_path / "hf" / "inside", "old")
+    (inside / "link").symlink_to(other)
+    for folder in (inside, inside.parent, other):
+        folder.chmod(0o500)
+    replacing.remove(tmp_path / "hf")
+    assert [*tmp_path.iterdir()] == [other] and other.stat().st_mode & 0o777 == 0o500
+
+
+def test_an_old_output_that_cannot_be_removed_is_told_beside_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(path: Path) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    out = filled(tmp_path / "hf", "old")
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    told, folder = (
+        "E403 the new output is in its place, but what",
+        folder_of(out, overwrite=True, foreign=lambda _: None),
+    )
+    with pytest.raises(EngineError, match=told) as caught, folder as store:
+        store.put("file", b"new")
     assert (out / "file").read_bytes() == b"new"
+    assert caught.value.place is not None and (Path(caught.value.place.file) / "file").read_bytes() == b"old"
 
 
 def test_a_file_with_a_second_name_is_not_written_to(tmp_path: Path) -> None:
