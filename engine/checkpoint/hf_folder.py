@@ -87,7 +87,7 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
         place=Place(where.place()),
         got=first_of(list_folder(where), 6) or "an empty folder",  # refused if it cannot be listed
         expected=", ".join(f"{name} or {name}.index.json" for name in WEIGHTS),
-        fix="Give the folder that `from_pretrained` would take, or one weights file.",
+        fix="Give the folder that `from_pretrained` would take, or a weights file; `engine inspect` says what it is.",
     )
 
 

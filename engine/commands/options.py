@@ -119,7 +119,7 @@ def reports_errors(command: Callable[Concatenate[bool, P], None]) -> Callable[..
                 if "resume" in kwargs and any(one.code in RESUMABLE for one in errors):
                     given: dict[str, Any] = dict(kwargs)
                     left = engine.api.kept(given.get("out"), given.get("src"))
-                    say(f"once that is fixed: {render('kept.txt', out=quoted(left[0]), partial=left[1])}", err=True)
+                    say(render("kept.txt", out=quoted(left[0]), partial=left[1]), err=True)
             ctx.exit(2 if all(one.code == "E001" for one in errors) else 1)
 
     return wrapped
@@ -215,7 +215,8 @@ def of_job(ctx: click.Context, job: str, options: Mapping[str, Any]) -> dict[str
     takes = JOBS[job].takes.__annotations__
     for name, flag in given(ctx).items():
         if name in options and name not in takes:
-            raise click.UsageError(f"{flag} is no option of {job}", ctx)
+            has = " or ".join(f"--for {other}" for other, one in JOBS.items() if name in one.takes.__annotations__)
+            raise click.UsageError(f"{flag} is no option of {job}" + (f"; it needs {has}" if has else ""), ctx)
     return {name: value for name, value in options.items() if name in takes}
 
 

@@ -11,10 +11,10 @@ from engine.language.search import bundled
 
 def is_code(text: str) -> bool:
     """
-    >>> is_code("E203"), is_code("L001"), is_code("E203.weight")
+    >>> is_code("E203"), is_code("l001"), is_code("E203.weight")
     (True, True, False)
     """
-    return re.fullmatch(r"[EL]\d{3}", text) is not None
+    return re.fullmatch(r"[EL]\d{3}", text, re.I) is not None
 
 
 def list_codes() -> dict[str, str]:

@@ -64,7 +64,7 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise EngineError(
             "E303", "the file is not an object", place=Place(name), got=type(value).__name__,
-            fix="Is it the right file?",
+            expected="keys and values, { … }", fix="Is it the right file?",
         )  # fmt: skip
     return value
 

@@ -176,7 +176,8 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
         key: share_units(group, stated, even, start, whole=group.instance.stage_class in whole)
         for key, group in groups.items()
     }
-    counted = f"{stages.layers} layers counted over {len(stages.counts)} pipeline stages"
+    several = len(stages.counts) > 1
+    counted = f"{stages.layers} layers counted" + (f" over {len(stages.counts)} pipeline stages" if several else "")
     known = facts.get("layer")
     dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)
     for axis in dropped if checkpoint.end == "whole" else ():
@@ -186,8 +187,9 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
     sizes = solve(list(groups.values()), facts, checkpoint.grid.files)
     if known is not None and stages.layers and known.value != stages.layers:
         per = ", ".join(f"{stages.name(stage)}: {n}" for stage, n in sorted(stages.counts.items()))
-        got, expected = f"{counted} ({per})", f"{known.value} from {known.why}"
-        unlike = Contradiction("layer", got, expected, known.place, "Layers are counted in names", "a stage")
+        got, expected = f"{counted} ({per})" if several else counted, f"{known.value} from {known.why}"
+        odd, how = "a stage" if several else "", "Layers are counted in names"
+        unlike = Contradiction("layer", got, expected, known.place, how, odd)
         sizes.contradictions.insert(0, unlike)
     for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
         seen = [fixed for g in groups.values() if (fixed := g.fixed.get(axis)) is not None]
@@ -195,7 +197,9 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
         fact = sizes.facts.setdefault(axis, Fact(axis, count, why)) if seen else None
         if fact is not None and fact.value < count:
             got, expected = f"{count} from {why}", f"{fact.value} from {fact.why}"
-            sizes.contradictions.append(Contradiction(axis, got, expected, fact.place, axis, "a file"))
+            sizes.contradictions.append(
+                Contradiction(axis, got, expected, fact.place, f"`{axis}` is counted in names", "a file")
+            )
     return Attempt(decisions, active, groups, sizes, unread)
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from engine.checkpoint.ranks import RankFile
+from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError, Place, shape_text
 from engine.language.axes import Axes, Axis, Node, Product, leaves
 from engine.planning.groups import Group
@@ -263,8 +263,10 @@ def _because(node: Node, state: Sizes) -> str:
     return f" ({'; '.join(f'{f.axis} = {f.value} from {f.why}' for f in facts)})" if facts else ""
 
 
-def size_error(found: Contradiction) -> EngineError:
-    """E203 with the text for users."""
+def size_error(found: Contradiction, grid: RankGrid) -> EngineError:
+    """E203 with the text for users: what may be wrong depends on which files and ranks there are."""
+    agree = "All ranks agree. " if grid.sizes and not found.file else ""
+    another = f", or {found.file} is from another run (compare its date and training step with the others)"
     axis = "the shape" if found.axis == "shape" else f"axis `{found.axis}`"
     return EngineError(
         "E203",
@@ -272,12 +274,9 @@ def size_error(found: Contradiction) -> EngineError:
         place=found.place,
         got=found.got,
         expected=found.expected,
-        fix=f"{found.rule}. Either the mapping or the configuration is not the one for this checkpoint, or "
-        f"{found.file} is from another run (compare its date and training step with the others), or rank files are "
-        "missing at the end."
-        if found.file
-        else f"{found.rule}. All its ranks agree: either the mapping is not the one for this checkpoint, or the "
-        "configuration is of another model, or the last rank files are missing.",
+        fix=f"{found.rule}. {agree}Either the mapping or the configuration is not the one for this checkpoint"
+        + (another if found.file and len(grid.files) > 1 else "")
+        + (", or rank files are missing at the end." if grid.sizes else "."),
     )
 
 

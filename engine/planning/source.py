@@ -162,7 +162,7 @@ def read_source(
         check_invertible(used, lossy)
     if attempt.sizes.contradictions:
         check_repeated(attempt, checkpoint)
-        raise size_error(attempt.sizes.contradictions[0])
+        raise size_error(attempt.sizes.contradictions[0], checkpoint.grid)
     used = used_rules(attempt, active, checkpoint)
     pieces, sizes = match_pieces(used), attempt.sizes.values()
     check_known(at_end(used, end), sizes, attempt.unread)

@@ -81,7 +81,7 @@ class OutputFolder:
             raise exists(self._out, "Name a folder in it.", "a mount point, which cannot be replaced")
         if is_empty(self.final):
             return
-        found = None if is_folder(self.final) else "no folder"
+        found = None if is_folder(self.final) else "a file or a link, not a folder"
         if found is None and not self._overwrite:
             raise exists(self._out, "Choose another --out, or replace an output of the engine by --overwrite.")
         found = found or self._foreign(LocalStore(self.final))

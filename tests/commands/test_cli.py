@@ -298,7 +298,7 @@ def test_an_output_that_overwriting_would_not_replace_is_told_as_such_at_once(ch
     (tmp_path / "real").mkdir()
     (tmp_path / "out").symlink_to("real")
     done = invoke("run", "-m", MAPPING, "-s", str(checkpoint), "-o", str(tmp_path / "out"))
-    assert done.exit_code == 1 and "no folder" in done.stderr and "--overwrite" not in done.stderr
+    assert done.exit_code == 1 and "a link, not a folder" in done.stderr and "--overwrite" not in done.stderr
 
 
 def test_an_error_goes_to_stderr_with_its_code_and_fix(tmp_path: Path) -> None:

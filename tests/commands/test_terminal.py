@@ -36,6 +36,11 @@ def test_an_interrupted_run_names_what_is_kept_and_what_to_do(tmp_path: Path, mo
     assert f"remove    engine clean '{out}'" in done.stderr
 
 
+def test_a_run_that_fails_before_it_writes_says_so(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["run", "--plan", str(tmp_path / "none.json"), "-o", str(tmp_path / "out")])
+    assert done.exit_code == 1 and done.stderr.splitlines()[-1] == "nothing was written"
+
+
 def test_an_interruption_of_a_command_that_writes_nothing_speaks_of_no_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "prove", interrupted)
     done = CliRunner().invoke(cli, ["prove", "internlm"])

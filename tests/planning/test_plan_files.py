@@ -274,7 +274,7 @@ def test_what_goes_beside_a_model_has_no_use_where_rank_files_are_written(
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        (("--tp", "2"), "--tp is no option of run"),
+        (("--tp", "2"), "--tp is no option of run; it needs --for reverse or --for reshard"),
         (("--for", "reverse", "--strict"), "--strict is no option of reverse"),
         (("--for", "reverse"), "--mapping"),
     ],

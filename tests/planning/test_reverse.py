@@ -192,6 +192,10 @@ def test_the_ratio_gives_the_width_again_whatever_it_is(ffn: int, tmp_path: Path
     assert -(-int(12 * written["mlp_ratio"]) // multiple) * multiple == ffn
 
 
+# In one file without ranks no other file is of another run, and no rank is missing.
+NO_RANKS = "Either the mapping or the configuration is not the one for this checkpoint."
+
+
 def refuse(
     code: str, *words: str, model: Model, tmp_path: Path, config: dict[str, Any] | None = None, **asked: Any
 ) -> None:
@@ -286,11 +290,13 @@ def test_weight_ranks_in_a_mode_without_them_are_refused(tmp_path: Path) -> None
 
 
 def test_a_configuration_of_another_model_is_refused(tmp_path: Path) -> None:
-    refuse("E203", "layer", model=V2, tmp_path=tmp_path, config={"num_hidden_layers": 5})
+    got = "layers counted\n    expected  5"
+    refuse("E203", "layer", got, NO_RANKS, model=V2, tmp_path=tmp_path, config={"num_hidden_layers": 5})
 
 
 def test_a_configuration_with_other_heads_is_refused(tmp_path: Path) -> None:
-    refuse("E203", "hidden", model=V2, tmp_path=tmp_path, config={"hidden_size": 32, "num_attention_heads": 8})
+    heads = {"hidden_size": 32, "num_attention_heads": 8}
+    refuse("E203", "hidden", NO_RANKS, model=V2, tmp_path=tmp_path, config=heads)
 
 
 def test_a_tensor_that_no_rule_writes_is_refused(tmp_path: Path) -> None:
