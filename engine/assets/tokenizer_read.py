@@ -166,17 +166,17 @@ def refuse_kind(found: str | None, place: str) -> None:
 def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: str) -> list[str]:
     """The pieces' names by id, after `rename`."""
     check = "Check names under `tokenizer.rename`."
+    other = f"{OWN} If it is, correct the id under `tokenizer.rename` in the mapping."
     names = list(pieces.texts)
     for key, name in (spec.get("rename") or {}).items():
         index = int(key)
         if not 0 <= index < len(names):
             told = f"id {index} is to be named `{name}` but the tokenizer ends before it"
-            fix = "Give this model's tokenizer, or drop the id from `tokenizer.rename`."
-            raise wrong(told, place, f"{len(names)} pieces", f"more than {index}", fix)
+            raise wrong(told, place, f"{len(names)} pieces", f"more than {index}", other)
         if pieces.types[index] not in (USER_DEFINED, CONTROL):
             told = f"id {index} is to be named `{name}` but is not a reserved piece"
             got = f"`{pieces.texts[index]}`, which ordinary text uses"
-            raise wrong(told, place, got, "a reserved piece", "Check the ids under `tokenizer.rename`.")
+            raise wrong(told, place, got, "a reserved piece", other)
         if not name:
             raise wrong(f"id {index} is to have no name", place, "an empty text", "the token's name", check)
         if name in names and names.index(name) != index:

@@ -186,15 +186,8 @@ def _first_holding(variant: Variant, names: Mapping[str, Any]) -> Decision:
                 return Decision(variant.name, choice, "expression", told, expression=expression.text)
         except EngineError:
             continue
-    raise EngineError(
-        "E202",
-        f"variant `{variant.name}` cannot be decided: nothing says which to write",
-        place=variant.place,
-        expected="one of " + ", ".join(variant.choices),
-        fix=f"{variant.help[:1].upper()}{variant.help[1:]}. Say which: "
-        + " or ".join(f"--set {variant.name}={choice}" for choice in variant.choices)
-        + ".",
-    )
+    which = " or ".join(f"--set {variant.name}={choice}" for choice in variant.choices)
+    raise _undecided(variant, "nothing says which to write", f"Say which: {which}.")
 
 
 def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> Decision:
@@ -211,18 +204,25 @@ def _by_expression(variant: Variant, names: Mapping[str, Any], called: str) -> D
             )
     # if the help says what to answer, the mapping's expressions do not help
     named = () if variant.answers else zip(variant.choices, tried, strict=True)
-    asked = f"{variant.help[:1].upper()}{variant.help[1:]}."
     otherwise = (
         "None of its choices describes this checkpoint: what they read is missing, or the mapping is not the one for "
         "it, and `engine inspect` shows which fit."
     )
-    raise EngineError(
+    got = Lines.of([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)])
+    raise _undecided(variant, "no choice holds", otherwise, got)
+
+
+def _undecided(variant: Variant, why: str, otherwise: str, got: Lines | None = None) -> EngineError:
+    """E202 that asks with the variant's help; it says `otherwise` what to do unless the help has the answers."""
+    told = variant.help  # a key at its beginning stays as it is
+    told = f"{told[:1].upper() + told[1:] if told.split(' ', 1)[0].isalpha() else told}."
+    return EngineError(
         "E202",
-        f"variant `{variant.name}` cannot be decided: no choice holds",
+        f"variant `{variant.name}` cannot be decided: {why}",
         place=variant.place,
-        got=Lines.of([because(tried, names, called), *(f"not {c}: {e.text}" for c, e in named)]),
+        got=got,
         expected="one of " + ", ".join(variant.choices) if len(variant.choices) > 1 else None,
-        fix=asked if variant.answers else f"{asked} {otherwise}",
+        fix=told if variant.answers else f"{told} {otherwise}",
         answers=variant.answers,
     )
 

@@ -464,8 +464,9 @@ def test_a_factor_of_scaled_angles_that_megatron_does_not_pass_to_its_model_is_a
     for path, part in ((config, "rope_parameters"), (config, "rope_scaling")):
         path[part]["factor"] = 32.0
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(EngineError, match="rope_factor"):
+    with pytest.raises(EngineError, match=r"  rope_scaling_factor is not 8.*--set rope_factor=8") as caught:
         engine.reverse("megatron-llama", tmp_path / "out", tmp_path / "again", tp=1, pp=1)
+    assert "scaling=told" not in str(caught.value) and caught.value.answers  # which decides nothing here
     told = {"rope_factor": 32}
     engine.reverse("megatron-llama", tmp_path / "out", tmp_path / "again", tp=1, pp=1, settings=told)
 
