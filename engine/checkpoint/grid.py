@@ -38,6 +38,26 @@ def read_grid(
         hit = next((n for n in sorted(names) if any(one.match(n) is not None for one in listed)), None)
         if hit is not None and (refused.when is None or evaluate(refused.when, config())):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
+    mode = _mode_of(names, layout, folder, config)
+    known = {
+        name: RankFile(name, file, ranks)
+        for name in names
+        for file in reversed(mode.files)  # the first pattern counts
+        if (ranks := pattern(file.name).match(name)) is not None
+    }
+    files, rest = list(known.values()), [name for name in names if name not in known]
+    skipped = tuple(n for n in rest if _known(n, layout))
+    unknown = tuple(n for n in rest if n not in skipped)
+    main = [f for f in files if f.pattern is mode.files[0]]
+    sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
+    grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
+    if not mode.files[0].boxes:  # else the boxes show what is missing
+        _complete(grid, layout, folder)
+    return grid
+
+
+def _mode_of(names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]]) -> Mode:
+    """The one mode whose files are in the folder; E304 for none and for several."""
     found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
     own = layout.config_from_target or layout.config_of_target or any(one.file in names for one in layout.configs)
     found = [(mode, name) for mode, name in found if own or not mode.files[0].boxes]  # common file names
@@ -45,20 +65,7 @@ def read_grid(
     if not modes and layout.config_file not in names:  # other programs' folders may hold such files
         modes = [mode for mode, _ in found]
     if not modes:
-        beside = "" if own else f" beside {layout.config_file}"
-        wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
-        whole = is_whole(names)
-        told = f"no weights files of layout `{layout.name}` in this folder"
-        fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
-        fix += "Give the folder of one step, which holds the files under the names that training gave them; "
-        fix += "`engine inspect DIR` says what DIR is."
-        kept = [one.file for one in layout.configs if one.file in names]
-        if kept and not whole and not layout.config_of_target:  # any model may have the target's
-            told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
-            fix = "Take the step before, or copy the folder again from the training run. "
-            fix += "`engine inspect DIR` says what lies in it, such as a finished model."
-        expected = f"files named {wanted}"
-        raise EngineError("E304", told, place=Place(folder), got=_sample(names), expected=expected, fix=fix)
+        raise _no_weights(names, layout, folder, beside="" if own else f" beside {layout.config_file}")
     held = {name: mode for mode, name in found if mode in modes}
     if len(held) == 1 and any(mode.when is not None for mode in modes):  # it selects between modes
         facts = config()
@@ -81,22 +88,28 @@ def read_grid(
             expected="one mode",
             fix="Keep the files of one checkpoint only.",
         )
-    mode = modes[0]
-    known = {
-        name: RankFile(name, file, ranks)
-        for name in names
-        for file in reversed(mode.files)  # the first pattern counts
-        if (ranks := pattern(file.name).match(name)) is not None
-    }
-    files, rest = list(known.values()), [name for name in names if name not in known]
-    skipped = tuple(n for n in rest if _known(n, layout))
-    unknown = tuple(n for n in rest if n not in skipped)
-    main = [f for f in files if f.pattern is mode.files[0]]
-    sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
-    grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
-    if not mode.files[0].boxes:  # else the boxes show what is missing
-        _complete(grid, layout, folder)
-    return grid
+    return modes[0]
+
+
+def _no_weights(names: Sequence[str], layout: Layout, folder: str, beside: str) -> EngineError:
+    """E304 for a folder without weights files of the layout, with what it looks like.
+
+    Args:
+        beside: what common file names must lie beside, to be the layout's.
+    """
+    wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
+    whole = is_whole(names)
+    told = f"no weights files of layout `{layout.name}` in this folder"
+    fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
+    fix += "Give the folder of one step, which holds the files under the names that training gave them; "
+    fix += "`engine inspect DIR` says what DIR is."
+    kept = [one.file for one in layout.configs if one.file in names]
+    if kept and not whole and not layout.config_of_target:  # any model may have the target's
+        told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
+        fix = "Take the step before, or copy the folder again from the training run. "
+        fix += "`engine inspect DIR` says what lies in it, such as a finished model."
+    expected = f"files named {wanted}"
+    return EngineError("E304", told, place=Place(folder), got=_sample(names), expected=expected, fix=fix)
 
 
 def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:

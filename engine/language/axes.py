@@ -8,7 +8,7 @@ dimensions that a weight shares with its bias from those that only the weight ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -127,6 +127,9 @@ _MAX_DEPTH = 16
 _MAX_PIECES = 64
 
 
+Failing = Callable[[str, int], EngineError]  # what is wrong, and at which character
+
+
 @lru_cache(maxsize=4096)
 def parse_axes(text: str, place: Place | None = None) -> Axes:
     """Parse axes; E103 says what is wrong and where in the text.
@@ -148,6 +151,12 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
             "concatenate with + inside a group, end the bias with |.",
         )
 
+    axes = _read_axes(text, fail)
+    _check_pieces(axes, text, fail)
+    return axes
+
+
+def _read_axes(text: str, fail: Failing) -> Axes:
     if len(text) > _MAX_LENGTH:
         raise fail(f"longer than {_MAX_LENGTH} characters", 0)
     tokens: list[tuple[str, int]] = []
@@ -194,9 +203,13 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
     dims = read(0, 0)
     if not dims:
         raise fail("there are no axes", 0)
-    axes = Axes(tuple(dims), bar)
+    return Axes(tuple(dims), bar)
+
+
+def _check_pieces(axes: Axes, text: str, fail: Failing) -> None:
+    """Few pieces, each with every axis once, and no two with the same axes."""
     count = 1
-    for dim in dims:
+    for dim in axes.dims:
         count *= len(_alternatives(dim))
         if count > _MAX_PIECES:
             raise fail(f"more than {_MAX_PIECES} pieces", 0)
@@ -208,4 +221,3 @@ def parse_axes(text: str, place: Place | None = None) -> Axes:
         if frozenset(piece) in seen:
             raise fail(f"two pieces have the same axes: {{{', '.join(piece)}}}", 0)
         seen.add(frozenset(piece))
-    return axes

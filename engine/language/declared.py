@@ -9,7 +9,7 @@ from typing import Any
 from engine.errors import EngineError, Errors, Place
 from engine.language.documents import Document, values_in
 from engine.language.expressions import compile_expression
-from engine.language.model import Expression, FilePattern, Layout, MappingFile, Variant
+from engine.language.model import Expression, FilePattern, Layout, MappingFile, Mode, Variant
 from engine.language.names import pattern
 
 # Names in a layout's expressions, besides ranks (`pp`), their numbers (`pps`) and the layout's own variants.
@@ -129,35 +129,8 @@ def check_layout(layout: Layout, document: Document) -> None:
     every: dict[str, None] = {}
     for mode in layout.modes:
         for index, file in enumerate(mode.files):
-            _check_number(file, document.value_place("modes", mode.name, "files", index, "name"), first=index == 0)
-            if file.boxes == bool(file.cuts):
-                raise EngineError(
-                    "E102",
-                    f"`{file.name}` must say how its tensors are cut, in one way",
-                    place=file.place,
-                    got="`cuts` and `boxes`" if file.boxes else "neither `cuts` nor `boxes`",
-                    expected="`cuts` over ranks, or `boxes: recorded`",
-                    fix="Use `boxes: recorded` if each tensor records which box it is: then ranks do not matter.",
-                )
-            if file.boxes and not file.mesh and mode.only_read is None:
-                raise EngineError(
-                    "E102",
-                    f"mode `{mode.name}` cannot be written, as its tensors record boxes",
-                    place=file.place,
-                    expected="`mesh`, or `only_read` with the reason",
-                    fix="Say `mesh: {dp: rows}`, or `only_read: its tensors record which boxes they are`.",
-                )
-            known = pattern(file.name).placeholders
-            every.update(dict.fromkeys(known))
-            base = ("modes", mode.name, "files", index)
-            named: list[tuple[str, ...]] = [
-                ("ranks", dim) for dim in (file.ranks.dims if file.ranks is not None else ())
-            ]
-            named += [("cuts", stage, dim) for stage, cuts in file.cuts.items() for dim in cuts]
-            for *above, dim in named:
-                if dim not in known:
-                    place = document.place(*base, *above, dim)
-                    raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
+            _check_file(mode, index, document)
+            every.update(dict.fromkeys(pattern(file.name).placeholders))
         for index, small in enumerate(mode.beside):
             place = document.value_place("modes", mode.name, "beside", index, "file")
             _check_filled(small.file, pattern(mode.files[0].name).placeholders, f"`{mode.files[0].name}`", place)
@@ -170,6 +143,36 @@ def check_layout(layout: Layout, document: Document) -> None:
     layers = [layout.layers.stage, layout.layers.divides]
     for expression in expressions_of([[p.when for p in layout.prefixes], layers, numbers, cut, layout.training_write]):
         _check_names(expression, seen)
+
+
+def _check_file(mode: Mode, index: int, document: Document) -> None:
+    """Check that one file pattern of a mode says how its tensors are cut, over rank dimensions of its name."""
+    file = mode.files[index]
+    _check_number(file, document.value_place("modes", mode.name, "files", index, "name"), first=index == 0)
+    if file.boxes == bool(file.cuts):
+        raise EngineError(
+            "E102",
+            f"`{file.name}` must say how its tensors are cut, in one way",
+            place=file.place,
+            got="`cuts` and `boxes`" if file.boxes else "neither `cuts` nor `boxes`",
+            expected="`cuts` over ranks, or `boxes: recorded`",
+            fix="Use `boxes: recorded` if each tensor records which box it is: then ranks do not matter.",
+        )
+    if file.boxes and not file.mesh and mode.only_read is None:
+        raise EngineError(
+            "E102",
+            f"mode `{mode.name}` cannot be written, as its tensors record boxes",
+            place=file.place,
+            expected="`mesh`, or `only_read` with the reason",
+            fix="Say `mesh: {dp: rows}`, or `only_read: its tensors record which boxes they are`.",
+        )
+    known = pattern(file.name).placeholders
+    named: list[tuple[str, ...]] = [("ranks", dim) for dim in (file.ranks.dims if file.ranks is not None else ())]
+    named += [("cuts", stage, dim) for stage, cuts in file.cuts.items() for dim in cuts]
+    for *above, dim in named:
+        if dim not in known:
+            place = document.place("modes", mode.name, "files", index, *above, dim)
+            raise undeclared(f"`{file.name}` has no rank dimension `{dim}`", dim, known, place)
 
 
 def _check_filled(name: str, known: Sequence[str], whose: str, place: Place) -> None:

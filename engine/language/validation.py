@@ -141,20 +141,11 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
             _extra(key, known, where, document.place(*path, key), like=number < _LIKE)
             for number, key in enumerate(extra)
         ]
-    elif error.validator == "required":
-        missing = _missing(error)
-        message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
-        got = ", ".join(map(str, error.instance)) or "nothing"
-        fix = _description(_schema(kind), path, missing)
-        if kind == "mapping" and len(path) == 2 and path[0] in _NAMED and isinstance(path[1], str):
-            one = _NAMED[path[0]]
-            others = [name for name in document.data[path[0]] if name != path[1]]
-            near = get_close_matches(path[1], others, 3, 0.5)
-            message = f"{one} `{path[1]}` is new in this file, and has no `{missing}`"
-            expected = f"`{missing}`, or the name of an inherited {one}"
-            expected += f": {', '.join(near)}" if near else ""
-            fix = f"Did you mean {one} `{near[0]}`?" if near else fix
-    elif error.validator == "type":
+    if error.validator == "required":
+        return [_lacking(error, document, kind, path, where)]
+    if error.validator == "oneOf":
+        return [_not_one(error, where, place)]
+    if error.validator == "type":
         types = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
         named = [_TYPES[t] for t in types if t != "integer" or "number" not in types]
         expected = named[0] if len(named) == 1 else f"{', '.join(named[:-1])} or {named[-1]}"
@@ -175,17 +166,38 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
         allowed = [str(v) for v in error.validator_value]
         message, expected = f"{where} has an unknown value", ", ".join(allowed)
         fix = meant(str(error.instance), allowed, described)
-    elif error.validator == "oneOf":
-        keys = [k for branch in error.validator_value for k in branch.get("required", [])]
-        if not any(key in error.instance for key in keys):
-            keys_missing = f"the key {' or '.join(f'`{key}`' for key in keys)} is missing in {where}"
-            return [EngineError("E102", keys_missing, place=place, got=", ".join(map(str, error.instance)) or "nothing",
-                                expected=f"one of {', '.join(keys)}", fix="Add one of them.")]  # fmt: skip
-        message, expected = f"{where} says more than one of {', '.join(keys)}", f"one of {', '.join(keys)}"
-        got, fix = ", ".join(k for k in keys if k in error.instance), "Keep one of them."
     else:
         message = f"{where} does not fit: {error.message[:160]}"
     return [EngineError("E102", message, place=place, got=got, expected=expected, fix=fix)]
+
+
+def _lacking(error: Any, document: Document, kind: str, path: list[str | int], where: str) -> EngineError:
+    """A key that is missing; in an entry that might be meant to change an inherited one, similar names too."""
+    missing = _missing(error)
+    message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
+    fix = _description(_schema(kind), path, missing)
+    if kind == "mapping" and len(path) == 2 and path[0] in _NAMED and isinstance(path[1], str):
+        one = _NAMED[path[0]]
+        others = [name for name in document.data[path[0]] if name != path[1]]
+        near = get_close_matches(path[1], others, 3, 0.5)
+        message = f"{one} `{path[1]}` is new in this file, and has no `{missing}`"
+        expected = f"`{missing}`, or the name of an inherited {one}"
+        expected += f": {', '.join(near)}" if near else ""
+        fix = f"Did you mean {one} `{near[0]}`?" if near else fix
+    got = ", ".join(map(str, error.instance)) or "nothing"
+    return EngineError("E102", message, place=document.place(*path), got=got, expected=expected, fix=fix)
+
+
+def _not_one(error: Any, where: str, place: Place) -> EngineError:
+    """None, or several, of keys of which there must be one."""
+    keys = [k for branch in error.validator_value for k in branch.get("required", [])]
+    given, expected = [k for k in keys if k in error.instance], f"one of {', '.join(keys)}"
+    if given:
+        message, got, fix = f"{where} says more than one of {', '.join(keys)}", ", ".join(given), "Keep one of them."
+    else:
+        message = f"the key {' or '.join(f'`{key}`' for key in keys)} is missing in {where}"
+        got, fix = ", ".join(map(str, error.instance)) or "nothing", "Add one of them."
+    return EngineError("E102", message, place=place, got=got, expected=expected, fix=fix)
 
 
 def _extra(key: Any, known: list[str], where: str, place: Place, *, like: bool) -> EngineError:

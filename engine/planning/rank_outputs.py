@@ -14,7 +14,7 @@ from engine.formats.dcp import DIRECTORY
 from engine.formats.pickling import WRITABLE, Global, Made, with_dtypes
 from engine.language.axes import extent
 from engine.language.expressions import evaluate, render_tree
-from engine.language.model import ConfigFile, Layout, Mode
+from engine.language.model import ConfigFile, Layout, MappingFile, Mode, Variant
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
@@ -51,16 +51,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     outputs, copies = fill(
         wanted, invented.groups, keys_at("training", source.used, source.pieces), source, asked.dtype
     )
-    for one, output in zip(wanted, outputs, strict=True):
-        if output.dtype not in WRITABLE:
-            raise EngineError(
-                "E209",
-                f"rank files cannot hold `{output.name}`",
-                place=one.group.instance.rule.place,
-                got=output.dtype,
-                expected=", ".join(sorted(WRITABLE)),
-                fix="Give --dtype bfloat16.",
-            )
+    _check_dtypes(wanted, outputs)
     names = {**source.names, **destination.names, "dtype": f"torch.{main_dtype(outputs)}"}
     names["options"] = {**destination.names["options"], **source.options}
     known = declared(mapping, layout, "source")
@@ -69,16 +60,7 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     config = configuration(source, "training", mapping.training_config, names, known, grid)
     if layout.config_of_target:  # it is written as it was read
         config = dict(source.checkpoint.config)
-    when = destination.mode.when
-    if when is not None and not evaluate(when, config):
-        raise EngineError(
-            "E214",
-            f"mode `{destination.mode.name}` is not that of these ranks",
-            place=when.place,
-            got=", ".join(f"{dim} {count}" for dim, count in destination.sizes.items()),
-            expected=when.text,
-            fix="Leave --mode out: the ranks say which it is.",
-        )
+    _check_mode(destination, config)
     place = _inside(layout, destination.mode)
     around = None if place is None else around_of(place, config)  # each weights file holds the configuration
     spans = pairwise(accumulate(map(len, invented.held), initial=0))
@@ -102,6 +84,34 @@ def rank_outputs(source: Source, asked: Request, like: Like) -> Written:
     else:
         _check_kept(source, destination)
     return written
+
+
+def _check_dtypes(wanted: Sequence[Wanted], outputs: Sequence[Output]) -> None:
+    """E209 for the first tensor of a type that rank files cannot hold."""
+    for one, output in zip(wanted, outputs, strict=True):
+        if output.dtype not in WRITABLE:
+            raise EngineError(
+                "E209",
+                f"rank files cannot hold `{output.name}`",
+                place=one.group.instance.rule.place,
+                got=output.dtype,
+                expected=", ".join(sorted(WRITABLE)),
+                fix="Give --dtype bfloat16.",
+            )
+
+
+def _check_mode(destination: Destination, config: Mapping[str, Any]) -> None:
+    """E214 if the configuration that is written says that files of these names are another mode's."""
+    when = destination.mode.when
+    if when is not None and not evaluate(when, config):
+        raise EngineError(
+            "E214",
+            f"mode `{destination.mode.name}` is not that of these ranks",
+            place=when.place,
+            got=", ".join(f"{dim} {count}" for dim, count in destination.sizes.items()),
+            expected=when.text,
+            fix="Leave --mode out: the ranks say which it is.",
+        )
 
 
 def _unlike_rows(invented: RankGroups, sizes: Mapping[str, int]) -> tuple[str, ...]:
@@ -210,38 +220,13 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
     mapping, sizes = source.mapping, source.side.sizes
     config = source.read.config if source.layout.config_of_target else written.config
     choices = {name: decision.choice for name, decision in source.decisions.items()}
-    prefixes = sorted({destination.prefix(chunk) for chunk in range(destination.stages.chunks)}, key=len, reverse=True)
-    names: set[str] = set()
-    for output in written.outputs:
-        prefix = next(p for p in prefixes if output.name.startswith(p))
-        names.add(output.name[len(prefix) :])
-    scope = {**config, "options": source.options, "training": {}, "present": present_in(names)}
+    scope = {**config, "options": source.options, "training": {}, "present": present_in(_names(written, destination))}
     scope |= {"given": source.read.config, "mode": destination.mode.name}
     asked = {n: mapping.variants[n] for n, one in source.decisions.items() if one.evidence != UNASKED}
     # variants of one choice may be open, but are never read as another one: what is lost is told before
     alone = {name: variant for name, variant in asked.items() if len(variant.choices) == 1}
-    for name, decision in decide({n: v for n, v in asked.items() if n not in alone}, {}, scope).items():
-        if decision.choice != choices[name]:
-            variant = mapping.variants[name]
-            raise EngineError(
-                "E216",
-                f"variant `{name}` would be read as {decision.choice}",
-                place=variant.place,
-                got=f"{decision.choice}: {decision.evidence}",
-                expected=choices[name],
-                fix="Let `training_config` write what the variant's expressions read.",
-            )
-    facts, _ = claims(mapping, {**scope, **choices}, "the written configuration")
-    for axis, fact in facts.items():
-        if sizes.get(axis, fact.value) != fact.value:
-            raise EngineError(
-                "E216",
-                f"axis `{axis}` would be read as {fact.value}",
-                place=fact.place,
-                got=f"{fact.value} from {fact.why}",
-                expected=f"{sizes[axis]}, as in the tensors",
-                fix="Let `training_config` write values from which `dims` compute the sizes again.",
-            )
+    _check_choices({n: v for n, v in asked.items() if n not in alone}, scope, choices)
+    _check_sizes(mapping, {**scope, **choices}, sizes)
     if source.layout.config_of_target:
         decide(alone, {}, scope)
         with_parts(source.read.config, mapping, source.layout)  # their own spellings must agree too
@@ -254,7 +239,7 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
     check_returns(source.read, forth, mapping, source.options)
     decide(alone, {}, scope)
     try:
-        read_config(written.config, source_side(mapping, source.layout), expressed=source.checkpoint.end == "whole")
+        read_config(written.config, source_side(mapping, source.layout), expressed=True)
     except EngineError as error:
         raise EngineError(
             "E216",
@@ -264,3 +249,42 @@ def _check_again(source: Source, written: Written, destination: Destination) -> 
             expected=error.expected,
             fix="Use a mapping that can express it, or let `training_config` not write it.",
         ) from error
+
+
+def _names(written: Written, destination: Destination) -> set[str]:
+    """The names of the written tensors, without prefixes."""
+    prefixes = sorted({destination.prefix(chunk) for chunk in range(destination.stages.chunks)}, key=len, reverse=True)
+    names: set[str] = set()
+    for output in written.outputs:
+        prefix = next(p for p in prefixes if output.name.startswith(p))
+        names.add(output.name[len(prefix) :])
+    return names
+
+
+def _check_choices(variants: Mapping[str, Variant], scope: Mapping[str, Any], choices: Mapping[str, str]) -> None:
+    """E216 for the first variant that would be read as another choice."""
+    for name, decision in decide(variants, {}, scope).items():
+        if decision.choice != choices[name]:
+            raise EngineError(
+                "E216",
+                f"variant `{name}` would be read as {decision.choice}",
+                place=variants[name].place,
+                got=f"{decision.choice}: {decision.evidence}",
+                expected=choices[name],
+                fix="Let `training_config` write what the variant's expressions read.",
+            )
+
+
+def _check_sizes(mapping: MappingFile, scope: dict[str, Any], sizes: Mapping[str, int]) -> None:
+    """E216 for the first axis whose size would be computed otherwise."""
+    facts, _ = claims(mapping, scope, "the written configuration")
+    for axis, fact in facts.items():
+        if sizes.get(axis, fact.value) != fact.value:
+            raise EngineError(
+                "E216",
+                f"axis `{axis}` would be read as {fact.value}",
+                place=fact.place,
+                got=f"{fact.value} from {fact.why}",
+                expected=f"{sizes[axis]}, as in the tensors",
+                fix="Let `training_config` write values from which `dims` compute the sizes again.",
+            )
