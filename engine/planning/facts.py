@@ -52,20 +52,8 @@ def facts_of(
     """Read the configuration; if it is the target's, the mapping computes the training configuration from it."""
     names = list(dict.fromkeys(one.name for one in stored))
     if checkpoint.end == "training":
-        config = checkpoint.config
-        if not config and (layout.config_from_target or layout.config_of_target):
-            if not checkpoint.target_config:
-                raise EngineError(
-                    "E202",
-                    "the training configuration is missing, so sizes and facts that no tensor shows are not known",
-                    expected=f"{layout.config_file} beside the weights, or --config",
-                    fix="Give the config.json of the model with --config FILE.",
-                    answers={"config": ()},
-                )
-            target = read_config(checkpoint.target_config, target_side(mapping)).config
-            config = render_known(mapping.training_config, {**target, "options": options})
         side = replace(source_side(mapping, layout), file=checkpoint.config_name)
-        read = read_config(config, side, expressed=expressed)
+        read = read_config(_saved_or_computed(mapping, layout, checkpoint, options), side, expressed=expressed)
         training = read_training(mapping, layout, checkpoint.training)
         check_repeated(
             checkpoint.config, checkpoint.training.get(layout.training_repeats or ""), read.side, layout.training_file
@@ -87,6 +75,29 @@ def facts_of(
     choices = {n: d.choice for n, d in decisions.items()}
     made = read.config if same else render_known(mapping.training_config, {**seen, **choices})
     return Facts(read, seen, {**made, "options": options, **cut, **given}, decisions)
+
+
+def _saved_or_computed(
+    mapping: MappingFile, layout: Layout, checkpoint: Checkpoint, options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The training configuration as saved, or computed from the target's if the framework saves none.
+
+    Raises:
+        EngineError: E202 when neither is there.
+    """
+    if checkpoint.config or not (layout.config_from_target or layout.config_of_target):
+        return checkpoint.config
+    if not checkpoint.target_config:
+        raise EngineError(
+            "E202",
+            "the training configuration is missing, so sizes and facts that no tensor shows are not known",
+            expected=f"{layout.config_file} beside the weights, or --config",
+            fix="Give the config.json of the model with --config FILE.",
+            answers={"config": ()},
+        )
+    target = read_config(checkpoint.target_config, target_side(mapping)).config
+    computed: Mapping[str, Any] = render_known(mapping.training_config, {**target, "options": options})
+    return computed
 
 
 @contextmanager

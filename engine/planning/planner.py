@@ -53,14 +53,8 @@ def make_plan(
     check_settings(mapping, asked.settings, theirs)
     crosses = checkpoint.end != asked.writes
     lossy = asked.lossy if crosses and asked.writes == "training" else None
-    if lossy is not None and not mapping.training_config and not layout.config_of_target:
-        raise EngineError(
-            "E215",
-            f"mapping `{mapping.name}` does not say how to write the training configuration",
-            place=mapping.place,
-            expected="a `training_config` block",
-            fix="Write the keys of the training configuration as expressions over config.json.",
-        )
+    if lossy is not None:
+        _check_writes_training(mapping, layout)
     other = Like()
     if like is not None:
         with one_of_two(like.folder, "--like "):
@@ -122,6 +116,18 @@ def make_plan(
         beside=written.beside,
         departures=departures,
     )
+
+
+def _check_writes_training(mapping: MappingFile, layout: Layout) -> None:
+    """E215 for a mapping that cannot compute the training configuration from the target's."""
+    if not mapping.training_config and not layout.config_of_target:
+        raise EngineError(
+            "E215",
+            f"mapping `{mapping.name}` does not say how to write the training configuration",
+            place=mapping.place,
+            expected="a `training_config` block",
+            fix="Write the keys of the training configuration as expressions over config.json.",
+        )
 
 
 def _told_of(source: Source, asked: Request, like: Like) -> Iterable[str]:
