@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
@@ -101,7 +101,7 @@ def check_schema(document: Document, kind: str, *, merged: bool = False) -> None
         names = list(data["rules"])
         data = {**data, "rules": list(data["rules"].values())}
     found = Errors()
-    missing: list[tuple[str, EngineError]] = []
+    missing: list[tuple[Sequence[str], EngineError]] = []
     near: set[str] = set()
     broken = list(violations(data, kind))
     told_already = [error.absolute_path for error in broken if error.validator in ("required", "type")]
@@ -112,18 +112,27 @@ def check_schema(document: Document, kind: str, *, merged: bool = False) -> None
         if names is not None and path[:1] == ["rules"] and len(path) > 1:
             path[1] = names[int(path[1])]
         for told in _explain(error, document, kind, path):
-            if error.validator == "required":
-                missing.append((_missing(error), told))
+            if lacks := _missing(error):
+                missing.append((lacks, told))
             else:
                 found.found.append(told)
                 near.add(str(told.fix))
     # A misspelt key is also a missing key; the former message tells more.
-    found.found += [told for key, told in missing if not any(f"`{key}`" in fix for fix in near)]
+    found.found += [told for keys, told in missing if not any(f"`{key}`" in fix for key in keys for fix in near)]
     found.check()
 
 
-def _missing(error: Any) -> str:
-    return str(next(k for k in error.validator_value if k not in error.instance))
+def _missing(error: Any) -> list[str]:
+    """The key that is missing, or the keys of which one must be there and none is."""
+    if error.validator == "required":
+        return [next(k for k in error.validator_value if k not in error.instance)]
+    keys = _choices(error) if error.validator == "oneOf" else []
+    return [] if any(key in error.instance for key in keys) else keys
+
+
+def _choices(error: Any) -> list[str]:
+    """The keys of which there must be one."""
+    return [key for branch in error.validator_value for key in branch.get("required", [])]
 
 
 def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -> list[EngineError]:
@@ -173,7 +182,7 @@ def _explain(error: Any, document: Document, kind: str, path: list[str | int]) -
 
 def _lacking(error: Any, document: Document, kind: str, path: list[str | int], where: str) -> EngineError:
     """A key that is missing; in an entry that might be meant to change an inherited one, similar names too."""
-    missing = _missing(error)
+    (missing,) = _missing(error)
     message, expected = f"the key `{missing}` is missing in {where}", f"{missing}: …"
     fix = _description(_schema(kind), path, missing)
     if kind == "mapping" and len(path) == 2 and path[0] in _NAMED and isinstance(path[1], str):
@@ -190,7 +199,7 @@ def _lacking(error: Any, document: Document, kind: str, path: list[str | int], w
 
 def _not_one(error: Any, where: str, place: Place) -> EngineError:
     """None, or several, of keys of which there must be one."""
-    keys = [k for branch in error.validator_value for k in branch.get("required", [])]
+    keys = _choices(error)
     given, expected = [k for k in keys if k in error.instance], f"one of {', '.join(keys)}"
     if given:
         message, got, fix = f"{where} says more than one of {', '.join(keys)}", ", ".join(given), "Keep one of them."

@@ -214,6 +214,9 @@ def claims(
             value = evaluate(expression, scope)
         except EngineError as error:
             # the config lacks a key: the tensors may still give the size
+            later = [name for name in mapping.dims if name in names_in(expression) and name not in (axis, *scope)]
+            if later:
+                error.fix = f"Dims are computed in order: move `{later[0]}` up."
             unread[axis] = next((unread[name] for name in names_in(expression) if name in unread), error)
             continue
         if value is OMIT:

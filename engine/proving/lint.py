@@ -216,11 +216,11 @@ def _undeclared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
     """L009: undeclared keys. Nothing checks them, so a text or a negative number would be taken for a size."""
     own = [*mapping.dims, *mapping.variants, *(f"options.{name}" for name in mapping.options)]
     for expression, side, path, known in _unknown_keys(mapping, layout):
-        yield Finding(
-            expression.place,
-            f"`{path}` is read, but `keys.{side}` does not declare it",
-            meant(path, [*known, *own], "Declare its type and range: `{type: integer, min: 1}`."),
-        )
+        told = "read, but"
+        fix = meant(path, [*known, *own], "Declare its type and range: `{type: integer, min: 1}`.")
+        if path in mapping.dims:
+            told, fix = "read before it is computed, and", f"Dims are computed in order: move `{path}` up."
+        yield Finding(expression.place, f"`{path}` is {told} `keys.{side}` does not declare it", fix)
 
 
 def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expression, str, str, dict[str, Key]]]:
@@ -229,10 +229,12 @@ def _unknown_keys(mapping: MappingFile, layout: Layout) -> Iterator[tuple[Expres
     grid = {"dtype", "chunks", "mode", "layers", "model_type", *layout.layers.variants}
     grid |= {f"{dim}s" for dim in layout_dims(layout)}
     variants = [v.choices for v in mapping.variants.values()]
-    forth = [mapping.dims, mapping.config, mapping.remote_code, mapping.transformers]
+    forth = [mapping.config, mapping.remote_code, mapping.transformers]
+    names = list(mapping.dims)
     source, target = declared(mapping, layout, "source"), dict(mapping.keys.get("target", {}))
     training = declared(mapping, layout, "training")
     for side, tree, known, keys in (
+        *(("source", one, own - {*names[at:]}, source) for at, one in enumerate(mapping.dims.values())),
         ("source", forth, own, source),
         ("source", variants, own | grid, source),
         ("target", mapping.training_config, own | grid, target),

@@ -194,6 +194,15 @@ def test_a_mistake_is_refused_with_its_place(folder: Folder, old: str, new: str,
     assert says in str(error), str(error)
 
 
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("when: {head: plain}", "transform: {normalise: hidden}"), ("target: lm_head.weight", "tarket: lm_head.weight")],
+)
+def test_a_misspelt_key_is_not_told_as_a_missing_one_too(folder: Folder, old: str, new: str) -> None:
+    error = folder.refused("E102", PARENT.replace(old, new, 1))
+    assert "Did you mean" in str(error) and "is missing" not in str(error)
+
+
 @pytest.mark.parametrize("name", [name for name in list_names() if name.startswith("families/")])
 def test_what_the_help_of_a_variant_says_to_give_is_in_its_answers(name: str) -> None:
     for variant in load_mapping(name).variants.values():

@@ -268,6 +268,12 @@ MISTAKES = {
         "L009",
         "hidden",
     ),
+    "a dim before one that it is computed from": (
+        INTERNLM2,
+        ("head_dim: head_dim | default(hidden // heads)", "head_dim: pair * 2"),
+        "L009",
+        "move `pair` up",
+    ),
     "a misspelt key in an expression": (
         INTERNLM2,
         ("layer_norm_epsilon | default(1e-5)", "layer_norm_epsilom | default(1e-5)"),
