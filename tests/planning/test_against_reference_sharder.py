@@ -253,7 +253,7 @@ def save_moe(model: Model, folder: Path, *, experts: int, tp: int, pp: int, wrap
                 number = p * (model.layers // pp) + local
                 torch.save(named, folder / f"model_moe_layer{number}_expert{e}_tp{t}.pt")
     said = torch.load(folder / "config_file.pt", weights_only=True)
-    torch.save(said.replace(model.model_type, "INTERNLM_MoE"), folder / "config_file.pt")
+    torch.save(said.replace(model.model_type, "INTERNLM_MoE") + "moe = dict(top_k=2)\n", folder / "config_file.pt")
     return truth
 
 

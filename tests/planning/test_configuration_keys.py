@@ -572,7 +572,7 @@ def test_two_keys_that_contradict_each_other_on_rotary_pairs_decide_nothing(tmp_
 
 
 @pytest.mark.parametrize(
-    ("key", "moe", "experts"), [("moe_gate_k", "dict()", 2), ("top_k", "dict(top_k=1)", 3), (None, "dict()", 1)]
+    ("key", "moe", "experts"), [("moe_gate_k", "dict()", 2), ("top_k", "dict(top_k=1)", 3), (None, "dict(top_k=4)", 4)]
 )
 def test_how_many_experts_a_token_goes_to_is_read_in_every_place(
     tmp_path: Path, key: str | None, moe: str, experts: int

@@ -286,7 +286,8 @@ def test_a_choice_of_one_is_held_against_the_configuration(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [("moe = dict(top_k=2)", 2), ("", 1), ("moe = dict(capacity_factor=float(C))", 1)]
+    ("line", "said"),
+    [("moe = dict(top_k=2)", 2), ("moe = dict(top_k=1, use_fused_gating=True)", 1), ("moe = dict(top_k=3)", 3)],
 )
 def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
     line: str, said: int, tmp_path: Path
@@ -304,6 +305,33 @@ def test_how_many_experts_serve_a_token_is_read_off_the_training_configuration(
     assert caught.value.code == "E202" and "num_experts_per_tok=N" in str(caught.value.fix)
     config = engine.plan(model.mapping, tmp_path / "step", settings={"num_experts_per_tok": 2}).config
     assert config["num_experts_per_tok"] == 2
+
+
+@pytest.mark.parametrize("line", ["moe = dict()", "moe = dict(top_k=1)", "moe = dict(top_k=1, use_fused_gating=False)"])
+def test_the_only_expert_of_a_token_that_gshard_weighs_by_its_probability_is_asked_about(
+    line: str, tmp_path: Path
+) -> None:
+    """InternEvo 0.4.9 gives other logits with use_fused_gating, with which the weights of a token add up to 1."""
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step")
+    lines = torch.load(tmp_path / "step" / "config_file.pt", weights_only=True)
+    torch.save(f"{lines}{line}\n", tmp_path / "step" / "config_file.pt")
+    for mapping in (model.mapping, "families/moe-stacked"):
+        with pytest.raises(EngineError, match="weighing") as caught:
+            engine.plan(mapping, tmp_path / "step")
+        assert caught.value.code == "E202" and "by its probability" in str(caught.value.fix)
+    config = engine.plan(model.mapping, tmp_path / "step", settings={"weighing": "shared"}).config
+    assert config["num_experts_per_tok"] == 1
+
+
+def test_one_expert_per_token_is_written_back_with_the_gating_that_weighs_it_by_1(tmp_path: Path) -> None:
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step")
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf", settings=told(model))
+    config = json.loads((tmp_path / "hf" / "config.json").read_text()) | {"num_experts_per_tok": 1}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config))
+    written = engine.plan_reverse(model.mapping, tmp_path / "hf").config
+    assert written["top_k"] == 1 and written["moe_layer_kwargs"] == {"use_fused_gating": True}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -74,12 +74,12 @@ def test_what_only_the_trainer_says_of_the_model_is_kept_by_reshard(like: bool, 
     """Other experts were chosen once: `moe.top_k` was dropped, and every reader has a default of its own."""
     other = tmp_path / "other"
     shutil.copytree(MOE, other)
-    text = read_text(other / "config_file.pt").replace("top_k=2", "top_k=1")
+    text = read_text(other / "config_file.pt").replace("top_k=2", "top_k=3")
     torch.save(text, other / "config_file.pt")
-    for source, top_k in ((MOE, 2), (other, 1)):
+    for source, top_k in ((MOE, 2), (other, 3)):
         out = tmp_path / str(top_k)
         engine.reshard(
-            "families/internlm-moe", source, out / "ranks", tp=1, like=(MOE if top_k == 1 else other) if like else None
+            "families/internlm-moe", source, out / "ranks", tp=1, like=(MOE if top_k == 3 else other) if like else None
         )
         engine.convert("families/internlm-moe", out / "ranks", out / "hf")
         assert json.loads((out / "hf" / "config.json").read_text())["num_experts_per_tok"] == top_k

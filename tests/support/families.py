@@ -279,7 +279,9 @@ def save_experts(
     layers, first, last, experts, expected = build_experts(m)
     write(m, folder, layers, first, last, **layout)
     text = torch.load(folder / "config_file.pt")
-    torch.save(text.replace("weight=", f"{said}weight=", 1), folder / "config_file.pt")
+    text = text.replace("weight=", f"{said}weight=", 1)
+    text += f"moe = dict(top_k={min(2, m.experts)}, use_fused_gating=True)\n"
+    torch.save(text, folder / "config_file.pt")
     for path, (layer, prefix, ranks, by_rows) in expert_files(m, survivor=survivor, **layout).items():
         cut, ranks = wp_slice if by_rows else tp_slice, own or ranks
         for e, wholes in enumerate(experts[layer]):
