@@ -98,7 +98,7 @@ def another_epsilon_before_a_resume(folder: Path) -> None:
     torch.save(Model().config(1) | {"layer_norm_epsilon": 0.01}, folder / "model_config.pt")
 
 
-@attack("interrupted hf", "E407", "what is copied")
+@attack("interrupted hf", "E407", "num_attention_heads")
 def another_head_count_before_a_resume(folder: Path) -> None:
     path = folder / "config.json"
     text = path.read_text()

@@ -160,13 +160,13 @@ def test_another_conversion_does_not_resume_it(
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda plan: {"config": {**plan.config, "rms_norm_eps": 0.5}}, "the configuration, what is copied from where"),
+        (lambda plan: {"config": {**plan.config, "rms_norm_eps": 0.5}}, "the configuration"),
         (lambda plan: {"sizes": {**plan.sizes, "head": 1}}, "the model's sizes"),
         (lambda plan: {"sources": (plan.sources[1], plan.sources[0], *plan.sources[2:])}, "what is copied from where"),
         (lambda plan: {"replicas": ()}, "what is copied from where"),
         (lambda plan: {"dtype": "float16"}, "the settings"),
         (lambda plan: {"options": {"one": 1}}, "the settings"),
-        (lambda plan: {"shards": plan.shards[:-1]}, "the output files, what is copied from where"),
+        (lambda plan: {"shards": plan.shards[:-1]}, "the output files"),
         (lambda plan: {"files": (replace(plan.files[0], identity=""), *plan.files[1:])}, "the source files"),
     ],
 )
