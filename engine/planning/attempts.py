@@ -176,31 +176,43 @@ def _attempt(question: Question, decisions: Mapping[str, Decision]) -> Attempt:
         key: share_units(group, stated, even, start, whole=group.instance.stage_class in whole)
         for key, group in groups.items()
     }
-    several = len(stages.counts) > 1
-    counted = f"{stages.layers} layers counted" + (f" over {len(stages.counts)} pipeline stages" if several else "")
     known = facts.get("layer")
     dropped = (axis for i in active for axis in i.rule.drop if axis not in i.rule.zeros)
     for axis in dropped if checkpoint.end == "whole" else ():
         facts.setdefault(axis, Fact(axis, 0, "dropped, and not restored"))
     if stages.layers:
-        facts.setdefault("layer", Fact("layer", stages.layers, counted))
+        facts.setdefault("layer", Fact("layer", stages.layers, _counted(stages)))
     sizes = solve(list(groups.values()), facts, checkpoint.grid.files)
     if known is not None and stages.layers and known.value != stages.layers:
-        per = ", ".join(f"{stages.name(stage)}: {n}" for stage, n in sorted(stages.counts.items()))
-        got, expected = f"{counted} ({per})" if several else counted, f"{known.value} from {known.why}"
-        odd, how = "a stage" if several else "", "Layers are counted in names"
-        unlike = Contradiction("layer", got, expected, known.place, how, odd)
-        sizes.contradictions.insert(0, unlike)
+        sizes.contradictions.insert(0, _other_layers(stages, known))
+    _count_numbers(sizes, active, groups)
+    return Attempt(decisions, active, groups, sizes, unread)
+
+
+def _counted(stages: Stages) -> str:
+    over = f" over {len(stages.counts)} pipeline stages" if len(stages.counts) > 1 else ""
+    return f"{stages.layers} layers counted{over}"
+
+
+def _other_layers(stages: Stages, known: Fact) -> Contradiction:
+    """Names show another number of layers than is known."""
+    several = len(stages.counts) > 1
+    per = ", ".join(f"{stages.name(stage)}: {n}" for stage, n in sorted(stages.counts.items()))
+    got = f"{_counted(stages)} ({per})" if several else _counted(stages)
+    odd, expected = "a stage" if several else "", f"{known.value} from {known.why}"
+    return Contradiction("layer", got, expected, known.place, "Layers are counted in names", odd)
+
+
+def _count_numbers(sizes: Sizes, active: Sequence[Instance], groups: Mapping[GroupKey, Group]) -> None:
+    """Count the numbers in names, such as experts: sizes where none is known, else contradictions if there are more."""
     for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
         seen = [fixed for g in groups.values() if (fixed := g.fixed.get(axis)) is not None]
         count, why = max(seen, default=-1) + 1, f"{{{axis}}} in tensor names"
         fact = sizes.facts.setdefault(axis, Fact(axis, count, why)) if seen else None
         if fact is not None and fact.value < count:
             got, expected = f"{count} from {why}", f"{fact.value} from {fact.why}"
-            sizes.contradictions.append(
-                Contradiction(axis, got, expected, fact.place, f"`{axis}` is counted in names", "a file")
-            )
-    return Attempt(decisions, active, groups, sizes, unread)
+            told = f"`{axis}` is counted in names"
+            sizes.contradictions.append(Contradiction(axis, got, expected, fact.place, told, "a file"))
 
 
 def claims(
