@@ -11,7 +11,7 @@ from engine.language.axes import Axis, leaves
 from engine.language.documents import grouped
 from engine.planning.boxes import Interval
 from engine.planning.groups import Group
-from engine.planning.parts import box_text
+from engine.planning.recorded import box_text
 from engine.planning.sides import Shard, Side
 from engine.planning.stages import Stages
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.formats.dcp_places import places_of
-from engine.formats.headers import FileHeader, Part, TensorHeader, damaged
+from engine.formats.headers import FileHeader, Recorded, TensorHeader, damaged
 from engine.formats.rank_files import LoadPickle, Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
 from engine.formats.standins import Instance, Refused, Tensor, attributes, element_type, ints
@@ -156,7 +156,7 @@ def _tensor(small: TorchZip, entry: Entry, file: str, load: LoadPickle) -> Tenso
             expected=f"{' × '.join(map(str, entry.shape))} {entry.dtype}, from {DIRECTORY}",
             fix="The file is from another save or another rank: copy the folder again.",
         )
-    return replace(header, part=Part(entry.starts, entry.whole))
+    return replace(header, recorded=Recorded(entry.starts, entry.whole))
 
 
 def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str], bool]) -> FileHeader:
@@ -165,12 +165,12 @@ def _plain_safetensors(where: File, entries: list[Entry], wanted: Callable[[str]
     listed = {(e.name, e.starts): e for e in entries}
     tensors: list[TensorHeader] = []
     for tensor in header.tensors:
-        starts = tensor.part.starts if tensor.part is not None else (0,) * len(tensor.shape)
+        starts = tensor.recorded.starts if tensor.recorded is not None else (0,) * len(tensor.shape)
         entry = listed.pop((tensor.name, starts), None)
         if entry is None or entry.shape != tensor.shape or entry.dtype != tensor.dtype:
             raise damaged(where.name, f"a box at {starts} of shape {tensor.shape}, unlike its directory", tensor.name)
         if wanted(tensor.name):
-            tensors.append(replace(tensor, part=Part(starts, entry.whole)))
+            tensors.append(replace(tensor, recorded=Recorded(starts, entry.whole)))
     if listed:
         raise damaged(where.name, "its directory has a tensor that it does not hold", next(iter(listed))[0])
     return replace(header, tensors=tuple(tensors))

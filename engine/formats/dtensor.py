@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from engine.formats.headers import Part
+from engine.formats.headers import Recorded
 from engine.formats.standins import Instance, Refused, Tensor, attributes, int_list, ints
 
 _MESH = "DeviceMesh"
@@ -30,7 +30,7 @@ class Distributed:
     state: Any
 
 
-def read_distributed(one: Distributed) -> tuple[Tensor, Part]:
+def read_distributed(one: Distributed) -> tuple[Tensor, Recorded]:
     """The local tensor and the box that it fills.
 
     Raises:
@@ -55,7 +55,7 @@ def read_distributed(one: Distributed) -> tuple[Tensor, Part]:
     starts, shape = _box(whole, placements, sizes, place)
     if tensor.shape != shape or (tensor.dtype or tensor.storage.dtype) != one.dtype:
         raise Refused("E301", f"a local tensor of shape {tensor.shape}, by its placements {shape} of {one.dtype}")
-    return tensor, Part(starts, whole)
+    return tensor, Recorded(starts, whole)
 
 
 def _whole(meta: Any) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ def shared(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Recorded:
     """A box of a larger tensor, as the file records it.
 
     Attributes:
@@ -86,7 +86,7 @@ class TensorHeader:
         shape: sizes in elements.
         strides: in elements, as stored; shared storages make offsets and strides arbitrary.
         offset: absolute byte position in the file of element [0, 0, ...].
-        part: its place in a larger tensor, for a shard that records it.
+        recorded: its place in a larger tensor, for a shard that records it.
     """
 
     name: str
@@ -94,17 +94,17 @@ class TensorHeader:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     offset: int
-    part: Part | None = None
+    recorded: Recorded | None = None
 
     @property
     def whole(self) -> tuple[int, ...]:
         """The shape of the whole tensor: of this one, or of the one that it records to be a part of."""
-        return self.shape if self.part is None else self.part.whole
+        return self.shape if self.recorded is None else self.recorded.whole
 
     @property
     def starts(self) -> tuple[int, ...]:
         """Its start in `whole`, along each dimension."""
-        return (0,) * len(self.shape) if self.part is None else self.part.starts
+        return (0,) * len(self.shape) if self.recorded is None else self.recorded.starts
 
     @property
     def nbytes(self) -> int:

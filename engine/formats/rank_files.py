@@ -186,11 +186,11 @@ def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], f
             if isinstance(one, Tensor):
                 yield tensor_header(name, one, payload, file)
             elif isinstance(one, Distributed):
-                tensor, part = shards.read(one) if isinstance(one, Sharded) else read_distributed(one)
+                tensor, box = shards.read(one) if isinstance(one, Sharded) else read_distributed(one)
                 if tensor is not None:
-                    yield replace(tensor_header(name, tensor, payload, file), part=part)
+                    yield replace(tensor_header(name, tensor, payload, file), recorded=box)
                 elif one.dtype in ITEM_SIZES:
-                    yield TensorHeader(name, one.dtype, (0, *part.whole[1:]), (0,) * len(part.whole), 0, part)
+                    yield TensorHeader(name, one.dtype, (0, *box.whole[1:]), (0,) * len(box.whole), 0, box)
         except Refused as refused:
             raise error_of(refused, file, name) from None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, Named, Part, TensorHeader, damaged, dense_strides
+from engine.formats.headers import ITEM_SIZES, FileHeader, Named, Recorded, TensorHeader, damaged, dense_strides
 from engine.language.documents import portions
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
@@ -203,7 +203,7 @@ def read_boxes(where: File) -> FileHeader:
         if not listed or len(starts) != len(tensor.shape):
             raise damaged(where.name, f"saved_offsets {starts!r}"[:200], tensor.name)
         whole = tuple(at + size for at, size in zip(starts, tensor.shape, strict=True))
-        tensors.append(replace(tensor, part=Part(tuple(starts), whole)))
+        tensors.append(replace(tensor, recorded=Recorded(tuple(starts), whole)))
     return replace(header, tensors=tuple(tensors))
 
 
@@ -219,6 +219,6 @@ def read_sharded_safetensors(folder: Store, names: Sequence[str]) -> tuple[FileH
             wholes[tensor.name] = tuple(map(max, known, tensor.whole))
 
     def completed(one: TensorHeader) -> TensorHeader:
-        return replace(one, part=Part(one.starts, wholes[one.name]))
+        return replace(one, recorded=Recorded(one.starts, wholes[one.name]))
 
     return tuple(replace(header, tensors=tuple(map(completed, header.tensors))) for header in headers)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine.formats.dtensor import Distributed
-from engine.formats.headers import Part
+from engine.formats.headers import Recorded
 from engine.formats.standins import (
     DType,
     Function,
@@ -127,7 +127,7 @@ class ShardReader:
     def __init__(self) -> None:
         self._lists: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {}
 
-    def read(self, sharded: Sharded) -> tuple[Tensor | None, Part]:
+    def read(self, sharded: Sharded) -> tuple[Tensor | None, Recorded]:
         """The local shard's tensor, None if this rank holds no rows, and its place.
 
         Raises:
@@ -151,7 +151,7 @@ class ShardReader:
                 "E301", f"{len(shards)} local shards on rank {rank} of a tensor cut over {len(ends[0])} ranks"
             )
         tensor = _local(shards[0], start, (end - start, *whole[1:]), sharded.dtype) if shards else None
-        return tensor, Part((start, *(0,) * (len(whole) - 1)), whole)
+        return tensor, Recorded((start, *(0,) * (len(whole) - 1)), whole)
 
     def _ends(self, listed: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The end of each rank's rows, and the other dimensions; rows are consecutive in the order of ranks."""

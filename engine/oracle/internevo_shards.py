@@ -180,13 +180,13 @@ class Shards(FloatTensors):
 
 def _joined(pieces: Sequence[Piece], key: str) -> Stored:
     """A rank's tensor from its data-parallel ranks: replicas, or rows without gaps; E207 for missing rows."""
-    if any(header.part is None for _, header in pieces):
+    if any(header.recorded is None for _, header in pieces):
         return Stored((pieces[0],))
     at: dict[int, Piece] = {}
     for piece in pieces:
-        part = piece[1].part
-        if part is not None and piece[1].shape[0]:
-            at.setdefault(part.starts[0], piece)
+        box = piece[1].recorded
+        if box is not None and piece[1].shape[0]:
+            at.setdefault(box.starts[0], piece)
     row = 0
     for low in sorted(at):
         if low == row:

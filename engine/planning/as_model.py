@@ -176,7 +176,7 @@ def _first(name: str) -> str:
 def shapes_of(checkpoint: Checkpoint) -> dict[str, Shape]:
     """The shapes of a checkpoint's tensors; for parts that record it, the whole shape."""
     every = (tensor for file in checkpoint.files for tensor in file.tensors)
-    return {one.name: one.shape if one.part is None else one.part.whole for one in every}
+    return {one.name: one.shape if one.recorded is None else one.recorded.whole for one in every}
 
 
 def _named(wanted: Wanted, held: Mapping[str, Shape]) -> tuple[Wanted, str, str]:

@@ -50,7 +50,7 @@ class Region(NamedTuple):
         return frozenset(self.box)
 
 
-class Part(NamedTuple):
+class Holding(NamedTuple):
     """A region that one tensor of a plan holds; `tensor` indexes the plan's tensor table."""
 
     tensor: int
@@ -189,7 +189,7 @@ def in_order(source: int, shape: Sequence[int], strides: Sequence[int]) -> Copy:
     return Copy(source, 0, 0, 0, sizes, sources, targets)
 
 
-def intersect(source: Part, target: Part) -> Copy | None:
+def intersect(source: Holding, target: Holding) -> Copy | None:
     """The copy between two parts of the same piece; None when their boxes do not intersect."""
     a, b = source.region, target.region
     shared = common(b.box, a.box)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from engine.errors import EngineError, Lines, Place, shape_text
 from engine.formats.headers import FLOATS
 from engine.language.documents import grouped
-from engine.planning.boxes import Copy, Part, intersect
+from engine.planning.boxes import Copy, Holding, intersect
 from engine.planning.groups import Group, GroupKey
 from engine.planning.sides import Side
 from engine.planning.stored import Stored
@@ -125,14 +125,14 @@ class CopyTable:
     def _make(self, group: Group, reaching: Sequence[Group]) -> list[Template]:
         """Intersect every region of the group with every region of the groups that overlap it."""
         shards = chain.from_iterable(map(self.source.place, reaching))
-        sources = grouped((key, Part(number, region)) for number, held in enumerate(shards) for key, region in held)
+        sources = grouped((key, Holding(number, region)) for number, held in enumerate(shards) for key, region in held)
         made: list[Template] = []
         for (ranks, replicas), held in zip(group.shards.items(), self.target.place(group), strict=True):
             copies = [
                 copy
                 for key, region in held
-                for part in sources.get(key, ())
-                if (copy := intersect(part, Part(0, region))) is not None
+                for one in sources.get(key, ())
+                if (copy := intersect(one, Holding(0, region))) is not None
             ]
             copies.sort(key=lambda c: (c.target_offset, c.source, c.source_offset))
             prove_total(copies, replicas[0].header.shape, group, ranks)
@@ -165,7 +165,7 @@ def _class_of(group: Group, reaching: Sequence[Group]) -> tuple[object, ...]:
         (
             one.instance.key,
             one.cut,
-            tuple((r, h.shape, h.strides, h.dtype, h.part) for r, s in one.shards.items() for h in (s[0].header,)),
+            tuple((r, h.shape, h.strides, h.dtype, h.recorded) for r, s in one.shards.items() for h in (s[0].header,)),
             tuple((a, v) for a, v in one.fixed.items() if a not in shared),
         )
         for one in (group, *reaching)

@@ -10,7 +10,7 @@ from engine.errors import EngineError, Place
 from engine.language.axes import Product
 from engine.language.model import FilePattern, Layout
 from engine.language.rules import STORED
-from engine.planning.parts import by_boxes, fold_replicas, unexpected_part
+from engine.planning.recorded import by_boxes, fold_replicas, unlike_record
 from engine.planning.stored import Instance, Stored
 
 
@@ -86,18 +86,18 @@ class Group:
         return self.first.name
 
 
-def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, part: bool = False) -> Cut:
+def cut_of(instance: Instance, file: FilePattern, layout: Layout, *, recorded: bool = False) -> Cut:
     """Apply a file pattern's cuts to a rule: `split`, `rows`, `recorded` or a named axis per rank dimension.
 
     A rule without `split` is replicated. An axis whose number is in the tensor's name is cut by that number. A tensor
     of a split rule that lacks the axis is stored where `lone_rank` says, unless the mode cuts rows, which every tensor
-    of such a rule has. Tensors of any rule that record which rows they hold (`part`) are cut by that record if the
+    of such a rule has. Tensors of any rule that record which rows they hold (`recorded`) are cut by that record if the
     mode says `recorded`. In files whose tensors record their boxes, only the record counts.
     """
     if file.boxes:
         return Cut(recorded=True)
     cuts = file.cuts.get(instance.stage_class, {})
-    rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if part else None
+    rows = next((dim for dim, role in cuts.items() if role == "recorded"), None) if recorded else None
     dims = slices = [(axis, axis) for axis in instance.numbered]
     if not instance.rule.split:
         return Cut(tuple(dims), rows=rows, recorded=rows is not None)
@@ -176,17 +176,17 @@ def group_shards(
     layers: dict[object, Mapping[str, int]] = {}  # placeholder values that all tensors of a layer share
     found: dict[GroupKey, tuple[Instance, Mapping[str, int], Cut, dict[tuple[int, ...], list[Stored]]]] = {}
     for stored, instance, fixed in matched:
-        part = stored.header.part is not None
+        recorded = stored.header.recorded is not None
         piece = instance.part(stored.name) if instance.parts else None
         slices = {axis: fixed[axis] for axis in instance.numbered}
-        place = instance.key, stored.file, part, piece, *slices.values()
+        place = instance.key, stored.file, recorded, piece, *slices.values()
         at = places.get(place)
         if at is None:
             file = files[stored.file]
             _check_number(slices, stored, file)
-            cut_key = (instance.key, file.pattern.name, part)
+            cut_key = (instance.key, file.pattern.name, recorded)
             if cut_key not in cuts:
-                cut = cut_of(instance, file.pattern, layout, part=part)
+                cut = cut_of(instance, file.pattern, layout, recorded=recorded)
                 cuts[cut_key] = cut, cut.rank_dims()
             cut, dims = cuts[cut_key]
             if piece is not None:
@@ -202,8 +202,8 @@ def group_shards(
         group = found.get(key)
         if group is None:
             group = found[key] = instance, layers.setdefault(tuple(fixed.items()), fixed), cut, {}
-        if group[2].recorded != cut.recorded or (part and not cut.recorded):
-            raise unexpected_part(stored, files[stored.file])
+        if group[2].recorded != cut.recorded or (recorded and not cut.recorded):
+            raise unlike_record(stored, files[stored.file])
         group[3].setdefault(ranks, []).append(stored)
     result: dict[GroupKey, Group] = {}
     for key in [*found]:  # free each group before the next is sorted, for large checkpoints

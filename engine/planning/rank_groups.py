@@ -7,7 +7,7 @@ from itertools import product
 
 from engine.checkpoint.ranks import RankFile
 from engine.errors import EngineError
-from engine.formats.headers import Part, TensorHeader, dense_strides
+from engine.formats.headers import Recorded, TensorHeader, dense_strides
 from engine.language.axes import extent
 from engine.language.model import FilePattern
 from engine.language.names import pattern
@@ -20,8 +20,8 @@ from engine.planning.written import Wanted
 
 Order = tuple[int, ...]
 # The slice of a tensor, the ranks that hold a shard of it, its coordinates, shape, strides and recorded box.
-_Holder = tuple[int, Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Part | None]
-_Share = tuple[tuple[int, ...], tuple[int, ...], Part | None]  # coordinates in its group, shape, recorded box
+_Holder = tuple[int, Mapping[str, int], tuple[int, ...], tuple[int, ...], tuple[int, ...], Recorded | None]
+_Share = tuple[tuple[int, ...], tuple[int, ...], Recorded | None]  # coordinates in its group, shape, recorded box
 _Shares = Callable[[Mapping[str, int]], _Share | None]  # gives a rank's share of a tensor; None if it holds none
 
 
@@ -190,7 +190,7 @@ def _boxes(
             step = -(-whole[at] // destination.sizes[dim])
             low, high = min(ranks[dim] * step, whole[at]), min((ranks[dim] + 1) * step, whole[at])
             starts[at], shape[at] = low, high - low
-        return None if 0 in shape else (tuple(starts), tuple(shape), Part(tuple(starts), whole))
+        return None if 0 in shape else (tuple(starts), tuple(shape), Recorded(tuple(starts), whole))
 
     return share
 

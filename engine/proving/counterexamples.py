@@ -17,7 +17,7 @@ from engine.formats.headers import dense_strides
 from engine.language.axes import Axes, extent
 from engine.language.model import MappingFile
 from engine.language.names import Pattern
-from engine.planning.boxes import Copy, Part, Region, intersect, regions
+from engine.planning.boxes import Copy, Holding, Region, intersect, regions
 from engine.planning.stored import Instance, instances
 from engine.proving.proof import Failure
 from engine.proving.tiny import choices_text, guess_sizes, settle
@@ -78,7 +78,7 @@ def _copies(held: Sequence[Region], others: Sequence[Region]) -> Iterator[Copy]:
     for one in held:
         for other in others:
             if one.piece == other.piece:
-                copy = intersect(Part(0, one), Part(0, other))
+                copy = intersect(Holding(0, one), Holding(0, other))
                 if copy is not None:
                     yield copy
 

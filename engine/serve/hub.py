@@ -20,7 +20,7 @@ from urllib.parse import quote
 
 from engine.assets.bundle import card_facts
 from engine.errors import visible
-from engine.serve.ranges import part_of
+from engine.serve.ranges import reply_to
 from engine.serve.revisions import MAIN, NoRevision, Revision, Revisions
 from engine.serve.virtual import VirtualFolder
 from engine.show import page
@@ -202,31 +202,31 @@ def _refs(revisions: Revisions) -> dict[str, Any]:
 
 
 def _file(file: VirtualFile, request: Request, revision: Revision) -> Response:
-    part = part_of(request.method, request.headers, file.size, file.etag)
+    reply = reply_to(request.method, request.headers, file.size, file.etag)
     headers = {
         "ETag": f'"{file.etag}"',
         "X-Repo-Commit": revision.commit,
         "Accept-Ranges": "bytes",
         "Cache-Control": "no-cache",
     }
-    if part.status == 412:
+    if reply.status == 412:
         return refusal(412, "the file is not the one that `If-Match` names", **headers)
-    if part.status == 304:
+    if reply.status == 304:
         return Response(304, headers)
-    if part.status == 416:
+    if reply.status == 416:
         return refusal(
             416, "not one range of bytes of this file", **headers, **{"Content-Range": f"bytes */{file.size}"}
         )
-    if part.status == 206:
-        headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{file.size}"
+    if reply.status == 206:
+        headers["Content-Range"] = f"bytes {reply.start}-{reply.stop - 1}/{file.size}"
     suffix = "." + file.name.rpartition(".")[2]
     headers |= {
         "Content-Type": _TYPES.get(suffix, "application/octet-stream"),
         "Content-Disposition": f"inline; filename*=UTF-8''{quote(file.name)}",
         "X-Content-Type-Options": "nosniff",
-        "Content-Length": str(part.stop - part.start),
+        "Content-Length": str(reply.stop - reply.start),
     }
-    return Response(part.status, headers, file, part.start, part.stop - part.start)
+    return Response(reply.status, headers, file, reply.start, reply.stop - reply.start)
 
 
 def _response(status: int, body: bytes, headers: Mapping[str, str]) -> Response:

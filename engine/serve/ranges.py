@@ -11,16 +11,16 @@ _TAG = re.compile(r'(?:W/)?"([^"]*)"')
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The part of a file to send: an HTTP status, and bytes `start` to `stop`."""
+class Reply:
+    """What is sent of a file: an HTTP status, and bytes `start` to `stop`."""
 
     status: int
     start: int = 0
     stop: int = 0
 
 
-def part_of(method: str, headers: Mapping[str, str], size: int, etag: str) -> Part:
-    """The part of a file of `size` bytes that a request gets.
+def reply_to(method: str, headers: Mapping[str, str], size: int, etag: str) -> Reply:
+    """The status and the bytes that a request gets of a file of `size` bytes.
 
     Several ranges at once are refused, and so is an invalid one: a client that asks for a piece should not get the
     whole file.
@@ -29,15 +29,15 @@ def part_of(method: str, headers: Mapping[str, str], size: int, etag: str) -> Pa
         headers: by lower-case names.
         etag: without quotes; a strong one.
 
-    >>> part_of("GET", {"range": "bytes=-3"}, 10, "a"), part_of("GET", {"if-none-match": '"a"'}, 10, "a")
-    (Part(status=206, start=7, stop=10), Part(status=304, start=0, stop=0))
+    >>> reply_to("GET", {"range": "bytes=-3"}, 10, "a"), reply_to("GET", {"if-none-match": '"a"'}, 10, "a")
+    (Reply(status=206, start=7, stop=10), Reply(status=304, start=0, stop=0))
     """
     match, none, asked = (headers.get(name) for name in ("if-match", "if-none-match", "range"))
     if match is not None and not _among(etag, match):
-        return Part(412)
+        return Reply(412)
     if none is not None and _among(etag, none):
-        return Part(304)
-    whole = Part(200, 0, size)
+        return Reply(304)
+    whole = Reply(200, 0, size)
     if asked is None or method != "GET" or headers.get("if-range", f'"{etag}"') != f'"{etag}"':
         return whole
     unit, _, ranges = asked.partition("=")
@@ -45,10 +45,10 @@ def part_of(method: str, headers: Mapping[str, str], size: int, etag: str) -> Pa
         return whole
     found = _RANGE.fullmatch(ranges.strip())
     if found is None:
-        return Part(416)
+        return Reply(416)
     first, last, suffix = found.groups()
     start, stop = (max(size - int(suffix), 0), size) if suffix else (int(first), min(int(last or size - 1) + 1, size))
-    return Part(206, start, stop) if start < stop else Part(416)
+    return Reply(206, start, stop) if start < stop else Reply(416)
 
 
 def _among(etag: str, header: str) -> bool:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
-from engine.formats.headers import Part
+from engine.formats.headers import Recorded
 from tests.support.depth import crossed, sampled
 from tests.support.fsdp import FIXTURE, save_fsdp
 from tests.support.readers import read_rank_file
@@ -75,10 +75,10 @@ def test_rows_cut_over_ranks_are_put_together(ranks: dict[str, Any], model: Mode
 def test_a_header_tells_which_rows_a_file_holds() -> None:
     headers = [read_rank_file(GENUINE / f"model_tp0_pp0_dp{rank}.pt").tensors for rank in range(3)]
     held = [next(t for t in tensors if t.name == "output.weight") for tensors in headers]
-    assert [(t.shape, t.part) for t in held] == [
-        ((3, 8), Part((0, 0), (7, 8))),
-        ((3, 8), Part((3, 0), (7, 8))),
-        ((1, 8), Part((6, 0), (7, 8))),
+    assert [(t.shape, t.recorded) for t in held] == [
+        ((3, 8), Recorded((0, 0), (7, 8))),
+        ((3, 8), Recorded((3, 0), (7, 8))),
+        ((1, 8), Recorded((6, 0), (7, 8))),
     ]
 
 

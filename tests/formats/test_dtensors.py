@@ -10,7 +10,7 @@ import torch
 
 from engine.errors import EngineError
 from engine.formats.dtensor import Distributed, read_distributed
-from engine.formats.headers import Part
+from engine.formats.headers import Recorded
 from engine.formats.rank_files import read_rank_file
 from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tensor
 from engine.storage.local import local_file
@@ -57,8 +57,8 @@ def test_what_torch_pickles_is_read_as_the_box_that_it_is(kind: str, saved: Path
     for rank in range(4):
         path = saved / f"{kind}_{rank}.pt"
         (header,) = read_rank_file(local_file(path)).tensors
-        assert header.part is not None and header.part.whole == (7, 5)
-        (row, column), (rows, columns) = header.part.starts, header.shape
+        assert header.recorded is not None and header.recorded.whole == (7, 5)
+        (row, column), (rows, columns) = header.recorded.starts, header.shape
         raw = path.read_bytes()[header.offset : header.offset + header.nbytes]
         held = torch.frombuffer(bytearray(raw), dtype=torch.float32).view(rows, columns) if raw else torch.empty(0, 5)
         made[row : row + rows, column : column + columns] = held
@@ -95,7 +95,7 @@ RANKS = Tensor(Storage("1", "I32", 4), 0, (2, 2), (2, 1), None)
 )
 def test_every_way_a_mesh_was_pickled_is_read(mesh: Instance) -> None:
     one = distributed(mesh, (plain("Replicate"), SHARD), (4, 3), (7, 3))
-    assert read_distributed(one)[1] == Part((0, 0), (7, 3))
+    assert read_distributed(one)[1] == Recorded((0, 0), (7, 3))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_a_shard_whose_enums_are_pickled_by_name_is_the_same_shard(tmp_path: Pat
     for name, how in (("a.pt", pickle), ("b.pt", NAMING)):
         torch.save(OrderedDict(a=sharded), tmp_path / name, pickle_module=how)
     dist.destroy_process_group()
-    one, two = ([(t.shape, t.part) for t in read_rank_file(tmp_path / name).tensors] for name in ("a.pt", "b.pt"))
+    one, two = ([(t.shape, t.recorded) for t in read_rank_file(tmp_path / name).tensors] for name in ("a.pt", "b.pt"))
     assert one == two and one
 
 

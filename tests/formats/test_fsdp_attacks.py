@@ -19,7 +19,7 @@ from torch.distributed._shard.sharding_spec import ShardMetadata
 from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
 from engine.errors import EngineError
-from engine.formats.headers import Part
+from engine.formats.headers import Recorded
 from engine.formats.sharded import Sharded, ShardReader
 from engine.formats.standins import Refused
 from engine.formats.unpickle import load_pickle
@@ -88,7 +88,7 @@ def other_shard(sharded: Any) -> None:
 
 def test_the_shard_that_the_attacks_start_from_is_read(saved: Callable[..., Path]) -> None:
     (header,) = read_rank_file(saved()).tensors
-    assert (header.shape, header.strides, header.part) == ((2, 2), (2, 1), Part((2, 0), (5, 2)))
+    assert (header.shape, header.strides, header.recorded) == ((2, 2), (2, 1), Recorded((2, 0), (5, 2)))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_state_that_torch_would_not_write_is_refused(
 
 def test_where_a_shard_lay_is_not_looked_at(saved: Callable[..., Path]) -> None:
     path = saved(set_state("_metadata.shards_metadata.0.placement", laughs()))
-    assert read_rank_file(path).tensors[0].part == Part((2, 0), (5, 2))
+    assert read_rank_file(path).tensors[0].recorded == Recorded((2, 0), (5, 2))
 
 
 def rewritten(path: Path, old: bytes, new: bytes) -> Path:

@@ -276,8 +276,8 @@ def test_a_nearly_right_file_of_boxes_is_read_or_refused(data: bytes) -> None:
     with refusal():
         for file in read_sharded_safetensors(store, [first, second]):
             for tensor in file.tensors:
-                assert tensor.part is not None
-                box = zip(tensor.part.starts, tensor.shape, tensor.part.whole, strict=True)
+                assert tensor.recorded is not None
+                box = zip(tensor.recorded.starts, tensor.shape, tensor.recorded.whole, strict=True)
                 assert all(low + size <= whole for low, size, whole in box)
 
 

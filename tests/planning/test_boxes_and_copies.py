@@ -13,7 +13,7 @@ from engine.formats.headers import span
 from engine.language.axes import extent, parse_axes
 from engine.move.blocks import blocks
 from engine.move.runs import dense_parts, straight
-from engine.planning.boxes import Copy, Part, Region, clip, cut, intersect, regions, swap
+from engine.planning.boxes import Copy, Holding, Region, clip, cut, intersect, regions, swap
 from tests.support.depth import examples
 
 SIZES = {
@@ -93,10 +93,10 @@ def test_a_row_cut_inside_a_head_gives_a_head_a_middle_and_a_tail() -> None:
     st.permutations(["groups", "queries", "head_dim", "hidden"]),
 )
 def test_a_copy_between_two_orders_of_axes_is_numpys_transpose(one: list[str], two: list[str]) -> None:
-    def part(order: list[str]) -> Part:
+    def part(order: list[str]) -> Holding:
         strides = [prod(SIZES[n] for n in order[i + 1 :]) for i in range(len(order))]
         (region,) = regions(parse_axes(" ".join(order)), SIZES, strides)
-        return Part(0, region)
+        return Holding(0, region)
 
     copy = intersect(part(one), part(two))
     assert copy is not None

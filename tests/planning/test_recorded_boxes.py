@@ -17,13 +17,13 @@ from numpy.lib.stride_tricks import as_strided
 from engine.checkpoint.grid import read_grid
 from engine.errors import EngineError
 from engine.explaining.links import spots
-from engine.formats.headers import FileHeader, Part, TensorHeader
+from engine.formats.headers import FileHeader, Recorded, TensorHeader
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.attempts import Checkpoint
 from engine.planning.model import Plan
-from engine.planning.parts import first_fault
 from engine.planning.planner import make_plan
+from engine.planning.recorded import first_fault
 from engine.storage.store import File
 from engine.storage.virtual import VirtualStore
 from tests.support.depth import examples
@@ -163,7 +163,7 @@ class Files:
     def put(self, file: int, name: str, whole: np.ndarray, box: Box, *, columns: bool = False) -> None:
         part = whole[tuple(slice(*side) for side in box)].copy(order="F" if columns else "C")
         strides = tuple(step // whole.itemsize for step in part.strides)
-        place = Part(tuple(low for low, _ in box), whole.shape)
+        place = Recorded(tuple(low for low, _ in box), whole.shape)
         self.data[file, len(self.tensors[file])] = part
         self.tensors[file].append(TensorHeader(name, "F32", part.shape, strides, len(self.tensors[file]), place))
 
@@ -258,7 +258,7 @@ def test_an_overlap_is_refused_and_both_files_are_named(rules: Any) -> None:
 @pytest.mark.parametrize("box", [((5, 8), (0, 5)), ((0, 7), (-1, 4))])
 def test_a_box_out_of_its_tensor_is_refused(box: Box, rules: Any) -> None:
     files = one_file_each(wholes())
-    part = Part(tuple(low for low, _ in box), (VOCAB, HIDDEN))
+    part = Recorded(tuple(low for low, _ in box), (VOCAB, HIDDEN))
     shape = tuple(high - low for low, high in box)
     files.tensors[0].append(TensorHeader("embedding.weight", "F32", shape, (5, 1), 0, part))
     assert refusal(files, rules).code == "E208"
@@ -266,7 +266,7 @@ def test_a_box_out_of_its_tensor_is_refused(box: Box, rules: Any) -> None:
 
 def test_shards_that_record_other_wholes_are_refused(rules: Any) -> None:
     files = one_file_each(wholes())
-    part = Part((0, 0), (VOCAB + 1, HIDDEN))
+    part = Recorded((0, 0), (VOCAB + 1, HIDDEN))
     files.tensors[1].append(TensorHeader("embedding.weight", "F32", (1, 5), (5, 1), 0, part))
     error = refusal(files, rules)
     assert error.code == "E208"

@@ -1,4 +1,4 @@
-"""Parts: shards that record which box of a larger tensor they hold.
+"""Recorded boxes: shards that record which box of a larger tensor they hold.
 
 If a layout has ranks, the record is checked against their order: trusting only the record would accept a file of
 another run; trusting only the order, a renamed file. If files do not name ranks, the boxes must make up the tensor.
@@ -61,7 +61,7 @@ def by_boxes(held: Sequence[Stored], files: Sequence[RankFile]) -> dict[Ranks, t
     Raises:
         EngineError: E208 for the first box that no shard holds, or that two shards partly hold.
     """
-    if len(held) == 1 and held[0].header.part is None:  # as in a checkpoint without ranks
+    if len(held) == 1 and held[0].header.recorded is None:  # as in a checkpoint without ranks
         return {held[0].header.starts: (held[0],)}
     whole = held[0].header.whole
     found: dict[Box, list[Stored]] = {}
@@ -161,9 +161,9 @@ def _out_of_order(one: Stored, files: Sequence[RankFile], end: int) -> EngineErr
     )
 
 
-def unexpected_part(one: Stored, file: RankFile) -> EngineError:
+def unlike_record(one: Stored, file: RankFile) -> EngineError:
     """E303 for a shard in files whose mode cuts by rank, or for a tensor that only some files shard."""
-    sharded = one.header.part is not None
+    sharded = one.header.recorded is not None
     return EngineError(
         "E303",
         f"`{one.name}` is {'a shard' if sharded else 'no shard'}, unlike what its file's name or other ranks say",
