@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import islice
+from pathlib import PurePosixPath
 from typing import Any
 
 from engine.checkpoint.hf_folder import is_whole
@@ -169,6 +170,9 @@ def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
     shape = " × ".join(f"{dim} {size}" for dim, size in grid.sizes.items())
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        stem = missing[0].removesuffix(PurePosixPath(missing[0]).suffix)
+        near = next((name for name in grid.unknown if name.startswith(stem)), None)
+        like = "" if near is None else f" `{near}` is here: if it is this file, and whole, give it its name."
         raise EngineError(
             "E201",
             f"rank file `{missing[0]}` is missing{more}",
@@ -176,7 +180,7 @@ def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
             got=f"{len(wanted) - len(missing)} of {len(wanted)}{' or more' * (len(wanted) == most)} files "
             f"of a grid of {shape}",
             expected=Lines.of(missing[:8]),
-            fix="Copy the missing files from the training run; every rank holds a different slice.",
+            fix=f"Copy the missing files from the training run; every rank holds a different slice.{like}",
         )
     foreign = [f.name for f in grid.files if f.pattern is main and f.name not in set(wanted)]
     if foreign:

@@ -64,6 +64,12 @@ def test_a_missing_rank_file_is_named(source: Path) -> None:
     refuse(source, "E201", "`model_tp1_pp1.pt` is missing", "tp 2 × pp 2")
 
 
+@pytest.mark.parametrize("name", ["model_tp1_pp1 (1).pt", "model_tp1_pp1.pt.part"])
+def test_a_file_of_a_similar_name_is_told_with_the_one_that_is_missing(source: Path, name: str) -> None:
+    (source / "model_tp1_pp1.pt").rename(source / name)
+    refuse(source, "E201", "`model_tp1_pp1.pt` is missing", f"`{name}` is here")
+
+
 def test_what_lies_among_the_tensors_of_a_rank_file_is_told(source: Path) -> None:
     path = source / "model_tp1_pp0.pt"
     torch.save({**torch.load(path, weights_only=True), "optimizer": {"exp_avg": torch.zeros(3)}}, path)
