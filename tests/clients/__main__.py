@@ -43,6 +43,8 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
   are off by 0.09 to 2.3. Linear ones are right, dynamic ones and yarn it refuses. llama.cpp computes them right.
 - vLLM and LMDeploy need an accelerator to run a model. Only their Python code that reads a folder's configuration and
   chooses the model was run: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
+- SGLang 0.5.23 was only read: its Llama has no biases in the MLP, and skips those of a folder without a word. Of the
+  models here only InternEvo's with `mlp_bias` have any.
 """
 
 

@@ -188,6 +188,7 @@ def clients(official: bool) -> list[Client]:
         Client("llama.cpp (xllamacpp)", "xllamacpp", "2026.10.11549", "llama_cpp",
                lambda folder: sample(folder) or folder.tokenizer is not None, judge_llama_cpp, ("gguf",)),
         Client("CTranslate2", "ctranslate2", "4.8.5", "ctranslate2_folders", sample, judge_logits),
+        Client("mlx-lm", "mlx-lm", "0.32.2", "mlx_folders", sample, judge_logits, ("mlx[cpu]==0.32.4",)),
         Client("optimum, ONNX Runtime", "optimum[onnxruntime]", "2.1.0", "onnx_folders", sample, judge_logits),
         Client("peft", "peft", "0.21.2", "peft_folders", sample, judge_peft),
         Client("mergekit", "mergekit", "0.1.5", "mergekit_folders",

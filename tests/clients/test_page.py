@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from engine import api
 from tests.clients.__main__ import ABOUT, LIMITS, PAGE
 from tests.clients.clients import NEWEST, OLDEST, VERSIONS, clients
-from tests.clients.models import texts
+from tests.clients.models import FAMILIES, FIXTURES, NARROW, texts
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -32,3 +33,10 @@ def test_every_program_is_run() -> None:
 
 def test_the_texts_are_many_and_the_same_each_time() -> None:
     assert len(texts()) > 400 and texts() == texts()
+
+
+def test_what_is_converted_has_a_row_for_each_piece_of_the_tokenizer() -> None:
+    layout = api.load_layout("internevo")
+    sources = [one for one in FIXTURES.iterdir() if any(key in one.name for key in FAMILIES)]
+    narrow = [one.name for one in sources if api.read_checkpoint(one, layout).config["vocab_size"] < 256]
+    assert len(sources) > 10 and sorted(narrow) == sorted(NARROW)
