@@ -307,13 +307,27 @@ def test_a_part_that_is_not_tied_as_the_whole_needs_a_transformers_that_ties_by_
         ({"model_type": "mistral", "rope_parameters": {"rope_type": "linear"}}, ">=4.48"),
         ({"model_type": "llama", "rope_parameters": {"rope_type": "linear"}}, ""),
         ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 2}, ">=4.53"),
-        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, ""),
+        ({"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 0}, ">=4.53"),
+        ({"model_type": "qwen2_moe", "use_sliding_window": True, "max_window_layers": 0}, ">=5"),
+        ({"model_type": "phi3", "sliding_window": 2047}, ">=4.46"),
+        ({"model_type": "mistral", "sliding_window": 4096}, ">=4.46"),
+        ({"model_type": "mistral", "sliding_window": None}, ""),
         ({"model_type": "qwen2", "use_sliding_window": False, "max_window_layers": 2}, ""),
     ],
     ids=str,
 )
 def test_what_releases_of_transformers_compute_otherwise_is_said(said: dict[str, Any], versions: str) -> None:
     assert render_tree(load_mapping("transformers").transformers, said) == versions
+
+
+def test_phi3s_scaled_angles_are_written_in_the_form_that_its_class_of_transformers_4_takes() -> None:
+    """With any key more, as in `rope_parameters`, it does not load; transformers 5 reads both."""
+    factors = {"short_factor": [1.0, 2.0], "long_factor": [3.0, 4.0]}
+    angles = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 8, **factors}
+    told = {"model_type": "phi3", "rope_parameters": angles}
+    scaling = load_mapping("transformers").config["rope_scaling"]
+    assert render_tree(scaling, told) == {"type": "longrope", **factors}
+    assert render_tree(scaling, told | {"model_type": "llama"}) == angles
 
 
 def test_a_mixture_is_counted_where_transformers_4_counts_it_too() -> None:
