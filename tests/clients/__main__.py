@@ -45,6 +45,8 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
   chooses the model was run: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
 - SGLang 0.5.23 was only read: its Llama has no biases in the MLP, and skips those of a folder without a word. Of the
   models here only InternEvo's with `mlp_bias` have any.
+- exllamav2 was only read, too: of `rope_scaling` it knows `linear`, `yarn` and `llama3`, and takes `dynamic` for plain
+  angles without a word, which are the same up to the trained length. mlx-lm computes all of them.
 """
 
 
