@@ -65,7 +65,7 @@ _TABLE: tuple[tuple[str, str, Any], ...] = (
     ("builtins __builtin__", "set frozenset", Function(_set)),
     ("builtins __builtin__", "bytes", Function(lambda *given: Opaque("bytes") if given else b"")),
     ("builtins __builtin__", "bool dict float int list long str tuple unicode", OtherFunction),
-    ("builtins __builtin__", "complex range slice xrange", opaque),
+    ("builtins __builtin__", "bytearray complex range slice xrange", opaque),
     ("collections", "Counter", Function(_counter)),
     ("collections", "defaultdict", Function(lambda factory=None: Record())),
     ("collections", "deque", opaque),
@@ -83,6 +83,7 @@ _TABLE: tuple[tuple[str, str, Any], ...] = (
     ("numpy", "dtype", PlainClass("numpy.dtype", takes=True)),
     ("numpy", _NUMPY, OtherFunction),
     ("numpy.core.multiarray numpy._core.multiarray", "_reconstruct", opaque("numpy.ndarray")),
+    ("numpy.core.numeric numpy._core.numeric", "_frombuffer", opaque("numpy.ndarray")),  # by protocol 5
     ("numpy.core.multiarray numpy._core.multiarray", "scalar", Function(_number)),
 )
 BESIDE: dict[tuple[str, str], Any] = {

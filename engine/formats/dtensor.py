@@ -15,7 +15,7 @@ from math import prod
 from typing import Any
 
 from engine.formats.headers import Recorded
-from engine.formats.standins import Instance, Refused, Tensor, attributes, int_list, ints
+from engine.formats.standins import Instance, Refused, Tensor, attributes, int_list, ints, slotted
 
 _MESH = "DeviceMesh"
 _SPLITS = ("Shard", "_StridedShard")
@@ -37,9 +37,7 @@ def read_distributed(one: Distributed) -> tuple[Tensor, Recorded]:
         Refused: E301 for anything that torch would not have written, E303 for placements that give elements
             no place, such as partial sums.
     """
-    state = one.state
-    if type(state) is tuple and len(state) == 2 and state[0] is None:
-        state = state[1]
+    state = slotted(one.state)
     if type(state) is not dict:
         raise Refused("E301", "a DTensor without its state")
     spec, tensor = attributes(state.get("_spec"), "DTensorSpec"), state.get("_local_tensor")

@@ -127,17 +127,20 @@ def attributes(value: Any, *kinds: str) -> dict[str, Any]:
     """The attributes of an object of one of these classes; unused ones are not read.
 
     Raises:
-        Refused: E301 for another object. Slots are pickled as (None, attributes).
+        Refused: E301 for another object.
     """
     if isinstance(value, Instance) and value.kind.name in kinds:
-        state = value.state
-        if type(state) is tuple and len(state) == 2 and state[0] is None:
-            state = state[1]
-        if state is _UNSET:
-            return {}
+        state = {} if value.state is _UNSET else slotted(value.state)
         if type(state) is dict:
             return state
     raise Refused("E301", f"no {' or '.join(kinds)} where one should be")
+
+
+def slotted(state: Any) -> Any:
+    """The attributes in a state of (others, slots); Python before 3.11 has {} for no others, and later None."""
+    if type(state) is tuple and len(state) == 2 and type(state[0]) in (dict, type(None)) and type(state[1]) is dict:
+        return {**(state[0] or {}), **state[1]}
+    return state
 
 
 @dataclass(frozen=True, slots=True)

@@ -218,6 +218,13 @@ def _number(opcode: int) -> Callable[[_Machine], None]:
     return bounded
 
 
+def _bytearray(machine: _Machine) -> None:
+    """Skip what arrays hold by protocol 5, which Python from 3.14 on writes if nobody says otherwise."""
+    (size,) = struct.unpack("<Q", machine.read(8))
+    machine.read(size)
+    machine.stack.append(Opaque("bytearray"))
+
+
 def _refuse(name: str) -> Callable[[_Machine], None]:
     def refuse(machine: _Machine) -> None:
         raise Refused("E302", f"pickle opcode {name}")
@@ -237,12 +244,11 @@ _ACTIONS: dict[int, Any] = {
     pickle.NEWOBJ[0]: _newobj,
     pickle.BUILD[0]: _build,
     **{opcode: _number(opcode) for opcode in (pickle.INT[0], pickle.LONG[0], pickle.LONG4[0])},
+    pickle.BYTEARRAY8[0]: _bytearray,
     pickle.FRAME[0]: lambda machine: machine.read(8),
     **{
         getattr(pickle, name)[0]: _refuse(name)
-        for name in (
-            "INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER"
-        )
+        for name in ("INST", "OBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
     },
 }  # fmt: skip
 _Machine.dispatch = {**pickle._Unpickler.dispatch, **_ACTIONS}

@@ -188,7 +188,8 @@ for _number, _op in enumerate((b"\x82\x01", b"\x83\x01\x00", b"\x84\x01\x00\x00\
     value(f"EXT{1 << _number}", _op, "E302", f"EXT{1 << _number}")
 value("text as persistent id", b"Pos.system\n", "E302", "PERSID")
 value("a buffer from outside", b"\x97", "E302", "NEXT_BUFFER")
-value("a bytearray", b"\x96" + struct.pack("<Q", 1) + b"x", "E302", "BYTEARRAY8")
+for _number in (9, (1 << 62), (1 << 64) - 1):
+    value(f"a bytearray of {_number} bytes, cut off", b"\x96" + struct.pack("<Q", _number) + b"x", "E301")
 
 # Names that look like a known one.
 for _module, _name, _code in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,14 @@ RANKS = Tensor(Storage("1", "I32", 4), 0, (2, 2), (2, 1), None)
 def test_every_way_a_mesh_was_pickled_is_read(mesh: Instance) -> None:
     one = distributed(mesh, (plain("Replicate"), SHARD), (4, 3), (7, 3))
     assert read_distributed(one)[1] == Recorded((0, 0), (7, 3))
+
+
+@pytest.mark.parametrize("others", [{}, {"requires_gradient_sync": True}])  # Python before 3.11 has {} for None
+def test_a_dtensor_with_attributes_beside_its_slots_is_the_same(others: dict[str, Any]) -> None:
+    mesh = plain("DeviceMesh", mesh=RANKS, _coordinate_on_dim=[1, 0])
+    one = distributed(mesh, (plain("Replicate"), SHARD), (4, 3), (7, 3))
+    beside = replace(one, state=(others, one.state[1]))
+    assert read_distributed(beside) == read_distributed(one)
 
 
 @pytest.mark.parametrize(
