@@ -84,7 +84,7 @@ def _read(name: str, content: bytes) -> Layout:
         ),
         uneven=data.get("uneven", "first"),
         even=tuple(data.get("even") or ()),
-        whole=tuple(data.get("whole") or ()),
+        whole=data.get("whole") or {},
         lone_rank=data.get("lone_rank") or {},
         zip_root=data.get("zip_root"),
         says_ranks=_expressions(document.parts("says", "ranks")),

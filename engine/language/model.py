@@ -282,7 +282,7 @@ class Layout:
     layers: LayerCut
     uneven: str
     even: tuple[str, ...]  # stage classes whose tensors the framework can only cut evenly
-    whole: tuple[str, ...]  # stage classes whose tensors every rank may hold whole instead
+    whole: Mapping[str, str]  # stage class whose tensors every rank may hold whole instead → the key that says so
     lone_rank: Mapping[str, int]
     zip_root: str | None  # the meaning of the folder inside a rank file's zip: `file_name`; None: no meaning
     says_ranks: Mapping[str, Expression]  # a file's own rank per dimension, from values saved in it

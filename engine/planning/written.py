@@ -124,10 +124,14 @@ def configuration(
         grid: names for how the model is cut: some keys of a kept configuration depend on them.
     """
     if source.checkpoint.end == end:
+        replicas = [(group, [*map(len, group.shards.values())]) for group in source.side.groups if group.cut.dims]
+        held = [group.instance.stage_class for group, count in replicas if len(count) == 1 and count[0] > 1]
+        anew = {source.layout.whole.get(one) for one in held}  # it was whole on every rank, and is written cut
         how = {
-            key: evaluate(child, grid)
+            key: evaluate(child, names if key in anew else grid)
             for key, child in tree.items()
-            if isinstance(child, Expression) and (read := compile_expression(child).names) and read <= set(grid)
+            if isinstance(child, Expression)
+            and (key in anew or ((read := compile_expression(child).names) and read <= set(grid)))
         }
         return {**source.checkpoint.config, **how}
     with valued_in(source.read.side.file):

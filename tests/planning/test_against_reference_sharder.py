@@ -198,6 +198,19 @@ def test_an_embedding_that_every_rank_holds_whole_is_one_embedding(
     same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "step"))), truth)
 
 
+@pytest.mark.parametrize(("told", "tp"), [(None, 2), (False, 3), (True, 1)])
+def test_a_whole_embedding_is_written_cut_and_the_configuration_says_so(
+    told: bool | None, tp: int, tmp_path: Path
+) -> None:
+    model = Model("v2", layers=2, hidden=24, heads=6, groups=6, ffn=36, embedding="whole")
+    truth = save(model, tmp_path / "step", tp=3)
+    config = model.config(1) | ({} if told is None else {"embed_split_hidden": told})
+    torch.save(config, tmp_path / "step" / "model_config.pt")
+    engine.reshard(model.mapping, tmp_path / "step", tmp_path / "cut", tp=tp)
+    assert torch.load(tmp_path / "cut" / "model_config.pt", weights_only=True) == config | {"embed_split_hidden": True}
+    same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "cut"))), truth)
+
+
 @pytest.mark.parametrize("row", [0, 500])
 def test_whole_embeddings_that_differ_between_ranks_are_refused(row: int, tmp_path: Path) -> None:
     model = Model(layers=1, vocab=512, embedding="whole")
