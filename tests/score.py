@@ -89,6 +89,12 @@ EQUAL = (
         "what is tried in place of that key is more than there are experts; a test of the family tries what fits",
     ),
     (
+        r"internlm-moe|moe-.*",
+        r"weighing",
+        r"moe_type",
+        "one expert per token is not tried together with every kind of experts; a test of the families tries each",
+    ),
+    (
         r"torchtitan-llama",
         r"rotary",
         r"^as_configured: ",

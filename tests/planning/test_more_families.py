@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 import engine
 from engine.errors import EngineError
+from engine.language.expressions import evaluate
+from engine.language.mapping_file import load_mapping
 from tests.support.depth import examples, sampled
 from tests.support.families import Experts, InternLM3, build_llama, expert_files, model_of, save_family
 from tests.support.family_cases import Case, llamas, metas, mixtures, told
@@ -322,6 +324,27 @@ def test_the_only_expert_of_a_token_that_gshard_weighs_by_its_probability_is_ask
         assert caught.value.code == "E202" and "by its probability" in str(caught.value.fix)
     config = engine.plan(model.mapping, tmp_path / "step", settings={"weighing": "shared"}).config
     assert config["num_experts_per_tok"] == 1
+
+
+@pytest.mark.parametrize("family", ["internlm-moe", "moe-stacked", "moe-grouped"])
+@pytest.mark.parametrize(
+    ("said", "known"),
+    [
+        ({}, False),
+        ({"moe_type": None}, False),
+        ({"moe_type": "GShard"}, False),
+        ({"moe_type": "Dropless"}, True),
+        ({"moe_type": "MegaBlock"}, True),
+        ({"moe_type": "GShard", "moe_layer_kwargs": {"use_fused_gating": True}}, True),
+        ({"moe_layer_kwargs": {"use_fused_gating": False}}, False),
+    ],
+)
+def test_only_gshard_without_fused_gating_weighs_a_tokens_only_expert(
+    family: str, said: dict[str, Any], known: bool
+) -> None:
+    shared = load_mapping(f"families/{family}").variants["weighing"].choices["shared"]
+    assert shared is not None and bool(evaluate(shared, {"top_k": 1, "training": {}, **said})) is known
+    assert evaluate(shared, {"top_k": 2, "training": {}, **said})
 
 
 def test_one_expert_per_token_is_written_back_with_the_gating_that_weighs_it_by_1(tmp_path: Path) -> None:
