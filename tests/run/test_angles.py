@@ -70,16 +70,19 @@ def test_a_tensor_that_cannot_be_angles_is_refused(kept: torch.Tensor, tmp_path:
     refused(OLD.mapping, tmp_path / "step", settings=LETTERS)
 
 
-def test_angles_in_hugging_face_files_are_compared_when_they_are_converted_back(tmp_path: Path) -> None:
-    save(OLD, tmp_path / "step")
-    engine.convert(OLD.mapping, tmp_path / "step", tmp_path / "hf", settings=LETTERS)
+@pytest.mark.parametrize("back", ["internlm2", "megatron-llama", "torchtitan-llama", "meta-llama", "transformers"])
+def test_angles_in_hugging_face_files_are_compared_when_they_are_converted_back(back: str, tmp_path: Path) -> None:
+    """As transformers before 4.32 saved them."""
+    model = Model("v2", layers=2, hidden=32, heads=4, groups=4, ffn=88, bias=False)
+    save(model, tmp_path / "step")
+    engine.convert(model.mapping, tmp_path / "step", tmp_path / "hf")
     path = tmp_path / "hf" / "model.safetensors"
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    save_file(load_file(path) | {name: angles(10000.0, OLD.head_dim)}, path, {"format": "pt"})
-    engine.reverse(OLD.mapping, tmp_path / "hf", tmp_path / "back", settings=LETTERS)
-    save_file(load_file(path) | {name: angles(20000.0, OLD.head_dim)}, path, {"format": "pt"})
+    save_file(load_file(path) | {name: angles(10000.0, model.head_dim)}, path, {"format": "pt"})
+    assert name in engine.plan_reverse(back, tmp_path / "hf").ignored
+    save_file(load_file(path) | {name: angles(20000.0, model.head_dim)}, path, {"format": "pt"})
     with pytest.raises(EngineError, match=name) as caught:
-        engine.reverse(OLD.mapping, tmp_path / "hf", tmp_path / "other", settings=LETTERS)
+        engine.reverse(back, tmp_path / "hf", tmp_path / "other")
     assert caught.value.code == "E218" and not (tmp_path / "other").exists()
 
 
