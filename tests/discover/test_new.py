@@ -117,7 +117,7 @@ def test_a_genuine_checkpoint_gives_a_release_that_converts_to_the_same_bytes(na
     assert undecided(file) == []
     assert api.format_mapping(made.text) == made.text
     loaded = engine.load_mapping(file)
-    assert loaded.expect["hidden"] == 64
+    assert loaded.expect["hidden"] == (32 if name.endswith("_whole") else 64)
     chosen = ASKS if made.state is not None and made.state["code"] == "E202" else {}
     for mapping in (str(file), f"families/{family}.yaml"):
         engine.convert(mapping, FOLDER / name, tmp_path / Path(mapping).stem, settings=chosen, strict=True)
