@@ -204,7 +204,16 @@ def test_a_closed_old_output_gives_a_folder_that_its_owner_can_write(tmp_path: P
     assert (out / "file").read_bytes() == b"new" and [*tmp_path.iterdir()] == [out]
 
 
-def test_closed_folders_are_removed_with_what_they_hold_and_what_links_lead_to_stays_closed(tmp_path: Path) -> None:
+def test_closed_folders_are_removed_with_what_they_hold_and_what_links_lead_to_stays_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = shutil.rmtree
+
+    def seen(path: Path) -> None:  # root could remove closed ones too
+        assert all(one.stat().st_mode & 0o700 == 0o700 for one in (path, path / "inside"))
+        whole(path)
+
+    monkeypatch.setattr(shutil, "rmtree", seen)
     other = filled(tmp_path / "other", "another's")
     inside = filled(tmp_path / "hf" / "inside", "old")
     (inside / "link").symlink_to(other)
