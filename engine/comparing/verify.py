@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.comparing.effects import worded
 from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES, TensorHeader
+from engine.formats.headers import TensorHeader
 from engine.language.documents import changed
 from engine.move.values import all_finite
 from engine.planning.model import Plan
-from engine.run.digests import ALGORITHM, content_id, listed, suspicious
+from engine.run.digests import ALGORITHM, content_id
+from engine.run.looks import Look, listed, suspicious
 from engine.run.manifest import NAME, making, read_manifest
 from engine.run.written import check_index, extra_files, read_contents
 from engine.storage.json_text import as_data
@@ -166,8 +166,10 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
     """Read every byte of an output and compare it with the manifest."""
     tensors: Mapping[str, Any] = data["tensors"]
     wrong: dict[str, None] = {}
+    looks: dict[str, Look] = {}
 
     def look(tensor: TensorHeader, block: memoryview) -> None:
+        looks[tensor.name] = looks.get(tensor.name, Look()).and_at(block, tensor.nbytes)
         if tensor.name not in wrong and not all_finite(block, tensor.dtype):
             wrong[tensor.name] = None
 
@@ -185,8 +187,9 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
         which = "contents of the tensors" if not read else f"contents of {len(found) - read} tensors"
         names = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
         unchecked = [names, *unchecked]
-    sizes = ((name, shape, prod(shape) * ITEM_SIZES[dtype], digest) for name, (dtype, shape, digest) in found.items())
     whole = not any(":" in name for name in found)
+    seen = {name: look._replace(wild=look.wild and name not in wrong) for name, look in looks.items() if whole}
+    sizes = ((name, *one, seen.get(name, Look())) for name, one in found.items())
     values = (*listed("NaN or infinity", wrong), *suspicious(sizes, whole=whole))
     told = (len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))
     return Verified(*told, values=values)

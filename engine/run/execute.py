@@ -21,6 +21,7 @@ from engine.storage.places import on_this_machine, store_at
 if TYPE_CHECKING:
     from engine.formats.headers import FileHeader
     from engine.planning.model import Plan
+    from engine.run.looks import Look
     from engine.storage.output import OutputFolder
     from engine.storage.uploads import Uploads
 
@@ -85,8 +86,8 @@ def execute(
         started: when the command started, for the report.
         parts: the digest of work that parts have done: their weights are used.
     """
-    from engine.run.digests import suspicious
     from engine.run.journal import identity_of
+    from engine.run.looks import suspicious
     from engine.run.manifest import NAME, encode_manifest, making, manifest
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, side_by_side, take_parts, write_weights
@@ -118,7 +119,10 @@ def execute(
         else:
             beside = [] if later is None else [make_later]
             written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
-        told_of = ((o.name, o.shape, o.nbytes, written.done[n].digest) for n, o in enumerate(compiled.outputs))
+        told_of = (
+            (o.name, o.dtype, o.shape, written.done[n].digest, _look(compiled, n, written.done[n].look))
+            for n, o in enumerate(compiled.outputs)
+        )
         notices += suspicious(told_of, whole=compiled.written is None)
         data = manifest(compiled, written.done, files, made)
         side_by_side(partial(store.put, *one) for one in files.items())
@@ -135,6 +139,14 @@ def execute(
         content_id=data.get("content_id"),
         notices=tuple(notices),
     )
+
+
+def _look(compiled: Plan, output: int, found: Look) -> Look:
+    """What an output looks like; the zeros with which it is padded do not count."""
+    padded = found.zeros and any(
+        not compiled.files[compiled.sources[copy.source].file].size for copy in compiled.copies(output)
+    )
+    return found._replace(zeros=0) if padded else found
 
 
 def output_at(

@@ -26,6 +26,7 @@ from engine.errors import EngineError, Place, first_of
 from engine.language.version import __version__
 from engine.move.reader import Reader
 from engine.planning.model import Plan, digest_of_plan
+from engine.run.looks import Look
 from engine.run.meter import Meter
 from engine.run.schedule import Job
 from engine.storage.json_text import parse_json
@@ -64,10 +65,11 @@ class Interrupted:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A finished output tensor: digest of its bytes, and their CRC-32 where the format needs one."""
+    """A finished output tensor: its digest, its CRC-32 where the format needs one, and what its values look like."""
 
     digest: str
     checksum: int
+    look: Look = field(default=Look(), compare=False)
 
 
 def work_of(plan: Plan) -> dict[str, Any]:

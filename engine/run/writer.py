@@ -70,7 +70,8 @@ class Writer:
         """The digest of an output so far."""
         found = self._totals.get(output)
         if found is None:
-            found = self._totals[output] = Total(digest=self._digests, checksum=output in self._checked)
+            size, checked = self._plan.outputs[output].nbytes, output in self._checked
+            found = self._totals[output] = Total(size, digest=self._digests, checksum=checked)
         return found
 
     def take_over(self, known: Mapping[int, Begun]) -> None:
@@ -89,7 +90,7 @@ class Writer:
                 except OSError:
                     kept = False
                 if kept and end == nbytes:
-                    self.done[output] = Done(one.digest, total.checksum())
+                    self.done[output] = Done(one.digest, total.checksum(), total.look)
                 if not kept or end == nbytes:
                     del self._totals[output]
 
@@ -105,7 +106,7 @@ class Writer:
                     total = self._total(output)
                     for block in sinks.read(index, self._places[output][1], self._plan.outputs[output].nbytes):
                         total.add(total.end, block)
-                    self.done[output] = Done(total.digest(tuple), total.checksum())
+                    self.done[output] = Done(total.digest(tuple), total.checksum(), total.look)
                     del self._totals[output]
 
     def start(self, index: int) -> None:
@@ -163,7 +164,7 @@ class Writer:
     def _gather_span(self, output: int, span: tuple[int, int], reader: Reader, sinks: Sinks) -> None:
         """Write some bytes of an output; whoever completes the output later reads all of it for the digest."""
         (file, place), (low, high) = self._places[output], span
-        total = Total(digest=True, checksum=False)
+        total = Total(high - low, digest=True, checksum=False)
         for _, at, data in reader.stream([(output, low)]):
             if self._meter.stopped.is_set():
                 return
@@ -181,7 +182,7 @@ class Writer:
         file, place = self._places[output]
         with self._store.sinks(self._names) as sinks:
             for _, low, high, digest in spans:
-                own = Total(digest=True, checksum=False)
+                own = Total(high - low, digest=True, checksum=False)
                 try:
                     for block in sinks.read(file, place + low, high - low):
                         own.add(own.end, block)
@@ -190,7 +191,7 @@ class Writer:
                     return
                 if own.digest(tuple) != digest:
                     return
-        self.done[output] = Done(total.digest(tuple), total.checksum())
+        self.done[output] = Done(total.digest(tuple), total.checksum(), total.look)
 
     def _finish(self, index: int, sinks: Sinks) -> None:
         """Write what is only known once the payload is complete, and start bringing the file to stable storage."""
@@ -221,7 +222,7 @@ class Writer:
             (file, at), nbytes = self._places[output], self._plan.outputs[output].nbytes
             total = self._total(output)
             again = partial(sinks.read, file, at, nbytes)
-            finished[output] = Done(total.digest(again), total.checksum())
+            finished[output] = Done(total.digest(again), total.checksum(), total.look)
             del self._totals[output]
         self.done.update(finished)
         for output in finished:

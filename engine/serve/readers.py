@@ -175,7 +175,8 @@ class Readers:
         return check
 
     def _done(self, output: int) -> Done:
-        total, nbytes = Total(digest=True, checksum=True), self.work.outputs[output].nbytes
+        nbytes = self.work.outputs[output].nbytes
+        total = Total(nbytes, digest=True, checksum=True)
         buffer = memoryview(bytearray(min(nbytes, PART_BYTES)))
         for at in range(0, nbytes, max(len(buffer), 1)):
             data = buffer[: nbytes - at]

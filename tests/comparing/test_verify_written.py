@@ -264,11 +264,44 @@ def test_matrices_of_zeros_are_told_by_a_run_and_numbers_that_are_none_when_it_i
         state["layers.0.feed_forward.w1.weight"][1, 1] = torch.nan * rank
         torch.save(state, path)
     report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
-    zeros = "nothing but zeros: model.layers.1.mlp.gate_proj.weight"
+    zeros = "nothing but zeros: model.layers.0.input_layernorm.weight, model.layers.1.mlp.gate_proj.weight"
     assert [one for one in report.notices if "zeros" in one] == [zeros]
     found = engine.api.verify(tmp_path / "hf")
     wrong = "NaN or infinity: model.layers.0.mlp.gate_proj.weight, model.layers.1.post_attention_layernorm.weight"
     assert not found.problems and found.values == (wrong, zeros)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [0, torch.nan])
+@pytest.mark.parametrize("name", ["w1", "w2"])  # cut by rows and by columns
+def test_the_slice_of_one_rank_that_is_zeros_or_no_numbers_is_told(
+    name: str, value: float, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    save(MODEL, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = {name: tensor.to(dtype) for name, tensor in torch.load(path).items()}
+        if rank:
+            state[f"layers.1.feed_forward.{name}.weight"].fill_(value)
+        torch.save(state, path)
+    whole = f"model.layers.1.mlp.{'gate' if name == 'w1' else 'down'}_proj.weight"
+    zeros = f"zeros in a part, as if a file were not copied completely: {whole} (50%)"
+    told = f"NaN, infinity or far too large numbers: {whole}" if value else zeros
+    report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
+    assert told in report.notices
+    assert engine.api.verify(tmp_path / "hf").values == (f"NaN or infinity: {whole}" if value else zeros,)
+    back = engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "back", tp=1)
+    assert any(told.split(":")[0] in one for one in back.notices)
+
+
+def test_a_few_zeros_are_not_told(tmp_path: Path) -> None:
+    save(MODEL, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = torch.load(path)
+        state["layers.1.feed_forward.w1.weight"][1, 2:6] = 0
+        torch.save(state, path)
+    assert not any("zeros" in one for one in engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf").notices)
 
 
 def test_a_matrix_that_another_layer_has_too_is_told(tmp_path: Path) -> None:
