@@ -17,14 +17,17 @@ from typing import Any
 
 from engine.assets.generation import as_json
 from engine.assets.merges import ranked_merges
+from engine.assets.symbols import cut_at, never_made, symbols_of
 from engine.assets.tokenizer_read import (
     CONTROL,
     NORMAL,
     SPACE,
     UNKNOWN,
+    UNUSED,
     USER_DEFINED,
     Pieces,
     Understood,
+    changes_text,
     no_model,
     refuse_kind,
     understand_tokenizer,
@@ -63,8 +66,12 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: str) -
     special |= {i for i in ids if pieces.types[i] in (UNKNOWN, CONTROL) or pieces.texts[i] != names[i]}
     add_bos = bos is not None and bool(spec.get("add_bos", True))
     backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
+    if USER_DEFINED in pieces.types and changes_text(model):
+        unused |= never_made(backend, pieces)
+        backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
+        backend = cut_at(backend, symbols_of(pieces, names))
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
-    _compare(pieces, processor, text, place)
+    _compare(pieces, names, processor, text, place)
     extra = [names[index] for index in sorted(special) if names[index] not in (bos, eos, pad, unk)]
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -111,8 +118,11 @@ def _processor(data: bytes, place: str) -> Any:
 def _reason_of_unused(model: Any, pieces: Pieces, unused: set[int]) -> str | None:
     """Why `tokenizers` cannot express a model exactly, by the pieces that SentencePiece does not use."""
     texts = [pieces.texts[index] for index in unused]
-    # only a single character that is in no other piece cannot appear inside a join
-    if any(len(one) != 1 or any(one in text and text != one for text in pieces.texts) for one in texts):
+    joined = {text for text, kind in zip(pieces.texts, pieces.types, strict=True) if kind in (NORMAL, UNUSED)}
+    # what no join makes, and a single character that is in no other piece, cannot appear inside a join
+    if any(one[:cut] in joined and one[cut:] in joined for one in texts for cut in range(1, len(one))) or any(
+        one in text and text != one for one in texts if len(one) == 1 for text in pieces.texts
+    ):
         return f"{len(unused)} unused pieces that others are made of"
     if unused and not model.trainer_spec.byte_fallback:
         return f"{len(unused)} unused pieces without byte fallback"
@@ -133,7 +143,7 @@ def _backend(
         if kind == NORMAL and index not in unused
     }
     spec = model.normalizer_spec
-    back: dict[str, str] = {SPACE: " ", **{name: names[index] for index, name in spelled.items()}}
+    back = {SPACE: " ", **{name: names[index].replace(SPACE, " ") for index, name in spelled.items()}}
     decoders: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"String": name}, "content": content} for name, content in back.items()
     ]
@@ -157,7 +167,7 @@ def _backend(
                 "special": index in special,
             }
             for index, kind in enumerate(pieces.types)
-            if (index in special or kind == USER_DEFINED) and index not in unused
+            if index not in unused and (index in special or (kind == USER_DEFINED and " " not in names[index]))
         ],
         "normalizer": _normalizer(model.normalizer_spec),
         "pre_tokenizer": None,
@@ -226,6 +236,8 @@ def _probes(pieces: Pieces) -> Iterator[str]:
     some = [text.replace(SPACE, " ") for text in texts[::step]]
     yield "".join(some)
     yield "".join(left + right for left, right in zip(some, reversed(some), strict=True))
+    symbols = [text for text, kind in zip(pieces.texts, pieces.types, strict=True) if kind == USER_DEFINED]
+    yield from (text for one in symbols[:300] for text in (one, f"a{one}{one} <0x41>{one}b", f" {one} "))
     # For equal scores the position in the text decides, which ranks cannot express: long joins find where that matters.
     count = Counter(pieces.scores)
     alike = [
@@ -241,18 +253,14 @@ def _probes(pieces: Pieces) -> Iterator[str]:
         yield from (char * count for count in (2, 3, 5, 7, 11, 23, 100, 301))
 
 
-def _compare(pieces: Pieces, theirs: Any, backend: str, place: str) -> None:
+def _compare(pieces: Pieces, names: list[str], theirs: Any, backend: str, place: str) -> None:
     """Encode with SentencePiece and with the result; E501 if the ids differ."""
     from tokenizers import Tokenizer
 
     ours = Tokenizer.from_str(backend)
     # special tokens are matched in text on purpose, and a renamed piece no longer has its old spelling
-    known = {token.content: index for index, token in ours.get_added_tokens_decoder().items()}
-    apart = {token for token, index in known.items() if pieces.types[index] != USER_DEFINED} | {
-        text
-        for text, kind in zip(pieces.texts, pieces.types, strict=True)
-        if kind == USER_DEFINED and text not in known
-    }
+    apart = {token.content for token in ours.get_added_tokens_decoder().values() if token.special}
+    apart |= {text for text, name in zip(pieces.texts, names, strict=True) if text != name}
     for text in _probes(pieces):
         for token in apart:
             text = text.replace(token, " ")

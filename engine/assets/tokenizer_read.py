@@ -13,7 +13,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.storage.local import open_regular
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6  # types of pieces
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 SPACE = "▁"  # stands for a space in pieces
 OWN = "Give the model's own tokenizer with --tokenizer."
@@ -67,6 +67,7 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
         raise no_model(place, "a piece that is not text")
     refuse_kind(_reason(model, pieces), place)
     names = _renamed(pieces, spec, place)
+    refuse_kind(_reason_of_symbols(model, pieces, names), place)
     bos, eos, pad = (_named(spec, key, pieces, names, place) for key in ("bos", "eos", "pad"))
     unk = names[pieces.types.index(UNKNOWN)]
     if spec.get("unk", unk) != unk:
@@ -147,11 +148,29 @@ def _reason(model: Any, pieces: Pieces) -> str | None:
     elif normalizer.precompiled_charsmap:
         # `tokenizers` looks entries up by letter: several letters, and marks after one, would be lost
         found = f"characters that the normaliser {normalizer.name} replaces"
-    elif USER_DEFINED in types and (normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces):
-        # `tokenizers` would normalise the names of the symbols too
-        found = "user-defined symbols in a model that changes text first"
     elif not normalizer.escape_whitespaces:
         found = "spaces that are not escaped"
+    return found
+
+
+def changes_text(model: Any) -> bool:
+    """Whether more than spaces that become `▁` happens to a text before it is cut into pieces."""
+    return bool(model.normalizer_spec.add_dummy_prefix or model.normalizer_spec.remove_extra_whitespaces)
+
+
+def _reason_of_symbols(model: Any, pieces: Pieces, names: list[str]) -> str | None:
+    """Why texts cannot be cut at a model's symbols exactly, where cuts are needed (see `symbols.py`)."""
+    if USER_DEFINED not in pieces.types or not changes_text(model):
+        return None
+    kinds = list(zip(pieces.texts, pieces.types, names, strict=True))
+    symbols = [text for text, kind, _ in kinds if kind == USER_DEFINED]
+    found: str | None = None
+    if model.normalizer_spec.remove_extra_whitespaces and any(" " in text for text in symbols):
+        found = "user-defined symbols with spaces in a model that removes spaces"
+    elif any(SPACE in name for text, kind, name in kinds if kind in (UNKNOWN, CONTROL) or text != name):
+        found = f"user-defined symbols, and special tokens with {SPACE}, in a model that changes text first"
+    elif model.trainer_spec.byte_fallback and any("<0" in text for text, kind, _ in kinds if kind != BYTE):
+        found = "user-defined symbols, and pieces with `<0`, in a model that changes text first"
     return found
 
 

@@ -95,25 +95,54 @@ def test_no_dummy_prefix_is_added(model_file: Path, ours: Tokenizer, theirs: Any
     assert ours.encode("the", add_special_tokens=False).ids == theirs.encode("the") != theirs.encode(" the")
 
 
+PLAIN: dict[str, Any] = {"user_defined_symbols": []}
+BOTH = {"add_dummy_prefix": True, "remove_extra_whitespaces": True}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"add_dummy_prefix": True, "user_defined_symbols": []},
-        {"remove_extra_whitespaces": True, "user_defined_symbols": []},
+        {"add_dummy_prefix": True, **PLAIN},
+        {"remove_extra_whitespaces": True, **PLAIN},
         {"byte_fallback": False, "vocab_size": 120},
+        {"user_defined_symbols": ["a b", " x", "the"]},  # symbols with spaces are never found
+        {"add_dummy_prefix": True},
+        {"add_dummy_prefix": True, "user_defined_symbols": ["a b", "the", "▁cat", "▁▁"]},
+        {"remove_extra_whitespaces": True, "user_defined_symbols": ["ba", "bana", "nab", "[a-z]+", "\\n", "\n"]},
+        {**BOTH, "user_defined_symbols": ["<|im_start|>", "<|im|>", "|>", "世", "🙂"]},
+        {**BOTH, "byte_fallback": False, "vocab_size": 120, "user_defined_symbols": ["a", "(", "$"]},
     ],
-    ids=lambda changes: next(iter(changes)),
+    ids=lambda changes: "-".join(changes),
 )
-def test_the_models_own_flags_are_obeyed(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_the_models_own_flags_and_symbols_are_obeyed(tmp_path: Path, changes: dict[str, Any]) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(train(**changes))
     theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
-    for text in ["the cat", " the", "the  cat ", "ａ①", "🙂🙂 x", "banana\n\nx", "", "the ▁▁", "▁"]:
+    texts = ["the cat", " the", "the  cat ", "ａ①", "🙂🙂 x", "banana\n\nx", "", "the ▁▁", "▁", "<0x41>", "the<0x0A>\n"]
+    for one in changes.get("user_defined_symbols", RESERVED):
+        texts += [one, f"{one}<0x41>{one}", f" {one} {one}", f"a{one}{one[:1]}cat{one}  ", f"{one}the{one}\\n{one}"]
+    for text in texts:
         assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
+        if theirs.unk_id() not in theirs.encode(text):
+            assert ours.decode(theirs.encode(text)) == theirs.decode(theirs.encode(text)), text
     space = theirs.piece_to_id("▁")
     for ids in [theirs.encode("the cat"), theirs.encode("▁the"), [space] * 3 + theirs.encode("cat  "), [space, space]]:
         assert ours.decode(ids) == theirs.decode(ids), ids
+
+
+def test_a_piece_that_joins_never_make_stays_one_that_no_text_becomes(tmp_path: Path) -> None:
+    """`[UNUSED_TOKEN_1]` becomes an ordinary piece, which a symbol before and behind it cut out."""
+    model = sentencepiece_model_pb2.ModelProto.FromString(train(add_dummy_prefix=True))
+    piece = next(piece for piece in model.pieces if piece.piece == RESERVED[1])
+    piece.piece, piece.type = "catmat", 1
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
+    text, at = f"{RESERVED[0]}catmat{RESERVED[0]}", theirs.piece_to_id("catmat")
+    assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text)
+    assert at not in theirs.encode(text) and ours.decode([at]) == "catmat"
 
 
 @pytest.mark.parametrize("kind", [1, 4])
@@ -222,13 +251,32 @@ def test_another_kind_of_model_is_named(changes: dict[str, Any], kind: str, tmp_
     assert caught.value.got == kind
 
 
-@pytest.mark.parametrize("flag", ["add_dummy_prefix", "remove_extra_whitespaces"])
-def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, flag: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"remove_extra_whitespaces": True, "user_defined_symbols": ["a b"]}, "symbols with spaces"),
+        ({"add_dummy_prefix": True, "user_defined_symbols": ["<0"]}, "pieces with `<0`"),
+        ({"add_dummy_prefix": True, "control_symbols": ["▁c"]}, "special tokens with ▁"),
+    ],
+)
+def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
     path = tmp_path / "tokenizer.model"
-    path.write_bytes(train(**{flag: True}))
+    path.write_bytes(train(**changes))
     with pytest.raises(EngineError, match="converted exactly") as caught:
-        convert_tokenizer(path, SPEC)
-    assert "user-defined symbols" in str(caught.value.got)
+        understand_tokenizer(path, SPEC)
+    assert told in str(caught.value.got)
+
+
+def test_an_unused_piece_that_no_join_makes_is_no_reason_to_refuse(tmp_path: Path) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(train())
+    at = next(i for i, piece in enumerate(model.pieces) if piece.piece == RESERVED[0])
+    model.pieces[at].type = 5
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
+    assert ours.encode(RESERVED[0], add_special_tokens=False).ids == theirs.encode(RESERVED[0]) != [at]
+    assert ours.decode([at]) == theirs.decode([at]) == RESERVED[0]
 
 
 @pytest.mark.parametrize(
