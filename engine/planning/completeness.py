@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 
 from engine.checkpoint.ranks import RankFile, RankGrid, counts_of, index_dims, points, rank_dims, sizes_in
-from engine.errors import EngineError, Place
+from engine.errors import EngineError, Place, first_of
 from engine.language.documents import grouped
 from engine.language.model import Layout
 from engine.language.names import pattern
@@ -29,6 +29,8 @@ def used_rules(
         EngineError: E207 for a rule that is not optional and has no tensors or only some; names the first missing one.
     """
     found = grouped((group.instance.key, group) for group in attempt.groups.values())
+    other = checkpoint.grid.unknown if checkpoint.end == "whole" else ()
+    unlisted = f"; not read, as the index does not name them: {first_of(other, 4)}" if other else ""
     used: list[Instance] = []
     sizes = attempt.sizes.values()
     for rule in rules:
@@ -43,7 +45,7 @@ def used_rules(
                 "E207",
                 f"rule `{rule.rule.name}` matches no tensor",
                 place=rule.rule.place,
-                got=f"no tensor named {' or '.join(s.text for s in lacking.sources)} in {checkpoint.folder}",
+                got=f"no tensor named {' or '.join(s.text for s in lacking.sources)} in {checkpoint.folder}{unlisted}",
                 expected="one for every layer",
                 fix="Is it the mapping for this checkpoint, and are the variants right? "
                 "`engine inspect` shows which fit. Mark a rule that may be absent as `optional: true`.",

@@ -11,8 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.errors import EngineError, first_of
-from engine.run.meter import Meter, Progress
+from engine.errors import EngineError
 from engine.run.running import Running
 from engine.storage.json_text import as_data
 from engine.storage.objects import MARK, ObjectStore
@@ -91,6 +90,7 @@ def execute(
     from engine.run.manifest import NAME, encode_manifest, making, manifest
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, side_by_side, take_parts, write_weights
+    from engine.run.source import changed_configuration, check_source
 
     work = parts or identity_of(compiled)
     output = output_at(work, source, out, how, parts=parts is not None, read=compiled.files)
@@ -101,7 +101,7 @@ def execute(
     json.dumps([made, *small.files], ensure_ascii=False).encode()  # fails for anything that could not be written
     check_runnable(compiled, how, small.memory, output.buffer)
     check_names(compiled, small.files)
-    notices = [*compiled.notices, *small.notices]
+    notices = [*compiled.notices, *small.notices, *changed_configuration(compiled)]
     files = dict(small.files)
     later = small.later
 
@@ -191,12 +191,3 @@ def check_names(compiled: Plan, small: Iterable[str]) -> None:
             expected="names that differ",
             fix="Correct the names of files in the layout.",
         )
-
-
-def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
-    """Read the source files once and compare them with the checksums they hold; E301 when they differ."""
-    from engine.formats.checksums import check_files
-
-    meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
-    unchecked = check_files([header.file for header in compiled.files], meter.advance)
-    return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []

@@ -156,6 +156,9 @@ for _target in ("../x", "/etc/passwd", "a/b", "a\\b", "..", ".", "", "a\0b", "a\
 add("an index that names a tensor of no file", "hf",
     index(lambda data: data["weight_map"].update(x=SHARD)), "E207", "`x`")  # fmt: skip
 add("an index that leaves a tensor out", "hf", index(lambda data: data["weight_map"].popitem()), "E301", "leaves out")
+add("an index that leaves a file out", "hf", index(
+    lambda data: data.update(weight_map={k: file for k, file in data["weight_map"].items() if file != SHARD})
+), "E207", f"not read, as the index does not name them: {SHARD}")  # fmt: skip
 add("an index without tensors", "hf", index(lambda data: data.update(weight_map={})), "E301", "weight_map")
 add("an index whose map is a list", "hf", index(lambda data: data.update(weight_map=[])), "E301", "weight_map")
 add("an index that claims another total", "hf", index(lambda data: data["metadata"].update(total_size=-1)), None)

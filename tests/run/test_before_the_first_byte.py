@@ -19,6 +19,7 @@ from engine.errors import EngineError
 from engine.language.model import MappingFile
 from engine.planning.model import Output, Work
 from engine.run import execute
+from engine.run import source as source_checks
 from engine.run.runner import check_runnable
 from engine.run.running import Running
 from engine.storage.sinks import SinkFiles
@@ -167,7 +168,7 @@ def test_too_little_memory_is_refused_before_the_source_is_read(
     def read(*_: Any) -> None:
         raise AssertionError("the source was read")
 
-    monkeypatch.setattr(execute, "check_source", read)
+    monkeypatch.setattr(source_checks, "check_source", read)
     refused("E001", source, tmp_path / "a" / "hf", mapping(), max_memory=1000, check_source=True)
 
 

@@ -173,6 +173,28 @@ def test_a_flipped_bit_in_the_source_is_found_when_asked_for(source: Path, tmp_p
     assert not (tmp_path / "bad").exists()
 
 
+def test_a_changed_tensor_or_configuration_of_what_the_engine_wrote_is_found_when_it_is_read_again(
+    source: Path, tmp_path: Path
+) -> None:
+    hf = tmp_path / "hf"
+    engine.convert(MODEL.mapping, source, hf, settings=LETTERS)
+    back = engine.reverse(MODEL.mapping, hf, tmp_path / "good", tp=2, settings=LETTERS, check_source=True)
+    assert not any("check" in one or "conversion.json" in one for one in back.notices)
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(
+        json.dumps({**config, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8})
+    )
+    back = engine.reverse(MODEL.mapping, hf, tmp_path / "heads", tp=2, settings=LETTERS)
+    told = "config.json was changed since the engine wrote it with the weights, by conversion.json beside it"
+    assert told in back.notices
+    tensors = load_file(hf / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"model\.norm\.weight has other bytes than were written") as caught:
+        engine.reverse(MODEL.mapping, hf, tmp_path / "bad", tp=2, settings=LETTERS, check_source=True)
+    assert caught.value.code == "E301" and not (tmp_path / "bad").exists()
+
+
 def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
     path = source / "model_tp1_pp0.pt"
     raw = path.read_bytes()

@@ -1,0 +1,53 @@
+"""Checks a source before a run: by checksums in its files or beside them, and by the manifest of what the engine wrote.
+
+A manifest has a digest of each tensor, which safetensors have not, and of the configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from engine.errors import EngineError, first_of
+from engine.formats.checksums import check_files
+from engine.formats.headers import damaged
+from engine.planning.model import Plan
+from engine.run.manifest import NAME, read_manifest
+from engine.run.meter import Meter, Progress
+from engine.run.written import read_contents
+from engine.storage.store import Store
+
+
+def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
+    """Read the source files once and compare them with their checksums; E301 when they differ."""
+    meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
+    unchecked = check_files([header.file for header in compiled.files], meter.advance)
+    for store, data in _manifests(compiled):
+        tensors = {k: one for k, one in data["tensors"].items() if one["file"] in unchecked and "digest" in one}
+        *_, problems = read_contents(store, {**data, "files": {}, "tensors": tensors}, meter.advance)
+        if problems:
+            expected = f"what the engine wrote, by {NAME} beside it"
+            raise damaged(store.place(), problems[0], expected=expected, how=": it is not what was written")
+        unchecked = [name for name in unchecked if name not in {one["file"] for one in tensors.values()}]
+    return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []
+
+
+def changed_configuration(compiled: Plan) -> list[str]:
+    """What to say of the source's configurations that are not what the engine wrote with the weights."""
+    names = ("config.json", compiled.layout.config_file, compiled.layout.training_file)
+    for store, data in _manifests(compiled):
+        wanted = {name: one for name, one in data["files"].items() if name in names and store.has(name)}
+        *_, problems = read_contents(store, {**data, "files": wanted, "tensors": {}})
+        if problems:
+            return [f"{problems[0]} since the engine wrote it with the weights, by {NAME} beside it"]
+    return []
+
+
+def _manifests(compiled: Plan) -> list[tuple[Store, Mapping[str, Any]]]:
+    """The folder of the source with its manifest, if the engine wrote it; one that cannot be read counts as none."""
+    for store in {id(file.file.store): file.file.store for file in compiled.files if file.size}.values():
+        try:
+            return [(store, read_manifest(store))] if store.has(NAME) else []
+        except EngineError:
+            return []
+    return []
