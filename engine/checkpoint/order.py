@@ -77,14 +77,14 @@ def _check_names(headers: Sequence[FileHeader]) -> None:
     names = [() if _apart(each) else each for each in names]
     known = {each: _listed(each) for each in {*names}}
     orders = Counter(order for each in names for _, order in known[each])
-    usual = {frozenset(order): order for order, _ in reversed(orders.most_common())}
-    every = Counter[frozenset[str]]()
+    usual = {_same(order): order for order, _ in reversed(orders.most_common())}
+    every = Counter[tuple[str, ...]]()
     for order, count in orders.items():
-        every[frozenset(order)] += count
+        every[_same(order)] += count
     for header, each in zip(headers, names, strict=True):
         for begin, order in known[each]:
-            wanted = usual[frozenset(order)]
-            if order == wanted or orders[wanted] < _share(len(order), every[frozenset(order)]):
+            wanted = usual[_same(order)]
+            if order == wanted or orders[wanted] < _share(len(order), every[_same(order)]):
                 continue
             moved = {one: other for one, other in zip(order, wanted, strict=True) if one != other}
             held = {one.name[len(begin) :]: one for one in header.tensors if one.name.startswith(begin)}
@@ -98,6 +98,11 @@ def _check_names(headers: Sequence[FileHeader]) -> None:
                     f"names in one order, as in {counted(orders[wanted] - 1, 'other place')}",
                     "If they were exchanged on purpose, save it again with its names in the order that others have.",
                 )
+
+
+def _same(order: Sequence[str]) -> tuple[str, ...]:
+    """What orders of the same names have in common: a name is there as often as the file holds boxes of its tensor."""
+    return tuple(sorted(order))
 
 
 def _share(names: int, places: int) -> float:
@@ -127,7 +132,7 @@ def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]
 def _moved(names: Sequence[str]) -> bool:
     """Whether names are sorted, or not layer by layer, or the layers' are in several orders."""
     orders = {order for _, order in _listed(names)}
-    return _apart(names) or len(orders) > len({*map(frozenset, orders)}) or _is_sorted(names)
+    return _apart(names) or len(orders) > len({*map(_same, orders)}) or _is_sorted(names)
 
 
 def _apart(names: Sequence[str]) -> bool:

@@ -312,6 +312,15 @@ def test_an_order_of_names_is_known_from_enough_layers(names: int, layers: int, 
         check_order([header_of(listed, listed)], buffers=False)
 
 
+def test_files_that_hold_other_numbers_of_boxes_of_the_same_tensors_are_not_compared() -> None:
+    """As Megatron's torch_dist of stages with one layer and with two, where all layers are one tensor."""
+    once, twice = ([(f"layers.0.{name}", (8, 8)) for name in ("qkv", "proj") for _ in range(n)] for n in (1, 2))
+    files = [once, twice, once, once, once]
+    check_order([header_of(each, each) for each in files], buffers=False)
+    with pytest.raises(EngineError, match="have exchanged names"):
+        check_order([header_of(each, each) for each in [*files, once[::-1]]], buffers=False)
+
+
 def test_norms_that_are_exchanged_in_all_layers_of_a_buffer_of_their_own_are_reported() -> None:
     kinds = ("wo", "attention_norm", "ffn_norm")
     names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in kinds]
