@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from engine.assets.generation import GENERATION, TOKENS
-from engine.assets.tokenizer_read import OWN, wrong
+from engine.assets.tokenizer_read import OTHER_IDS, OWN, wrong
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
@@ -106,7 +106,7 @@ def ids_of(
         known = {i for one in found for i in (one if isinstance(one, list) else [one])}
         if known and key in ends and ends[key] not in known:
             raise wrong(f"the tokenizer is not this model's: `{text}` has another id than the configuration says",
-                        place, f"{ends[key]}", f"{json.dumps(found[0])}, the `{key}`")  # fmt: skip
+                        place, f"{ends[key]}", f"{json.dumps(found[0])}, the `{key}`", OTHER_IDS)  # fmt: skip
     return ids, ends
 
 

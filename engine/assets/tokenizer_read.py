@@ -17,6 +17,8 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of p
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
 SPACE = "▁"  # stands for a space in pieces
 OWN = "Give the model's own tokenizer with --tokenizer."
+OTHER_IDS = f"{OWN} If it is, its ids belong under `config` and `generation` of a mapping of your own."
+FOLDER = "a folder with its tokenizer.json and no tokenizer.model."
 _LARGEST = 256 << 20  # bytes of a model; a longer file is not read further, and refused
 
 
@@ -96,7 +98,7 @@ def check_tokenizer(
         ids = wanted if isinstance(wanted, list) else [wanted]
         if token is not None and wanted is not None and found.names.index(token) not in ids:
             raise wrong(f"the tokenizer is not this model's: `{token}` has another id than config.json says", place,
-                        f"{found.names.index(token)}", f"{wanted}, the `{key}_token_id`")  # fmt: skip
+                        f"{found.names.index(token)}", f"{wanted}, the `{key}_token_id`", OTHER_IDS)  # fmt: skip
     return found
 
 
@@ -126,7 +128,7 @@ def wrong(told: str, place: str, got: str, expected: str, fix: str = OWN) -> Eng
 def no_model(place: str, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:
     """E501 for a file that SentencePiece did not write or cannot read."""
     return wrong(message, place, found, "a tokenizer.model that SentencePiece wrote",
-                 "Give the model's own tokenizer.model; check that it was copied whole.")  # fmt: skip
+                 f"Give the model's own tokenizer.model, copied whole; or {FOLDER}")  # fmt: skip
 
 
 def _reason(model: Any, pieces: Pieces) -> str | None:
@@ -176,10 +178,9 @@ def _reason_of_symbols(model: Any, pieces: Pieces, names: list[str]) -> str | No
 
 def refuse_kind(found: str | None, place: str) -> None:
     if found is not None:
-        fix = "Check that the file is this model's tokenizer. If it is, give the folder of the tokenizer.json that you "
-        fix += "use with it: --tokenizer DIR."
-        told = "this kind of SentencePiece model cannot be converted exactly"
-        raise wrong(told, place, found, "a BPE model as InternLM trains them", fix)
+        raise wrong("this kind of SentencePiece model cannot be converted exactly", place, found,
+                    "a BPE model as InternLM trains them",
+                    f"Check that the file is this model's tokenizer. If it is, give {FOLDER}")  # fmt: skip
 
 
 def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: str) -> list[str]:

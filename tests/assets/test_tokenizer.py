@@ -226,7 +226,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path, data: bytes) -> None
     with pytest.raises(EngineError) as caught:
         understand_tokenizer(path, SPEC)
     assert caught.value.code == "E501"
-    assert "not a SentencePiece model" in str(caught.value)
+    assert "not a SentencePiece model" in str(caught.value) and "no tokenizer.model" in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_equal_scores_whose_order_no_ranks_express_are_refused(tmp_path: Path) -
         piece.score = 0
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.SerializeToString())
-    with pytest.raises(EngineError, match="other ids than SentencePiece"):
+    with pytest.raises(EngineError, match=r"other ids than SentencePiece(?s:.*)equal scores(?s:.*)a folder"):
         convert_tokenizer(path, SPEC)
 
 
