@@ -87,7 +87,7 @@ def execute(
     """
     from engine.run.journal import identity_of
     from engine.run.looks import suspicious
-    from engine.run.manifest import NAME, encode_manifest, making, manifest
+    from engine.run.manifest import NAME, encode_manifest, making, manifest, tensor_key
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, side_by_side, take_parts, write_weights
     from engine.run.source import changed_configuration, check_source
@@ -120,8 +120,9 @@ def execute(
             beside = [] if later is None else [make_later]
             written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
         told_of = (
-            (o.name, o.dtype, o.shape, written.done[n].digest, _look(compiled, n, written.done[n].look))
-            for n, o in enumerate(compiled.outputs)
+            (tensor_key(compiled, file.name, o.name), o.dtype, o.shape, done.digest, _look(compiled, n, done.look))
+            for file in compiled.shards
+            for n, o, done in ((n, compiled.outputs[n], written.done[n]) for n in file.outputs)
         )
         notices += suspicious(told_of, whole=compiled.written is None)
         data = manifest(compiled, written.done, files, made)

@@ -15,6 +15,7 @@ import xxhash
 
 from engine.errors import first_of
 from engine.formats.headers import ITEM_SIZES
+from engine.language.documents import grouped
 from engine.language.names import form
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -81,7 +82,7 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     zeros: list[str] = []
     partly: list[str] = []
     wild: list[str] = []
-    alike: dict[tuple[str, str], list[str]] = {}
+    alike: dict[str, list[str]] = {}
     for name, dtype, shape, digest, look in tensors:
         nbytes = prod(shape) * ITEM_SIZES[dtype]
         if look.wild and dtype in _FLOATS:
@@ -95,8 +96,8 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
             continue
         if look.zeros >= min(_HOLE, nbytes // 16) > 0:
             partly.append(f"{name} ({max(min(look.zeros * 100 // nbytes, 99), 1)}%)")
-        if whole:
-            alike.setdefault((form(name), digest), []).append(name)
+        if whole and _SPLIT(name)[1:]:  # has a number: an embedding may be the head too
+            alike.setdefault(digest, []).append(name)
     copies = [_together(names) for names in alike.values() if len(names) > 1]
     told = "equal to the last bit, as after upcycling, or if a file was copied"
     holes = listed("zeros in a part, as if a file were not copied completely", partly)
@@ -113,7 +114,12 @@ def _together(names: Sequence[str]) -> str:
 
     >>> _together(["l.0.w", "l.1.w"]), _together(["l.0.w", "l.5.w"]), _together(["l.0.e.1.w", "l.1.e.0.w"])
     ('l.{0…1}.w', 'l.{0, 5}.w', 'l.0.e.1.w and l.1.e.0.w')
+    >>> _together(["l.0.w", "l.0.v", "l.1.w"])
+    'l.{0…1}.w and l.0.v'
     """
+    kinds = grouped((form(name), name) for name in names)
+    if len(kinds) > 1:
+        return " and ".join(map(_together, kinds.values()))
     parts = [
         sorted(set(column), key=lambda part: (len(part), part)) for column in zip(*map(_SPLIT, names), strict=True)
     ]

@@ -304,6 +304,22 @@ def test_a_few_zeros_are_not_told(tmp_path: Path) -> None:
     assert not any("zeros" in one for one in engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf").notices)
 
 
+def test_two_linears_that_are_equal_are_told_but_not_an_embedding_that_is_also_the_head(tmp_path: Path) -> None:
+    save(MODEL, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = torch.load(path)
+        state["layers.1.feed_forward.w3.weight"] = state["layers.1.feed_forward.w1.weight"].clone()
+        torch.save(state, path)
+    engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
+    model = load_file(tmp_path / "hf" / "model.safetensors")
+    model["lm_head.weight"] = model["model.embed_tokens.weight"].clone()
+    save_file(model, tmp_path / "hf" / "model.safetensors", metadata={"format": "pt"})
+    names = "model.layers.1.mlp.gate_proj.weight and model.layers.1.mlp.up_proj.weight"
+    told = f"equal to the last bit, as after upcycling, or if a file was copied: {names}"
+    assert engine.api.verify(tmp_path / "hf").values == (told,)
+
+
 def test_a_matrix_that_another_layer_has_too_is_told(tmp_path: Path) -> None:
     save(MODEL, tmp_path / "step", tp=2)
     for rank in range(2):
