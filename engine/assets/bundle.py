@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.apart import APART, convert_apart, predicted_memory
+from engine.assets.beside import tokens_beside
 from engine.assets.chat import chat_template, never_written, unmarked
 from engine.assets.generation import GENERATION, as_json, generation_config, within
 from engine.assets.model_card import model_card
@@ -67,6 +68,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     near = ready_beside(plan.files[0].file.store, plan.layout)
     model, ready = _find_tokenizer(plan, spec, tokenizer, near)
     later, memory = None, 0
+    tokens: list[str] = []
     read: Mapping[str, bytes] = {}
     if plan.mapping.chat_template is not None:
         template = chat_template(plan.mapping.chat_template)
@@ -78,10 +80,18 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         notices += left_out
         files[GENERATION] = generation_config(generation, plan.config)
     if model is not None and spec is not None:
+        if tokenizer is None:
+            where, around = plan.files[0].file.store, [name for names in near for name in names if "/" not in name]
+        else:
+            where = LocalStore(model.parent)
+            around = names_of(where, "") if tokenizer.is_dir() else []
+        beside, naming = tokens_beside(where, around)
+        spec = {**spec, "beside": beside}
         found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
+        tokens = [token["content"] for token in found.beside.values()]
         if plan.mapping.chat_template is not None:
             notices += never_written(template, generation, dict(enumerate(found.names)), own=True)
-        memory, read = predicted_memory(model), {model.name: found.data}
+        memory, read = predicted_memory(model), {model.name: found.data, **(naming if found.beside else {})}
         if len(found.data) < APART:
             files.update(convert_understood(found, spec, str(model)))
         else:
@@ -99,7 +109,7 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
         notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
     chosen = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
     if ready is None:
-        notices += _unread(tokenizer if chosen else None, chosen, near)
+        notices += _unread(tokenizer if chosen else None, chosen, near, tokens)
     versions = render_tree(plan.mapping.transformers, plan.names)
     has_tokenizer = model is not None or "tokenizer.json" in files
     facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
@@ -123,9 +133,9 @@ def _convert_later(
     return files
 
 
-def _unread(given: Path | None, taken: str, near: list[list[str]]) -> list[str]:
+def _unread(given: Path | None, taken: str, near: list[list[str]], tokens: list[str]) -> list[str]:
     """A notice for files of a tokenizer that are not read: beside the one that is `taken`, in a given folder or `near`
-    the weights."""
+    the weights; or of which only these tokens are."""
     of_folder = given is not None and os.path.isdir(given)
     folders = [names_of(LocalStore(given), "")] if given is not None and of_folder else near
     beside = [name for names in folders for name in names if name != taken]
@@ -135,6 +145,8 @@ def _unread(given: Path | None, taken: str, near: list[list[str]]) -> list[str]:
     if not taken:
         return [f"not written: {told}; give the folder of the model's tokenizer with --tokenizer"]
     where = taken if of_folder else "the weights"
+    if tokens:
+        return [f"beside {where}: {told}; of these only the names of tokens are read: {first_of(tokens, 4)}"]
     return [f"beside {where} and not read: {told}; the tokenizer is of {taken} alone"]
 
 

@@ -13,7 +13,7 @@ from engine.assets.generation import GENERATION, TOKENS
 from engine.assets.tokenizer_read import OTHER_IDS, OWN, wrong
 
 WHOLE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
-_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+MAP, ADDED = "special_tokens_map.json", "added_tokens.json"
 _LISTS = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _SIDES = (lambda value: value in ("left", "right")), "left or right"
@@ -57,16 +57,16 @@ def ids_of(
     """
     from tokenizers import Tokenizer
 
-    given, added = objects.get(SETTINGS, {}), objects.get(_ADDED, {})
+    given, added = objects.get(SETTINGS, {}), objects.get(ADDED, {})
     said = {name: value for name, value in given.items() if value is not None}
-    older = objects.get(_MAP, {})
+    older = objects.get(MAP, {})
     settings = {**older, **said}
     without = ((key, value, "has no id", "a number") for key, value in added.items() if type(value) is not int)
-    damaged = {_MAP: _damaged(older), SETTINGS: (*_damaged(said), *_of_no_use(given)), _ADDED: without}
+    damaged = {MAP: _damaged(older), SETTINGS: (*_damaged(said), *_of_no_use(given)), ADDED: without}
     for name, (key, value, told, expected) in ((name, one) for name, every in damaged.items() for one in every):
         raise wrong(f"the tokenizer's settings are damaged: `{key}` {told}", place.removesuffix(WHOLE) + name,
                     f"{value!r:.60}", expected)  # fmt: skip
-    named = _named(settings, added)
+    named = numbered(settings, added)
     try:
         check_prefix(data)
         with panics_caught():
@@ -134,10 +134,10 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, Mapping) and isinstance(value.get("content"), str))
 
 
-def _named(settings: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, int | None]:
+def numbered(settings: Mapping[str, Any], added: Mapping[str, Any]) -> dict[str, int | None]:
     """Tokens that settings name, in the order in which transformers adds them, with their ids if these are said.
 
-    >>> _named({"pad_token": "<p>", "added_tokens_decoder": {"7": {"content": "<x>"}}}, {"<y>": 6})
+    >>> numbered({"pad_token": "<p>", "added_tokens_decoder": {"7": {"content": "<x>"}}}, {"<y>": 6})
     {'<y>': 6, '<x>': 7, '<p>': None}
     """
     table = settings.get("added_tokens_decoder")

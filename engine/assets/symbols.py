@@ -43,7 +43,7 @@ def cut_at(backend: Mapping[str, Any], symbols: list[str]) -> dict[str, Any]:
         cuts.append(_split(_BYTE, "MergedWithPrevious"))
     return {
         **backend,
-        "added_tokens": [token for token in backend["added_tokens"] if token["special"]],
+        "added_tokens": [token for token in backend["added_tokens"] if not token["normalized"]],
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts},
         "model": {**backend["model"], "ignore_merges": True},
     }

@@ -60,20 +60,24 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: str) -
     model, data, pieces, names = found.model, found.data, found.pieces, found.names
     bos, eos, pad, unk = found.bos, found.eos, found.pad, found.unk
     processor = _processor(data, place)
-    ids = range(len(pieces.texts))
-    unused = set(compress(ids, processor.is_unused(list(ids))))
+    own, ids = range(processor.get_piece_size()), range(len(pieces.texts))
+    unused = set(compress(own, processor.is_unused(list(own))))
     refuse_kind(_reason_of_unused(model, pieces, unused), place)
     special = {names.index(token) for token in (bos, eos, pad) if token is not None}
-    special |= {i for i in ids if pieces.types[i] in (UNKNOWN, CONTROL) or pieces.texts[i] != names[i]}
+    special |= {i for i in ids if pieces.types[i] in (UNKNOWN, CONTROL) or pieces.texts[i] != names[i]} | {
+        *found.beside
+    }
     add_bos = bos is not None and bool(spec.get("add_bos", True))
     backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
     if USER_DEFINED in pieces.types and changes_text(model):
         unused |= never_made(backend, pieces)
         backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
         backend = cut_at(backend, symbols_of(pieces, names))
+    for token in backend["added_tokens"]:
+        token |= found.beside.get(token["id"], {})
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))
     _compare(pieces, names, processor, text, place)
-    extra = [names[index] for index in sorted(special) if names[index] not in (bos, eos, pad, unk)]
+    extra = [t["content"] for t in backend["added_tokens"] if t["special"] and t["content"] not in (bos, eos, pad, unk)]
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
@@ -255,7 +259,7 @@ def _compare(pieces: Pieces, names: list[str], theirs: Any, backend: str, place:
 
     ours = Tokenizer.from_str(backend)
     # special tokens are matched in text on purpose, and a renamed piece no longer has its old spelling
-    apart = {token.content for token in ours.get_added_tokens_decoder().values() if token.special}
+    apart = {token.content for token in ours.get_added_tokens_decoder().values() if not token.normalized}
     apart |= {text for text, name in zip(pieces.texts, names, strict=True) if text != name}
     for text in _probes(pieces):
         for token in apart:

@@ -30,6 +30,11 @@ class Pieces:
     types: list[int]
     scores: list[float]
 
+    def and_then(self, added: list[str]) -> Pieces:
+        """With tokens behind the model's own."""
+        more = len(added)
+        return Pieces([*self.texts, *added], [*self.types, *[CONTROL] * more], [*self.scores, *[0.0] * more])
+
     @classmethod
     def of(cls, model: Any) -> Pieces:
         """The pieces of a parsed `ModelProto`."""
@@ -42,8 +47,10 @@ class Understood:
 
     Attributes:
         data: the file's bytes.
+        pieces: the model's, and behind them the tokens that files beside it add.
         names: pieces by id, after `rename`.
         bos, eos, pad, unk: the names of these tokens, if the mapping has them.
+        beside: tokens of which files beside the model say more than it does, by id: their names, that they are special.
     """
 
     model: Any
@@ -54,10 +61,14 @@ class Understood:
     eos: str | None
     pad: str | None
     unk: str
+    beside: Mapping[int, Mapping[str, Any]]
 
 
 def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understood:
     """Read a model and check what needs only its file: its kind, its pieces, the tokens that are named.
+
+    Args:
+        spec: as for `convert_tokenizer`; `beside` has tokens by id, as `tokens_beside` finds them.
 
     Raises:
         EngineError: E501 when it is not such a model, or cannot be expressed exactly.
@@ -68,6 +79,8 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
     if not all(isinstance(text, str) for text in pieces.texts):  # protobuf keeps invalid UTF-8 as bytes
         raise no_model(place, "a piece that is not text")
     refuse_kind(_reason(model, pieces), place)
+    beside, count = spec.get("beside") or {}, len(pieces.texts)
+    pieces = pieces.and_then([beside[index]["content"] for index in sorted(beside) if index >= count])
     names = _renamed(pieces, spec, place)
     refuse_kind(_reason_of_symbols(model, pieces, names), place)
     bos, eos, pad = (_named(spec, key, pieces, names, place) for key in ("bos", "eos", "pad"))
@@ -76,7 +89,15 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
         raise wrong(f"the unknown token is not `{spec['unk']}`", place, f"`{unk}`, by the model",
                     f"`{spec['unk']}`, by the mapping",
                     "Correct `tokenizer.unk` in the mapping, or leave it out.")  # fmt: skip
-    return Understood(model, data, pieces, names, bos, eos, pad, unk)
+    said = {index: token for index, token in beside.items() if token["content"] == names[index]}
+    told = {
+        index: token
+        for index, token in said.items()
+        if index >= count
+        or pieces.texts[index] != names[index]
+        or (token["special"] and pieces.types[index] == USER_DEFINED)
+    }
+    return Understood(model, data, pieces, names, bos, eos, pad, unk, told)
 
 
 def check_tokenizer(
@@ -184,12 +205,19 @@ def refuse_kind(found: str | None, place: str) -> None:
 
 
 def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: str) -> list[str]:
-    """The pieces' names by id, after `rename`."""
-    check = "Check names under `tokenizer.rename`."
-    other = f"{OWN} If it is, correct the id under `tokenizer.rename` in the mapping."
+    """The pieces' names by id, after `rename`, and what files beside the model say."""
+    mine = {int(key): name for key, name in (spec.get("rename") or {}).items()}
+    beside = {index: token["content"] for index, token in (spec.get("beside") or {}).items()}
     names = list(pieces.texts)
-    for key, name in (spec.get("rename") or {}).items():
-        index = int(key)
+    for index, name in {**beside, **mine}.items():
+        check = "Check names under `tokenizer.rename`."
+        other = f"{OWN} If it is, correct the id under `tokenizer.rename` in the mapping."
+        if index not in mine:
+            check = other = (
+                "Correct the files beside it; or give the model itself as --tokenizer, which takes it alone."
+            )
+            if index < len(names) and names[index] == name and names.index(name) == index:
+                continue
         if not 0 <= index < len(names):
             told = f"id {index} is to be named `{name}` but the tokenizer ends before it"
             raise wrong(told, place, f"{len(names)} pieces", f"more than {index}", other)

@@ -222,6 +222,31 @@ def test_what_lies_beside_a_given_sentencepiece_model_is_told(saved: Path, model
     assert told.startswith("beside tokenizer.model and not read: chat_template.jinja, generation_config.json, tok")
 
 
+@pytest.mark.parametrize("given", [True, False])
+def test_tokens_that_lie_beside_a_sentencepiece_model_are_those_of_the_model(
+    given: bool, model_file: Path, tmp_path: Path
+) -> None:
+    """As transformers saves a slow tokenizer to which tokens were added; a file that is given is taken alone."""
+    save(Model("v2", layers=1, vocab=424), tmp_path / "step")
+    folder = tmp_path / ("tokenizer" if given else "step")
+    folder.mkdir(exist_ok=True)
+    shutil.copy(model_file, folder / "tokenizer.model")
+    table = {"1": {"content": "<s>", "special": True}, "3": {"content": "<|im_start|>", "special": True}}
+    changed("tokenizer_config.json", added_tokens_decoder=table, chat_template="{{ 1 }}")(folder)
+    changed("added_tokens.json", **{"[PAD]": 420, "<tool>": 421})(folder)
+    changed("special_tokens_map.json", pad_token="[PAD]")(folder)
+    how: Any = {"settings": {"mlp_letters": "w2_is_down"}, "tokenizer": folder if given else None}
+    report = engine.convert("internlm2", tmp_path / "step", tmp_path / "out", **how)
+    written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert written.encode("<|im_start|><tool>[PAD]").ids == [1, 3, 421, 420]
+    assert written.decode([3, 421, 420]) == "<tool>"
+    told = next(one for one in report.notices if "names of tokens" in one)
+    assert told.endswith("of these only the names of tokens are read: <|im_start|>, [PAD], <tool>")
+    how["tokenizer"] = folder / "tokenizer.model"
+    engine.convert("internlm2", tmp_path / "step", tmp_path / "alone", **how)
+    assert Tokenizer.from_file(str(tmp_path / "alone" / "tokenizer.json")).get_vocab_size() == 420
+
+
 def test_a_model_of_which_no_axis_is_the_vocabulary_takes_any_tokenizer(
     saved: Path, model_file: Path, tmp_path: Path
 ) -> None:

@@ -199,6 +199,50 @@ class TestInTransformers:
         assert loaded("<s>cat</s>", add_special_tokens=False).input_ids == [1, *theirs.encode("cat"), 2]
 
 
+def beside(tokens: dict[int, str]) -> dict[int, dict[str, Any]]:
+    """Special tokens by id, as files beside a model name them."""
+    flags = {"special": True, "lstrip": False, "rstrip": False, "single_word": False}
+    return {index: {"content": name, **flags} for index, name in tokens.items()}
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_tokens_that_files_beside_the_model_add_or_rename_are_tokens(prefix: bool, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(train(add_dummy_prefix=prefix))
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    end = theirs.get_piece_size()
+    named = beside({1: "<s>", end: "<|a|>", end + 1: "<tool>", 3: "<|im_start|>", 4: RESERVED[1]})
+    named[end + 1] |= {"special": False, "rstrip": True}
+    files = convert_tokenizer(path, {**SPEC, "beside": named})
+    ours = Tokenizer.from_str(files["tokenizer.json"].decode())
+    for token, index in (("<|a|>", end), ("<tool>", end + 1), ("<|im_start|>", 3), (RESERVED[1], 4)):
+        expected = [*theirs.encode("the"), index, *theirs.encode("cat "), index]
+        assert ours.encode(f"the{token}cat {token}", add_special_tokens=False).ids == expected
+        assert ours.decode([index]) == (token if token == "<tool>" else "")
+    assert ours.encode("<tool>  a", add_special_tokens=False).ids == [end + 1, *theirs.encode("a")]
+    extra = json.loads(files["tokenizer_config.json"])["additional_special_tokens"]
+    assert extra == ["<|im_start|>", RESERVED[1], "<|a|>"]
+    assert files["tokenizer.model"] == path.read_bytes()
+    spec = {**SPEC, "beside": named, "rename": {3: "<|mine|>"}}  # the mapping's own names go first
+    assert understand_tokenizer(path, spec).names[3] == "<|mine|>"
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ({421: "<|a|>"}, "ends before it"),
+        ({420: "<s>"}, "two ids would be named"),
+        ({300: "<|a|>"}, "not a reserved piece"),
+        ({0: "<|a|>"}, "not a reserved piece"),
+    ],
+)
+def test_tokens_beside_that_do_not_belong_to_the_model_are_refused(
+    model_file: Path, named: dict[int, str], message: str
+) -> None:
+    with pytest.raises(EngineError, match=rf"{message}(?s:.*)files beside it"):
+        understand_tokenizer(model_file, {**SPEC, "beside": beside(named)})
+
+
 def test_without_add_bos_nothing_is_put_in_front(model_file: Path, theirs: Any) -> None:
     files = convert_tokenizer(model_file, {**SPEC, "add_bos": False})
     assert Tokenizer.from_str(files["tokenizer.json"].decode()).encode("cat").ids == theirs.encode("cat")
