@@ -59,7 +59,7 @@ def json_object(raw: bytes, name: str) -> dict[str, Any]:
             "the file is not JSON",
             place=Place(name),
             got=str(error)[:100],
-            fix="Copy the file again.",
+            fix="Copy the file again, or correct it if it was edited: JSON is UTF-8 without a byte order mark.",
         ) from None
     if not isinstance(value, dict):
         raise EngineError(

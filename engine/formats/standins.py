@@ -283,7 +283,8 @@ def known_global(module: str, name: str) -> Any:
         return opaque(name)
     if module.startswith(_PLAIN_PACKAGES):
         return PlainClass(name, takes=True)
-    if "_shard" in module or name in ("ShardedTensor", "DTensor", "_rebuild_qtensor"):
+    torch_form = module == "torch._utils" and name.startswith("_rebuild_")  # sparse, quantised, on the meta device …
+    if torch_form or "_shard" in module or name in ("ShardedTensor", "DTensor"):
         raise Refused("E303", f"{module}.{name}")
     raise Refused("E302", f"{module}.{name}")
 

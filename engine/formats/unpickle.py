@@ -294,7 +294,7 @@ def error_of(refused: Refused, name: str, tensor: str | None = None) -> EngineEr
             "E303",
             f"a checkpoint file holds what only code can rebuild: `{refused}`",
             place=Place(name, tensor=tensor),
-            fix="Saved by a sharding library in a form that is not read: load it once in the training environment "
-            "and save full tensors; docs/fsdp.md shows how.",
+            fix="Saved in a form that is not read, as by a sharding library, sparse or quantised: load it once in the "
+            "training environment and save full tensors; docs/fsdp.md shows how.",
         )
     return damaged(name, str(refused)[:400], tensor)

@@ -276,6 +276,8 @@ value("a size of a size", call(g("torch", "Size"), u("x" * 100)), "E301")
 value("a set of sets", call(g("builtins", "set"), b"](" + b"]" * 3 + b"e"), "E301")
 value("a set of many", call(g("builtins", "set"), b"](" + b"N" * 100 + b"e"), "E301", "many items")
 value("a quantised tensor", g("torch._utils", "_rebuild_qtensor") + b")R", "E303", "only code can rebuild")
+value("a sparse tensor", g("torch._utils", "_rebuild_sparse_tensor") + b")R", "E303", "only code can rebuild")
+value("a meta tensor", g("torch._utils", "_rebuild_meta_tensor_no_storage") + b")R", "E303", "only code can rebuild")
 
 # Persistent ids.
 value("a persistent id that is a pickle", b"C\x04\x80\x02N." + b"Q", "E301", "persistent id")

@@ -187,6 +187,9 @@ def test_the_configuration_is_read_beside_the_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[")
     with pytest.raises(EngineError, match="not JSON"):
         read_hf_config(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf{}")  # as some editors of Windows save it
+    with pytest.raises(EngineError, match="without a byte order mark"):
+        read_hf_config(tmp_path)
 
 
 def test_configurations_in_two_places_must_be_the_same_but_for_what_only_says_who_saved_them(tmp_path: Path) -> None:
