@@ -41,6 +41,8 @@ def unreadable(error: yaml.YAMLError, text: str, name: str) -> EngineError:
         if "could not find expected ':'" in str(error.problem) and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
             words, expected, fix = "a line has no `:` between key and value", "key: value", "Write the `:` and a space."
+        elif "nesting depth" in str(error.problem):  # libyaml since 0.2.6 looks ahead, a thousand levels at most
+            words, fix = "nested deeper than a thousand levels", "A mapping needs about six levels."
         elif (bracket := _bracket(lines, error.context_mark)) in _CLOSES and error.context_mark is not None:
             row, column = error.context_mark.line, error.context_mark.column
             words = f"the YAML cannot be read: a bracket `{bracket}` is not closed, or a comma is missing after it"

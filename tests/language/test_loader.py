@@ -2,10 +2,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from engine.errors import EngineError, EngineErrors
 from engine.language import search
 from engine.language.loader import MAX_BYTES, load_text, load_yaml
+from engine.language.yaml_words import unreadable
 
 
 def refused(text: str) -> EngineError:
@@ -104,6 +106,12 @@ def test_a_quoted_merge_key_is_an_ordinary_key() -> None:
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? ", "[a, "])
 def test_deep_nesting_is_refused_at_once(opening: str) -> None:
     assert "deeper" in refused("a:\n  " + opening * 150_000).message
+
+
+def test_nesting_that_the_parser_itself_refuses_is_told_as_that() -> None:
+    mark = yaml.Mark("x.yaml", 0, 0, 1002, None, None)
+    stopped = yaml.scanner.ScannerError("while increasing flow level", mark, "exceeded maximum nesting depth", mark)
+    assert "deeper" in unreadable(stopped, "[" * 1010, "x.yaml").message
 
 
 def test_depth_up_to_the_limit_is_read() -> None:
