@@ -283,10 +283,9 @@ def known_global(module: str, name: str) -> Any:
         return opaque(name)
     if module.startswith(_PLAIN_PACKAGES):
         return PlainClass(name, takes=True)
-    torch_form = module == "torch._utils" and name.startswith("_rebuild_")  # sparse, quantised, on the meta device …
-    if torch_form or "_shard" in module or name in ("ShardedTensor", "DTensor"):
-        raise Refused("E303", f"{module}.{name}")
-    raise Refused("E302", f"{module}.{name}")
+    whole = f"{module}.{name}"
+    form = "_shard" in module or name in ("ShardedTensor", "DTensor") or whole.startswith("torch._utils._rebuild_")
+    raise Refused("E303" if form else "E302", whole)
 
 
 def storage_of(pid: Any) -> Storage:
