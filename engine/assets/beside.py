@@ -1,6 +1,7 @@
-"""Tokens that files beside a SentencePiece model name: those that were added to it, and pieces that have new names.
+"""What files beside a SentencePiece model say of its tokens.
 
-They are what transformers saves of a slow tokenizer with the model. Without them a chat's tokens would be cut up.
+transformers saves a slow tokenizer as the model, and the tokens that were added to it or have new names in other files:
+without these a chat's tokens would be cut up. A fast tokenizer is saved with the model too, which some programs read.
 """
 
 from __future__ import annotations
@@ -37,3 +38,19 @@ def tokens_beside(store: Store, names: Sequence[str]) -> tuple[dict[int, dict[st
             said = {"special": token in roles, **flags.get(number, {})}
             found[number] = {"content": token, **{flag: said.get(flag) is True for flag in _FLAGS}}
     return found, files
+
+
+def other_ids(model: bytes, ids: Mapping[str, int]) -> list[str]:
+    """A notice if a model gives tokens other ids than the tokenizer.json beside it."""
+    from google.protobuf.message import DecodeError
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+
+    try:
+        pieces = [piece.piece for piece in ModelProto.FromString(model).pieces]
+    except DecodeError:
+        return []  # of another kind, such as Llama 3's
+    found = [(piece, index) for index, piece in enumerate(pieces) if ids.get(piece, index) != index]
+    told = f"`{found[0][0]}` is {found[0][1]} and not {ids[found[0][0]]}" if found else ""
+    more = f", and {len(found) - 1} more" if len(found) > 1 else ""
+    why = "programs that read it first, such as llama.cpp, would give other ids than transformers"
+    return [f"tokenizer.model disagrees with tokenizer.json ({told}{more}): {why}; take one out"] if found else []

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.assets.apart import APART, convert_apart, predicted_memory
-from engine.assets.beside import tokens_beside
+from engine.assets.beside import other_ids, tokens_beside
 from engine.assets.chat import chat_template, never_written, unmarked
 from engine.assets.generation import GENERATION, as_json, generation_config, within
 from engine.assets.model_card import model_card
@@ -25,6 +25,7 @@ from engine.assets.ready import (
     ready_beside,
     template_of,
     together,
+    writes,
 )
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
@@ -207,6 +208,8 @@ def _ready(
         return {}, [f"not written: {told}: {error.message}{got}; give the model's own with --tokenizer"], 0, {}
     notices = [] if required else [f"copied from beside the weights: {told}"]
     notices += [] if rows is None else fewer(max(ids.values()) + 1, "tokens", rows)
+    if "tokenizer.model" in files and writes(plan.config):  # some other models' classes shift its ids
+        notices += other_ids(files["tokenizer.model"], ids)
     return files, notices, PER_BYTE * max(map(len, files.values())), {index: token for token, index in ids.items()}
 
 

@@ -107,7 +107,7 @@ def read_ready(
     ids, named = ids_of(files[WHOLE], places[WHOLE], rows, objects, config)
     said = objects.get(GENERATION, {})
     ends = [one.get(TOKENS[1]) for one in (said, config, *config.values()) if isinstance(one, Mapping)]
-    if _writes(config) and TOKENS[1] in named and not any(one is not None for one in ends):  # it would never stop
+    if writes(config) and TOKENS[1] in named and not any(one is not None for one in ends):  # it would never stop
         files[GENERATION] = as_json({**said, TOKENS[1]: named[TOKENS[1]]})
     for number, token in renamed.items():
         if ids.get(token) != int(number):
@@ -189,7 +189,7 @@ def template_of(files: Mapping[str, bytes]) -> str:
 def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for a tokenizer.json that no class is named for: 4 takes that of a language model's type, which adds
     tokens of its own. Other models may need what their class knows."""
-    if not _writes(config):
+    if not writes(config):
         return {}
     special = {one["id"]: one["content"] for one in json.loads(data).get("added_tokens") or () if one.get("special")}
     named = {key.removesuffix("_id"): special.get(config[key]) for key in TOKENS[:2] if type(config.get(key)) is int}
@@ -200,7 +200,7 @@ def _plain(data: bytes, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _writes(config: Mapping[str, Any]) -> bool:
+def writes(config: Mapping[str, Any]) -> bool:
     """Whether config.json is of a language model, which writes text."""
     return any(str(name).endswith("CausalLM") for name in config.get("architectures") or ())
 

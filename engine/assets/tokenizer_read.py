@@ -79,9 +79,10 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
     if not all(isinstance(text, str) for text in pieces.texts):  # protobuf keeps invalid UTF-8 as bytes
         raise no_model(place, "a piece that is not text")
     refuse_kind(_reason(model, pieces), place)
-    beside, count = spec.get("beside") or {}, len(pieces.texts)
+    renamed, count = {int(key): name for key, name in (spec.get("rename") or {}).items()}, len(pieces.texts)
+    beside = {index: token for index, token in (spec.get("beside") or {}).items() if index not in renamed}
     pieces = pieces.and_then([beside[index]["content"] for index in sorted(beside) if index >= count])
-    names = _renamed(pieces, spec, place)
+    names = _renamed(pieces, renamed, {index: token["content"] for index, token in beside.items()}, place)
     refuse_kind(_reason_of_symbols(model, pieces, names), place)
     bos, eos, pad = (_named(spec, key, pieces, names, place) for key in ("bos", "eos", "pad"))
     unk = names[pieces.types.index(UNKNOWN)]
@@ -204,10 +205,8 @@ def refuse_kind(found: str | None, place: str) -> None:
                     f"Check that the file is this model's tokenizer. If it is, give {FOLDER}")  # fmt: skip
 
 
-def _renamed(pieces: Pieces, spec: Mapping[str, Any], place: str) -> list[str]:
+def _renamed(pieces: Pieces, mine: Mapping[int, str], beside: Mapping[int, str], place: str) -> list[str]:
     """The pieces' names by id, after `rename`, and what files beside the model say."""
-    mine = {int(key): name for key, name in (spec.get("rename") or {}).items()}
-    beside = {index: token["content"] for index, token in (spec.get("beside") or {}).items()}
     names = list(pieces.texts)
     for index, name in {**beside, **mine}.items():
         check = "Check names under `tokenizer.rename`."

@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
+from engine.assets.beside import other_ids
 from engine.assets.bundle import make_assets
 from engine.assets.generation import check_tokens
 from engine.assets.ready import for_each_release, names_of, read_ready, together
@@ -245,6 +246,19 @@ def test_tokens_that_lie_beside_a_sentencepiece_model_are_those_of_the_model(
     how["tokenizer"] = folder / "tokenizer.model"
     engine.convert("internlm2", tmp_path / "step", tmp_path / "alone", **how)
     assert Tokenizer.from_file(str(tmp_path / "alone" / "tokenizer.json")).get_vocab_size() == 420
+
+
+def test_a_sentencepiece_model_that_disagrees_with_tokenizer_json_is_told(
+    saved: Path, model_file: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(saved, tmp_path / "tokenizer")
+    (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # of another kind
+    assert not any("disagrees" in one for one in convert(tmp_path / "out", folder, config=CONFIG).notices)
+    shutil.copy(model_file, folder / "tokenizer.model")
+    report = convert(tmp_path / "other", folder, config=CONFIG)
+    told = "tokenizer.model disagrees with tokenizer.json (`<unk>` is 0 and not 118): programs"
+    assert any(one.startswith(told) for one in report.notices)
+    assert other_ids(model_file.read_bytes(), {"<unk>": 0, "w": 2}) == []
 
 
 def test_a_model_of_which_no_axis_is_the_vocabulary_takes_any_tokenizer(

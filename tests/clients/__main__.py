@@ -41,8 +41,8 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
   in its own list of a Llama's tensors. Merge InternLM models with another program.
 - CTranslate2 4.8.5 converts the scaled angles of Llama 3.1 (`llama3`) without a word, and computes plain ones: logits
   are off by 0.09 to 2.3. Linear ones are right, dynamic ones and yarn it refuses. llama.cpp computes them right.
-- llama.cpp (xllamacpp 2026.10.11549) keeps the spaces that a SentencePiece model with `remove_extra_whitespaces` removes,
-  and fails on unknown characters of a model without byte fallback. InternLM's models have neither. Names such as
+- llama.cpp (xllamacpp 2026.10.11549) keeps the spaces that SentencePiece models with `remove_extra_whitespaces` remove,
+  and fails on unknown characters of a model without byte fallback. InternLM's models are neither. Names such as
   `<|x|>` it finds in a text only where it is asked to (`parse_special`), and `▁` in a text not as a symbol.
 - vLLM and LMDeploy need an accelerator to run a model. Only their Python code that reads a folder's configuration and
   chooses the model was run: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
