@@ -138,7 +138,7 @@ def read_manifest(folder: Store) -> dict[str, Any]:
             fix="Only the output of `engine run`, `reverse` or `reshard` can be verified.",
         )
     with folder.open(NAME) as file:
-        raw = file.read(_MOST)
+        raw = file.read(min(_MOST, file.state.size))  # as much memory is taken at once
     try:
         data: dict[str, Any] = parse_json(raw, own=True)
         wrong = first_violation(data, "conversion")

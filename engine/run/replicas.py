@@ -1,4 +1,4 @@
-"""Replicas, tensors that every rank holds, must be bit-identical on all ranks; slices of one tensor must differ."""
+"""Replicas, tensors that every rank holds, must be bit-identical on all ranks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,15 @@ from engine.language.documents import grouped, portions
 from engine.move.blocks import BLOCK_BYTES, block_of, blocks
 from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
-from engine.planning.boxes import Copy, in_order
 from engine.planning.model import Replicas, Slices, Tied, Work
 from engine.run.meter import Meter
+from engine.run.slices import compare_slices, ends_of, same, whole
 from engine.storage.sources import SourceFiles
 from engine.storage.store import Range
 
 Check = Replicas | Tied | Slices
-_SAMPLE = 4096  # bytes of a slice: enough to differ between slices of a trained tensor
 _TOGETHER = 32  # checks whose first bytes are fetched together from storage with latency
 _FETCHED = 256 << 10  # bytes fetched of each replica
-_FEW = 32  # elements that may be equal by chance
 
 
 def checks(plan: Work) -> tuple[Check, ...]:
@@ -50,7 +48,7 @@ def compare_replicas(
                 if isinstance(check, Tied):
                     _compare_tied(plan, check, first, other, meter)
                 elif isinstance(check, Slices):
-                    _compare_slices(plan, check, first, other, meter)
+                    compare_slices(plan, check, first, other, meter)
                 else:
                     _compare(plan, check, first, other, meter)
 
@@ -61,9 +59,10 @@ def _batches(
     """Batches of checks, with the first bytes that they read of each file, to be fetched together."""
 
     def starts(check: Check) -> list[tuple[int, Range]]:
-        most = _SAMPLE if isinstance(check, Slices) else _FETCHED
         read = [plan.sources[source] for source in (() if isinstance(check, Tied) else check.sources)]
-        return [(one.file, (at := one.header.offset, at + min(one.header.nbytes, most))) for one in read]
+        if isinstance(check, Slices):
+            return [(one.file, ends) for one in read for ends in ends_of(one.header)]
+        return [(one.file, (at := one.header.offset, at + min(one.header.nbytes, _FETCHED))) for one in read]
 
     found = ((check, starts(check)) for check in some)
     sized = ((one, sum(end - begin for _, (begin, end) in one[1])) for one in found)
@@ -78,7 +77,7 @@ def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, mete
     limit = BLOCK_BYTES // ITEM_SIZES[kept.read_dtype]
     equal = kept.read_dtype == tied.output.read_dtype and all(
         meter.stopped.is_set()
-        or _same(
+        or same(
             first.gather(block_of(tied.copies, low, min(low + limit, kept.elements)), kept.read_dtype),
             other.gather(block_of(copies, low, min(low + limit, kept.elements)), kept.read_dtype),
         )
@@ -92,79 +91,6 @@ def _compare_tied(plan: Work, tied: Tied, first: Gatherer, other: Gatherer, mete
             expected="the same bytes, since only one of the two is written",
             fix="Let `tie_word_embeddings` be false, so that both are written.",
         )
-
-
-def _compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter) -> None:
-    """E306 for two slices that are bit-identical, except constants and very small ones."""
-    header = plan.sources[slices.sources[0]].header
-    size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
-
-    def same(one: int, two: int) -> bool:
-        copies = (blocks([_whole(plan, source)], size, BLOCK_BYTES // item) for source in (one, two))
-        pairs = zip(*copies, strict=True)
-        return all(_same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs)
-
-    seen: dict[bytes, int] = {}
-    equal: list[tuple[int, int]] = []
-    for source in slices.sources if size >= _FEW else ():
-        if meter.stopped.is_set():
-            return
-        if plan.sources[source].header.dtype != header.dtype:
-            continue
-        copy = _whole(plan, source)
-        sample = bytes(other.gather(block_of([copy], 0, min(size, _SAMPLE // item)), header.dtype))
-        one = seen.setdefault(sample, source)
-        if one == source or sample == sample[:item] * (len(sample) // item):
-            continue
-        if same(one, source):
-            equal.append((one, source))
-    if not equal:
-        return
-    got = f"bit-identical slices of {' × '.join(map(str, header.shape))}"
-    if _in_rows(slices, {twin: one for one, twin in equal}):
-        after = _next(plan, slices)
-        at = {source: place for place, source in enumerate(slices.sources)}
-        if all(same(*(after.sources[at[source]] for source in pair)) for pair in equal):
-            return
-        got += f", while those of `{after.name}` differ"
-    one, source = equal[0]
-    name, twin = (plan.files[plan.sources[s].file].name for s in (one, source))
-    raise EngineError(
-        "E306",
-        f"`{twin}` and `{name}` hold the same slice of `{slices.name}`",
-        place=Place(twin, tensor=plan.sources[source].header.name),
-        got=got,
-        expected="another slice on each rank: this tensor is cut",
-        fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
-    )
-
-
-def _next(plan: Work, slices: Slices) -> Slices:
-    """The tensor that repeats its slices if this one does: keys and values of all layers do, or none."""
-
-    def form(one: Slices) -> tuple[object, ...]:
-        header = plan.sources[one.sources[0]].header
-        return one.repeats, len(one.sources), header.shape, header.dtype
-
-    alike = [one for one in plan.slices if form(one) == form(slices)]
-    return alike[(alike.index(slices) + 1) % len(alike)]
-
-
-def _in_rows(slices: Slices, first: Mapping[int, int]) -> bool:
-    """Whether each slice is repeated as often as it may be, and its copies follow each other.
-
-    >>> heads, experts = (Slices((4, 5, 6, 7), "w", repeats) for repeats in (0, 4))
-    >>> pairs, one, all_equal = {5: 4, 7: 6}, {5: 4}, {5: 4, 6: 4, 7: 4}
-    >>> [[_in_rows(held, first) for first in (pairs, one, all_equal)] for held in (heads, experts)]
-    [[True, False, False], [False, False, True]]
-    """
-    sources = slices.sources
-    times, left = divmod(len(sources), len(sources) - len(first))
-    return (
-        not left
-        and (times == slices.repeats if slices.repeats else times < len(sources))
-        and all(first.get(source, source) == sources[at - at % times] for at, source in enumerate(sources))
-    )
 
 
 def replica_bytes(plan: Work) -> int:
@@ -183,13 +109,13 @@ def _compare(plan: Work, replicas: Replicas, first: Gatherer, other: Gatherer, m
     size = math.prod(header.shape)
     limit = BLOCK_BYTES // ITEM_SIZES[header.dtype]
     found: dict[int, tuple[int, float]] = {}  # source → elements that differ, and by how much at most
-    for block, *theirs in zip(*(blocks([_whole(plan, s)], size, limit) for s in replicas.sources), strict=True):
+    for block, *theirs in zip(*(blocks([whole(plan, s)], size, limit) for s in replicas.sources), strict=True):
         if meter.stopped.is_set():
             return
         x = first.gather(block, header.dtype)
         for source, their in zip(others, theirs, strict=True):
             y = other.gather(their, header.dtype)
-            if not _same(x, y):
+            if not same(x, y):
                 count, largest = found.get(source, (0, 0.0))
                 unlike, deviation = _deviation(x, y, header.dtype)
                 found[source] = count + unlike, max(largest, deviation)
@@ -198,16 +124,6 @@ def _compare(plan: Work, replicas: Replicas, first: Gatherer, other: Gatherer, m
         if source in found:
             count, largest = found[source]
             raise _differ(plan, replicas, source, f"{count} of {size} elements, by up to {largest:.6g}")
-
-
-def _same(x: memoryview, y: memoryview) -> bool:
-    """Whether two buffers hold the same bytes.
-
-    Comparing a whole bytearray with a buffer uses `memcmp`; two memoryviews are compared item by item.
-    """
-    if isinstance(x.obj, bytearray) and len(x.obj) == len(x):
-        return x.obj == y
-    return x == y if len(x) % 8 else x.cast("Q") == y.cast("Q")
 
 
 def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
@@ -220,12 +136,6 @@ def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
         return unlike, 0.0
     u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (one, two))
     return unlike, float(np.nanmax(np.abs(u - v), initial=0.0))
-
-
-def _whole(plan: Work, source: int) -> Copy:
-    """A stored tensor copied to itself in row-major order."""
-    header = plan.sources[source].header
-    return in_order(source, header.shape, header.strides)
 
 
 def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineError:

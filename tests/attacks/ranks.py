@@ -165,6 +165,19 @@ def _one_tensor(part: str) -> Callable[[dict[str, torch.Tensor], dict[str, torch
     return change
 
 
+def _rows(part: str, rows: slice) -> Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], object]:
+    def change(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in own if part in name and own[name].dim() == 2)
+        own[name][rows] = other[name][rows]
+
+    return change
+
+
+for _part in ("w1", "w2", "qkv", "embedding"):
+    for _what, _some in {"first": slice(0, 6), "last": slice(-6, None)}.items():
+        add(f"a rank with the {_what} rows of {_part} of another", "training",
+            copied_with(_rows(_part, _some)), "E306", "a part of the same slice")  # fmt: skip
+
 COPIED = {"all of it but one element": _but_one_element}
 COPIED |= {f"its {part}": _one_tensor(part) for part in ("w1", "w2", "qkv", "embedding")}
 for _how, (_wrap, *_) in MADE.items():

@@ -24,7 +24,7 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.layout_file import load_layout
-from engine.run import replicas
+from engine.run import slices
 from engine.storage.local import LocalStore
 from engine.storage.store import File
 from tests.attacks.faults import swap
@@ -100,16 +100,29 @@ def test_slices_of_every_tensor_that_is_cut_are_compared(tmp_path: Path) -> None
     assert all(len(one.sources) == 2 for one in plan.slices)
 
 
-def test_slices_that_are_only_equal_at_their_start_are_no_copies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("count", "copied"), [(31, False), (32, True)])
+def test_slices_that_are_equal_in_a_few_elements_are_no_copies(
+    count: int, copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replicas, "_SAMPLE", 64)
+    monkeypatch.setattr(slices, "_SAMPLE", 64)
     folder = made(V2, tmp_path / "step", tp=2)
     states = [torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True) for rank in range(2)]
     name = next(name for name in states[0] if name.endswith("wqkv.weight"))
-    states[1][name].view(-1)[:32] = states[0][name].view(-1)[:32]
+    states[1][name].view(-1)[:count] = states[0][name].view(-1)[:count]
     torch.save(states[1], folder / "model_tp1_pp0.pt")
-    engine.convert(V2.mapping, folder, tmp_path / "hf", settings=LETTERS)
+    with pytest.raises(EngineError, match=r"E306.*a part of the same slice") if copied else nullcontext():
+        engine.convert(V2.mapping, folder, tmp_path / "hf", settings=LETTERS)
+
+
+def test_rows_that_are_equal_since_tokens_were_added_with_one_value_are_no_copies(tmp_path: Path) -> None:
+    model = replace(V2, embedding="by_vocab", hidden=64, vocab=64)
+    folder = made(model, tmp_path / "step", tp=2)
+    added = torch.randn(64)
+    for rank in range(2):
+        state = torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True)
+        state["tok_embeddings.word_embeddings.weight"][-5:] = added
+        torch.save(state, folder / f"model_tp{rank}_pp0.pt")
+    engine.convert(model.mapping, folder, tmp_path / "hf", settings=LETTERS)
 
 
 @pytest.mark.parametrize("names", ["[.]wk[.]", "1.*[.]w[kv][.]"], ids=["keys alone", "one layer alone"])

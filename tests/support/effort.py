@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-_BEGINNING = 4096  # bytes of each rank's slice, which are compared with those of the other ranks
+_ENDS = 8192  # bytes of each rank's slice, at its two ends, which are compared with those of the other ranks
 
 
 def beginnings(plan: Any) -> int:
     """Bytes that are read to see that no two ranks hold the same slice."""
     held = [plan.sources[number].header.nbytes for slices in plan.slices for number in slices.sources]
-    return sum(min(nbytes, _BEGINNING) for nbytes in held)
+    return sum(min(nbytes, _ENDS) for nbytes in held)

@@ -1,0 +1,147 @@
+"""Slices that ranks hold of one tensor must differ: equal ones were copied from rank to rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from engine.errors import EngineError, Place
+from engine.formats.headers import FLOATS, ITEM_SIZES, TensorHeader
+from engine.move.blocks import BLOCK_BYTES, block_of, blocks
+from engine.move.moves import Gatherer
+from engine.planning.boxes import Copy, in_order
+from engine.planning.model import Slices, Work
+from engine.run.meter import Meter
+from engine.storage.store import Range
+
+_SAMPLE = 4096  # bytes at an end of a slice: enough to differ between slices of a trained tensor
+_FEW = 32  # elements that may be equal by chance
+
+
+def ends_of(header: TensorHeader) -> Iterator[Range]:
+    """The bytes at both ends of a slice, which are read of each."""
+    low, high = header.offset, header.offset + header.nbytes
+    yield low, min(low + _SAMPLE, high)
+    if header.nbytes > _SAMPLE:
+        yield high - _SAMPLE, high
+
+
+def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter) -> None:
+    """E306 for two slices that are bit-identical, or begin or end alike, except constants and very small ones."""
+    header = plan.sources[slices.sources[0]].header
+    size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
+
+    def alike(one: int, two: int) -> bool:
+        copies = (blocks([whole(plan, source)], size, BLOCK_BYTES // item) for source in (one, two))
+        pairs = zip(*copies, strict=True)
+        return all(same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs)
+
+    def sample(source: int, low: int) -> bytes:
+        block = block_of([whole(plan, source)], low, min(low + _SAMPLE // item, size))
+        return bytes(other.gather(block, header.dtype))
+
+    begins: dict[int, bytes] = {}
+    seen: dict[bytes, int] = {}
+    equal: list[tuple[int, int]] = []
+    for source in slices.sources if size >= _FEW else ():
+        if meter.stopped.is_set():
+            return
+        if plan.sources[source].header.dtype != header.dtype:
+            continue
+        begins[source] = sample(source, 0)
+        one = seen.setdefault(begins[source], source)
+        if one != source and not _constant(begins[source], item) and alike(one, source):
+            equal.append((one, source))
+    if not equal and slices.repeats <= 1 and header.dtype in FLOATS:  # of experts, training may have changed a part
+        low = max(size - _SAMPLE // item, 0)
+        ends = {source: sample(source, low) for source in begins} if low else {}
+        for start, samples in ((0, begins), (low, ends)):
+            for one, source, place, some in _in_part(samples, item):
+                rows = (start + place + step for step in (header.shape[-1], -header.shape[-1]))
+                if some not in [sample(source, row)[: len(some)] for row in rows if 0 <= row < size]:
+                    got = f"{_FEW} elements or more that are bit-identical, from element {start + place} on"
+                    raise _copied(plan, slices, one, source, got, "a part of ")
+    if not equal:
+        return
+    got = f"bit-identical slices of {' × '.join(map(str, header.shape))}"
+    if _in_rows(slices, {twin: one for one, twin in equal}):
+        after = _next(plan, slices)
+        at = {source: place for place, source in enumerate(slices.sources)}
+        if all(alike(*(after.sources[at[source]] for source in pair)) for pair in equal):
+            return
+        got += f", while those of `{after.name}` differ"
+    raise _copied(plan, slices, *equal[0], got)
+
+
+def _constant(some: bytes, item: int) -> bool:
+    return some == some[:item] * (len(some) // item)
+
+
+def _in_part(samples: Mapping[int, bytes], item: int) -> Iterator[tuple[int, int, int, bytes]]:
+    """Two slices with the same few elements in the same place, if they are not constant; the place and the elements.
+
+    Rows of an embedding may be equal where tokens were added with one value: then the row beside has them too.
+    """
+    seen: dict[tuple[int, bytes], int] = {}
+    for source, sample in samples.items():
+        for at in range(0, len(sample) - _FEW * item + 1, _FEW * item):
+            some = sample[at : at + _FEW * item]
+            one = seen.setdefault((at, some), source)
+            if one != source and not _constant(some, item):
+                yield one, source, at // item, some
+
+
+def _copied(plan: Work, slices: Slices, one: int, source: int, got: str, what: str = "") -> EngineError:
+    name, twin = (plan.files[plan.sources[s].file].name for s in (one, source))
+    return EngineError(
+        "E306",
+        f"`{twin}` and `{name}` hold {what}the same slice of `{slices.name}`",
+        place=Place(twin, tensor=plan.sources[source].header.name),
+        got=got,
+        expected="another slice on each rank: this tensor is cut",
+        fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
+    )
+
+
+def _next(plan: Work, slices: Slices) -> Slices:
+    """The tensor that repeats its slices if this one does: keys and values of all layers do, or none."""
+
+    def form(one: Slices) -> tuple[object, ...]:
+        header = plan.sources[one.sources[0]].header
+        return one.repeats, len(one.sources), header.shape, header.dtype
+
+    alike = [one for one in plan.slices if form(one) == form(slices)]
+    return alike[(alike.index(slices) + 1) % len(alike)]
+
+
+def _in_rows(slices: Slices, first: Mapping[int, int]) -> bool:
+    """Whether each slice is repeated as often as it may be, and its copies follow each other.
+
+    >>> heads, experts = (Slices((4, 5, 6, 7), "w", repeats) for repeats in (0, 4))
+    >>> pairs, one, all_equal = {5: 4, 7: 6}, {5: 4}, {5: 4, 6: 4, 7: 4}
+    >>> [[_in_rows(held, first) for first in (pairs, one, all_equal)] for held in (heads, experts)]
+    [[True, False, False], [False, False, True]]
+    """
+    sources = slices.sources
+    times, left = divmod(len(sources), len(sources) - len(first))
+    return (
+        not left
+        and (times == slices.repeats if slices.repeats else times < len(sources))
+        and all(first.get(source, source) == sources[at - at % times] for at, source in enumerate(sources))
+    )
+
+
+def same(x: memoryview, y: memoryview) -> bool:
+    """Whether two buffers hold the same bytes.
+
+    Comparing a whole bytearray with a buffer uses `memcmp`; two memoryviews are compared item by item.
+    """
+    if isinstance(x.obj, bytearray) and len(x.obj) == len(x):
+        return x.obj == y
+    return x == y if len(x) % 8 else x.cast("Q") == y.cast("Q")
+
+
+def whole(plan: Work, source: int) -> Copy:
+    """A stored tensor copied to itself in row-major order."""
+    header = plan.sources[source].header
+    return in_order(source, header.shape, header.strides)
