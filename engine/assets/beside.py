@@ -30,12 +30,13 @@ def tokens_beside(store: Store, names: Sequence[str]) -> tuple[dict[int, dict[st
     objects = {name: json_object(data, store.place(name)) for name, data in files.items()}
     settings = {**objects.get(MAP, {}), **objects.get(SETTINGS, {})}
     table = settings.get("added_tokens_decoder")
-    flags = {int(key): one for key, one in table.items() if key.isdecimal()} if isinstance(table, Mapping) else {}
+    flags = dict(table) if isinstance(table, Mapping) else {}
     roles = numbered({key: value for key, value in settings.items() if key != "added_tokens_decoder"}, {})
     found: dict[int, dict[str, Any]] = {}
     for token, number in numbered(settings, objects.get(ADDED, {})).items():
         if number is not None:
-            said = {"special": token in roles, **flags.get(number, {})}
+            own = flags.get(str(number))
+            said = {"special": token in roles, **(own if isinstance(own, Mapping) else {})}
             found[number] = {"content": token, **{flag: said.get(flag) is True for flag in _FLAGS}}
     return found, files
 

@@ -224,8 +224,9 @@ def _renamed(pieces: Pieces, mine: Mapping[int, str], beside: Mapping[int, str],
             told = f"id {index} is to be named `{name}` but is not a reserved piece"
             got = f"`{pieces.texts[index]}`, which ordinary text uses"
             raise wrong(told, place, got, "a reserved piece", other)
-        if not name:
-            raise wrong(f"id {index} is to have no name", place, "an empty text", "the token's name", check)
+        if not name or any("\ud800" <= char <= "\udfff" for char in name):
+            got = repr(name) if name else "an empty text"
+            raise wrong(f"id {index} is to have no name", place, got, "the token's name", check)
         if name in names and names.index(name) != index:
             both = f"{names.index(name)} and {index}"
             raise wrong(f"two ids would be named `{name}`", place, both, "one id for a name", check)

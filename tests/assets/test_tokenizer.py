@@ -234,6 +234,7 @@ def test_tokens_that_files_beside_the_model_add_or_rename_are_tokens(prefix: boo
         ({420: "<s>"}, "two ids would be named"),
         ({300: "<|a|>"}, "not a reserved piece"),
         ({0: "<|a|>"}, "not a reserved piece"),
+        ({3: "\ud800"}, "no name"),
     ],
 )
 def test_tokens_beside_that_do_not_belong_to_the_model_are_refused(
