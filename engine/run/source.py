@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from engine.errors import EngineError, first_of
+from engine.errors import EngineError, Place, first_of
 from engine.formats.checksums import check_files
-from engine.formats.headers import damaged
 from engine.planning.model import Plan
 from engine.run.manifest import NAME, read_manifest
 from engine.run.meter import Meter, Progress
@@ -26,8 +25,14 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
         tensors = {k: one for k, one in data["tensors"].items() if one["file"] in unchecked and "digest" in one}
         *_, problems = read_contents(store, {**data, "files": {}, "tensors": tensors}, meter.advance)
         if problems:
-            expected = f"what the engine wrote, by {NAME} beside it"
-            raise damaged(store.place(), problems[0], expected=expected, how=": it is not what was written")
+            raise EngineError(
+                "E301",
+                "a folder that the engine wrote was changed",
+                place=Place(store.place()),
+                got=problems[0],
+                expected=f"what its {NAME} says",
+                fix=f"Copy the folder again. If it was changed on purpose, move {NAME} away: it no longer belongs to it.",
+            )
         unchecked = [name for name in unchecked if name not in {one["file"] for one in tensors.values()}]
     return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []
 

@@ -193,6 +193,9 @@ def test_a_changed_tensor_or_configuration_of_what_the_engine_wrote_is_found_whe
     with pytest.raises(EngineError, match=r"model\.norm\.weight has other bytes than were written") as caught:
         engine.reverse(MODEL.mapping, hf, tmp_path / "bad", tp=2, settings=LETTERS, check_source=True)
     assert caught.value.code == "E301" and not (tmp_path / "bad").exists()
+    (hf / "conversion.json").unlink()
+    back = engine.reverse(MODEL.mapping, hf, tmp_path / "ours", tp=2, settings=LETTERS, check_source=True)
+    assert any("not checked" in one for one in back.notices)
 
 
 def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
