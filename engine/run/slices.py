@@ -40,6 +40,16 @@ def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer,
         block = block_of([whole(plan, source)], low, min(low + _SAMPLE // item, size))
         return bytes(other.gather(block, header.dtype))
 
+    def regular(one: int, source: int, low: int, some: bytes) -> bool:
+        """Whether equal elements are those of added tokens, or of heads that ranks repeat in all layers."""
+        rows = (low + step for step in (header.shape[-1], -header.shape[-1]))
+        if some in [sample(source, row)[: len(some)] for row in rows if 0 <= row < size]:
+            return True
+        after = _next(plan, slices)
+        x, y = (sample(after.sources[at[each]], low)[: len(some)] for each in (one, source))
+        return after is not slices and x == y
+
+    at = {source: place for place, source in enumerate(slices.sources)}
     begins: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
     equal: list[tuple[int, int]] = []
@@ -57,8 +67,7 @@ def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer,
         ends = {source: sample(source, low) for source in begins} if low else {}
         for start, samples in ((0, begins), (low, ends)):
             for one, source, place, some in _in_part(samples, item):
-                rows = (start + place + step for step in (header.shape[-1], -header.shape[-1]))
-                if some not in [sample(source, row)[: len(some)] for row in rows if 0 <= row < size]:
+                if not regular(one, source, start + place, some):
                     got = f"{_FEW} elements or more that are bit-identical, from element {start + place} on"
                     raise _copied(plan, slices, one, source, got, "a part of ")
     if not equal:
@@ -66,7 +75,6 @@ def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer,
     got = f"bit-identical slices of {' × '.join(map(str, header.shape))}"
     if _in_rows(slices, {twin: one for one, twin in equal}):
         after = _next(plan, slices)
-        at = {source: place for place, source in enumerate(slices.sources)}
         if all(alike(*(after.sources[at[source]] for source in pair)) for pair in equal):
             return
         got += f", while those of `{after.name}` differ"
@@ -78,10 +86,7 @@ def _constant(some: bytes, item: int) -> bool:
 
 
 def _in_part(samples: Mapping[int, bytes], item: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """Two slices with the same few elements in the same place, if they are not constant; the place and the elements.
-
-    Rows of an embedding may be equal where tokens were added with one value: then the row beside has them too.
-    """
+    """Two slices with the same few elements in the same place, if they are not constant; the place and the elements."""
     seen: dict[tuple[int, bytes], int] = {}
     for source, sample in samples.items():
         for at in range(0, len(sample) - _FEW * item + 1, _FEW * item):

@@ -31,7 +31,7 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
                 place=Place(store.place()),
                 got=problems[0],
                 expected=f"what its {NAME} says",
-                fix=f"Copy the folder again. If it was changed on purpose, move {NAME} away: it no longer belongs to it.",
+                fix=f"Copy the folder again. If it was changed on purpose, move its {NAME} away, which is old.",
             )
         unchecked = [name for name in unchecked if name not in {one["file"] for one in tensors.values()}]
     return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []

@@ -125,6 +125,20 @@ def test_rows_that_are_equal_since_tokens_were_added_with_one_value_are_no_copie
     engine.convert(model.mapping, folder, tmp_path / "hf", settings=LETTERS)
 
 
+@pytest.mark.parametrize(("layers", "taken"), [(range(6), True), (range(1), False)], ids=["all layers", "one layer"])
+def test_key_heads_that_ranks_repeat_in_fused_attention_are_no_copies_if_all_layers_do(
+    layers: range, taken: bool, tmp_path: Path
+) -> None:
+    folder = made(replace(V2, vocab=64), tmp_path / "step", tp=2)  # no other tensor has the same shape
+    states = [torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True) for rank in range(2)]
+    for layer in layers:
+        name = f"layers.{layer}.attention.wqkv.weight"
+        states[1][name][-8:] = states[0][name][-8:]
+    torch.save(states[1], folder / "model_tp1_pp0.pt")
+    with nullcontext() if taken else pytest.raises(EngineError, match=r"E306.*a part of the same slice"):
+        engine.convert(V2.mapping, folder, tmp_path / "hf", settings=LETTERS)
+
+
 @pytest.mark.parametrize("names", ["[.]wk[.]", "1.*[.]w[kv][.]"], ids=["keys alone", "one layer alone"])
 def test_keys_that_are_copied_in_pairs_are_no_repeated_heads_if_other_keys_or_values_are_not(
     names: str, tmp_path: Path
