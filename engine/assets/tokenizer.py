@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.assets.generation import as_json
 from engine.assets.merges import ranked_merges
-from engine.assets.symbols import cut_at, never_made, symbols_of
+from engine.assets.symbols import Joins, symbols_of, with_cuts
 from engine.assets.tokenizer_read import (
     CONTROL,
     FOLDER,
@@ -64,15 +64,17 @@ def convert_understood(found: Understood, spec: Mapping[str, Any], place: str) -
     unused = set(compress(own, processor.is_unused(list(own))))
     refuse_kind(_reason_of_unused(model, pieces, unused), place)
     special = {names.index(token) for token in (bos, eos, pad) if token is not None}
-    special |= {i for i in ids if pieces.types[i] in (UNKNOWN, CONTROL) or pieces.texts[i] != names[i]} | {
-        *found.beside
-    }
+    special |= {i for i in ids if pieces.types[i] in (UNKNOWN, CONTROL) or pieces.texts[i] != names[i]}
+    special |= found.beside.keys()
     add_bos = bos is not None and bool(spec.get("add_bos", True))
     backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
     if USER_DEFINED in pieces.types and changes_text(model):
-        unused |= never_made(backend, pieces)
+        joins = Joins(backend, pieces)
+        seam = joins.seam()
+        refuse_kind(None if seam else "pieces that join the names of bytes, and user-defined symbols", place)
+        unused |= joins.never()
         backend = _backend(model, pieces, names, special, unused, bos if add_bos else None, unk)
-        backend = cut_at(backend, symbols_of(pieces, names))
+        backend = with_cuts(backend, symbols_of(pieces, names), seam)
     for token in backend["added_tokens"]:
         token |= found.beside.get(token["id"], {})
     text = json.dumps(backend, ensure_ascii=False, separators=(",", ":"))

@@ -193,8 +193,6 @@ def _reason_of_symbols(model: Any, pieces: Pieces, names: list[str]) -> str | No
         found = "user-defined symbols with spaces in a model that removes spaces"
     elif any(SPACE in name for text, kind, name in kinds if kind in (UNKNOWN, CONTROL) or text != name):
         found = f"user-defined symbols, and special tokens with {SPACE}, in a model that changes text first"
-    elif model.trainer_spec.byte_fallback and any("<0" in text for text, kind, _ in kinds if kind != BYTE):
-        found = "user-defined symbols, and pieces with `<0`, in a model that changes text first"
     return found
 
 

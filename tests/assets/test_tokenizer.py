@@ -109,6 +109,7 @@ BOTH = {"add_dummy_prefix": True, "remove_extra_whitespaces": True}
         {"add_dummy_prefix": True},
         {"add_dummy_prefix": True, "user_defined_symbols": ["a b", "the", "▁cat", "▁▁"]},
         {"remove_extra_whitespaces": True, "user_defined_symbols": ["ba", "bana", "nab", "[a-z]+", "\\n", "\n"]},
+        {"remove_extra_whitespaces": True, "user_defined_symbols": ["<0", "<0x41>x", "cat"]},
         {**BOTH, "user_defined_symbols": ["<|im_start|>", "<|im|>", "|>", "世", "🙂"]},
         {**BOTH, "byte_fallback": False, "vocab_size": 120, "user_defined_symbols": ["a", "(", "$"]},
     ],
@@ -300,7 +301,6 @@ def test_another_kind_of_model_is_named(changes: dict[str, Any], kind: str, tmp_
     ("changes", "told"),
     [
         ({"remove_extra_whitespaces": True, "user_defined_symbols": ["a b"]}, "symbols with spaces"),
-        ({"add_dummy_prefix": True, "user_defined_symbols": ["<0"]}, "pieces with `<0`"),
         ({"add_dummy_prefix": True, "control_symbols": ["▁c"]}, "special tokens with ▁"),
     ],
 )
@@ -310,6 +310,29 @@ def test_what_cannot_be_expressed_exactly_is_refused(tmp_path: Path, changes: di
     with pytest.raises(EngineError, match="converted exactly") as caught:
         understand_tokenizer(path, SPEC)
     assert told in str(caught.value.got)
+
+
+SEAMS = [["<0", "0x"], ["<0", "0x", "A>", "xA", "4A", "14", "1>"], ["<0", "<0x", "<0x4", "<0x41", "2>"]]
+
+
+@pytest.mark.parametrize("joins", SEAMS)
+def test_a_text_that_is_the_name_of_a_byte_is_cut_where_no_join_crosses_it(joins: list[str], tmp_path: Path) -> None:
+    model = sentencepiece_model_pb2.ModelProto.FromString(train(remove_extra_whitespaces=True))
+    have = {piece.piece for piece in model.pieces}
+    for name in [*"<0x>A142", *joins]:
+        if name not in have:
+            model.pieces.add(piece=name, type=1, score=-1000 - len(model.pieces))
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.SerializeToString())
+    if joins == SEAMS[-1]:
+        with pytest.raises(EngineError, match="join the names of bytes"):
+            convert_tokenizer(path, SPEC)
+        return
+    theirs = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ours = Tokenizer.from_str(convert_tokenizer(path, SPEC)["tokenizer.json"].decode())
+    for byte in range(256):
+        for text in (f"<0x{byte:02X}>", f"{RESERVED[0]}<0x{byte:02X}>{RESERVED[1]} <0x{byte:02X}>"):
+            assert ours.encode(text, add_special_tokens=False).ids == theirs.encode(text), text
 
 
 def test_an_unused_piece_that_no_join_makes_is_no_reason_to_refuse(tmp_path: Path) -> None:
