@@ -27,6 +27,7 @@ from engine.assets.ready import (
     together,
     writes,
 )
+from engine.assets.releases import releases
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
@@ -111,7 +112,9 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     chosen = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
     if ready is None:
         notices += _unread(tokenizer if chosen else None, chosen, near, tokens)
-    versions = render_tree(plan.mapping.transformers, plan.names)
+    versions = render_tree(plan.mapping.transformers, plan.names) or ""
+    if plan.mapping.remote_code is None:  # whose keys are not those of transformers' own classes
+        versions = releases(plan.config, versions)
     has_tokenizer = model is not None or "tokenizer.json" in files
     facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})

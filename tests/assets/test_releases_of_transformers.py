@@ -1,0 +1,138 @@
+"""The releases of transformers that a card names, for all families, by what config.json says.
+
+That they are so was seen by logits in 22 releases; `make clients` runs some.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine
+from engine.assets.releases import releases
+from engine.language.mapping_file import load_mapping
+from engine.language.search import list_names
+from tests.support.depth import sampled
+from tests.support.distributed import LLAMA, MOE, model, save
+
+NARROW = {"head_dim": 16, "hidden_size": 32, "num_attention_heads": 4}
+LENGTHS = {"factor": 4.0, "original_max_position_embeddings": 16}
+SLIDING = ["sliding_attention", "full_attention"]
+
+
+def angles(kind: str, **more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, **more}}
+
+
+ROWS = [
+    ("llama", {}, ">=4.40"),
+    ("llama", {"head_dim": 8, "hidden_size": 32, "num_attention_heads": 4}, ">=4.40"),
+    ("llama", NARROW, ">=4.45"),
+    ("mistral", NARROW, ">=4.43"),
+    ("mixtral", NARROW, ">=4.47"),
+    ("glm", NARROW, ">=4.48"),
+    ("qwen2", NARROW, ">=4.48"),
+    ("qwen2_moe", NARROW, ">=5"),
+    ("qwen3", NARROW, ">=4.51"),
+    ("internlm3", {}, ">=5.23"),
+    ("llama", {"mlp_bias": True}, ">=4.41"),
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ">=4.40"),
+    ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ">=4.43"),
+    ("llama", {"rope_scaling": {"type": "yarn", **LENGTHS}, "max_position_embeddings": 64}, ">=4.51"),
+    ("llama", {"rope_scaling": {"type": "yarn", **LENGTHS}, "max_position_embeddings": 65}, ">=4.56"),
+    ("llama", {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 64}, ">=4.56"),
+    ("llama", angles("longrope"), ">=4.51"),
+    ("phi3", angles("longrope"), ">=4.43"),
+    ("phi3", angles("longrope", attention_factor=1.5), ">=5.23"),
+    ("phi3", angles("default", partial_rotary_factor=0.5), ">=4.51"),
+    ("qwen2", angles("linear", factor=2.0), ">=4.45"),
+    ("qwen2_moe", angles("dynamic", factor=2.0), ">=4.45"),
+    ("starcoder2", angles("llama3"), ">=4.45"),
+    ("cohere", angles("linear", factor=2.0), ">=4.45"),
+    ("phi", angles("linear", factor=2.0), ">=4.45"),
+    ("mistral", angles("linear", factor=2.0), ">=4.48"),
+    ("jetmoe", angles("linear", factor=2.0), ">=4.48"),
+    ("nemotron", angles("linear", factor=2.0), ">=5"),
+    ("olmo", angles("linear", factor=2.0), ">=5"),
+    ("gpt_oss", angles("default"), ">=5"),
+    ("gpt_oss", angles("yarn", **LENGTHS) | {"max_position_embeddings": 64}, ">=4.55"),
+    ("gpt_oss", angles("yarn", **LENGTHS) | {"max_position_embeddings": 64, "swiglu_limit": 3.5}, ">=5.23"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, ">=4.53"),
+    ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, ">=4.53"),
+    ("qwen2", {"use_sliding_window": False, "sliding_window": None}, ">=4.40"),
+    ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 0}, ">=5"),
+    ("qwen2_moe", {"layer_types": SLIDING}, ">=5"),
+    ("qwen2_moe", {"sliding_window": 0}, ">=4.42"),
+    ("mistral", {"sliding_window": 4096}, ">=4.46"),
+    ("mistral", {"sliding_window": None}, ">=4.40"),
+    ("mixtral", {"sliding_window": 4096}, ">=4.46"),
+    ("phi3", {"sliding_window": 2047}, ">=4.46"),
+    ("starcoder2", {"sliding_window": 4096}, ">=4.46"),
+    ("gemma2", {"sliding_window": 4096}, ">=4.42"),
+    ("gemma2", {"layer_types": SLIDING}, ">=4.53"),
+    ("gemma3_text", {"layer_types": None}, ">=4.50"),
+    ("gemma3_text", {"layer_types": SLIDING}, ">=4.53"),
+    ("gemma3_text", {"use_bidirectional_attention": True}, ">=5"),
+    ("gemma", {"hidden_act": "relu"}, ">=4.48"),
+    ("gemma", {"hidden_act": "gelu"}, ">=4.40"),
+    ("phi", {"qk_layernorm": True}, ">=4.48"),
+    ("falcon", {"alibi": True}, ">=4.45"),
+    ("bert", {"tie_word_embeddings": True}, ">=4.40"),
+    ("bert", {"tie_word_embeddings": False}, ">=5"),
+    ("olmo3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 2e4}}},
+     ">=5.18"),
+    ("olmo3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e4}}},
+     ">=4.57"),
+    ("t5", {"tie_word_embeddings": True, "scale_decoder_outputs": False}, ">=5"),
+    ("t5", {"tie_word_embeddings": True, "scale_decoder_outputs": True}, ""),
+    ("mt5", {"tie_word_embeddings": True, "transformers_version": "4.57.6"}, "<5"),
+    ("mt5", {"tie_word_embeddings": True, "transformers_version": "5.23.0"}, ">=5"),
+    ("mt5", {"tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
+    ("pegasus", {"tie_word_embeddings": False, "transformers_version": "5.23.0"}, ">=5"),
+    ("pegasus", {"tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "said", "versions"), ROWS)
+def test_releases_are_those_that_know_every_word_of_the_configuration(
+    kind: str, said: dict[str, Any], versions: str
+) -> None:
+    assert releases({"model_type": kind, **said}, "") == versions
+
+
+def test_what_a_mapping_says_narrows_them_further_until_none_is_left() -> None:
+    assert releases({"model_type": "llama"}, ">=4.41,<4.52") == ">=4.41,<4.52"
+    assert releases({"model_type": "llama", **NARROW}, ">=4.41,<4.52") == ">=4.45,<4.52"
+    assert releases({"model_type": "qwen3"}, "<4.51") == "none"
+
+
+def test_a_value_of_another_kind_narrows_them_and_is_no_error() -> None:
+    assert releases({"model_type": "bert", "transformers_version": 5, "rope_scaling": [1]}, "") == ">=4.40"
+    assert releases({"model_type": "phi3", "sliding_window": "5", "swiglu_limit": []}, "") == ">=4.41"
+    assert releases({"model_type": "mt5", "transformers_version": 5, "tie_word_embeddings": True}, "") == "none"
+
+
+@pytest.mark.parametrize(
+    ("config", "versions"),
+    [
+        (LLAMA, ">=4.40"),
+        (LLAMA | {"head_dim": 8}, ">=4.45"),
+        (LLAMA | {"mlp_bias": True}, ">=4.41"),
+        (MOE, ">=5"),  # under the names that transformers 5 has in memory
+    ],
+)
+def test_a_card_names_them_whatever_the_mapping(config: dict[str, Any], versions: str, tmp_path: Path) -> None:
+    engine.convert("transformers", save(model(config), tmp_path / "step", config), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert re.findall("transformers `([^`]*)`", card) == [versions]
+
+
+@sampled(3, "name")
+@pytest.mark.parametrize("name", [name for name in list_names() if "families/" in name])
+def test_every_class_that_a_family_writes_has_a_first_release(name: str) -> None:
+    mapping = load_mapping(name)
+    if mapping.remote_code is None and mapping.model_type != "any":
+        assert releases({"model_type": mapping.model_type}, "")
