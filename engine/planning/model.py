@@ -66,7 +66,7 @@ class Replicas:
 
 @dataclass(frozen=True, slots=True)
 class Slices:
-    """Stored slices of one tensor, of one shape: no two are equal, except constants, unless one is a copy.
+    """Stored slices of one tensor, of one shape: no two are equal, except those of few values, unless one is a copy.
 
     Attributes:
         repeats: so many may be equal if they follow each other, and each is repeated as often: all experts of a layer;
