@@ -24,10 +24,12 @@ class _Row(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _data() -> tuple[Mapping[str, str], tuple[_Row, ...]]:
-    """The first release that has a model type, and the rows."""
+def _data() -> tuple[Mapping[str, str], Mapping[str, str], tuple[_Row, ...]]:
+    """The first release that has a model type, and the first that has its present names, and the rows."""
     read = load_yaml(bundled("schemas") / "releases.yaml")
-    first = {name: since for since, names in read.data["types"].items() for name in names}
+    first, named = (
+        {name: since for since, names in read.data[part].items() for name in names} for part in ("types", "names")
+    )
     rows = tuple(
         _Row(
             tuple(part.data.get("of", ())),
@@ -37,7 +39,7 @@ def _data() -> tuple[Mapping[str, str], tuple[_Row, ...]]:
         )
         for part in read.parts("rows").values()
     )
-    return first, rows
+    return first, named, rows
 
 
 def releases(config: Mapping[str, Any], told: str) -> str:
@@ -47,7 +49,7 @@ def releases(config: Mapping[str, Any], told: str) -> str:
     >>> releases(scaled, ""), releases({"model_type": "other"}, ">=4.41,<4.52"), releases({"model_type": "other"}, "")
     ('>=4.56', '>=4.41,<4.52', '')
     """
-    bounds = [*_bounds(config), *filter(None, told.split(","))]
+    bounds = [*_bounds(config, told), *filter(None, told.split(","))]
     since = max((one.removeprefix(">=") for one in bounds if one.startswith(">=")), key=_number, default="")
     before = min((one.removeprefix("<") for one in bounds if not one.startswith(">=")), key=_number, default="")
     if since and before and _number(since) >= _number(before):
@@ -55,10 +57,12 @@ def releases(config: Mapping[str, Any], told: str) -> str:
     return ",".join([*([f">={since}"] if since else []), *([f"<{before}"] if before else [])])
 
 
-def _bounds(config: Mapping[str, Any]) -> Iterator[str]:
-    kind, (first, rows) = str(config.get("model_type")), _data()
+def _bounds(config: Mapping[str, Any], told: str) -> Iterator[str]:
+    kind, (first, named, rows) = str(config.get("model_type")), _data()
     if kind in first:
         yield f">={first[kind]}"
+    if kind in named and told == ">=5":
+        yield f">={named[kind]}"
     names = {**config, "rope_parameters": _angles(config)}
     for row in rows:
         if (not row.of or kind in row.of) and _holds(row, names):

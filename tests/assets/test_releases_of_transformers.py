@@ -109,6 +109,12 @@ def test_what_a_mapping_says_narrows_them_further_until_none_is_left() -> None:
     assert releases({"model_type": "qwen3"}, "<4.51") == "none"
 
 
+def test_names_that_transformers_5_got_later_need_the_release_that_has_them() -> None:
+    assert releases({"model_type": "gpt_neox"}, ">=5") == ">=5.18"
+    assert releases({"model_type": "gpt_neox"}, "") == ">=4.40"
+    assert releases({"model_type": "mixtral"}, ">=5") == ">=5"
+
+
 def test_a_value_of_another_kind_narrows_them_and_is_no_error() -> None:
     assert releases({"model_type": "bert", "transformers_version": 5, "rope_scaling": [1]}, "") == ">=4.40"
     assert releases({"model_type": "phi3", "sliding_window": "5", "swiglu_limit": []}, "") == ">=4.41"
