@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import threading
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,7 @@ from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
 from engine.errors import EngineError, Place, first_of, rounded
+from engine.formats.headers import TORCH_NAMES
 from engine.language.expressions import names_in, render_tree
 from engine.language.version import __version__
 from engine.planning.as_model import class_named
@@ -226,6 +228,7 @@ def title(plan: Plan) -> str:
 def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
     """The facts that the model card states."""
     fixed = {name for name, dim in plan.mapping.dims.items() if not names_in(dim)}  # the same in every model
+    main, types = plan.config.get("dtype"), Counter(TORCH_NAMES.get(o.dtype, o.dtype.lower()) for o in plan.outputs)
     return {
         "engine_version": __version__,
         "mapping": plan.mapping.name,
@@ -246,7 +249,8 @@ def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:
             for d in plan.decisions.values()
         ],
         "options": dict(plan.options),
-        "dtype": plan.config.get("dtype"),
+        "dtype": main,
+        "other_dtypes": sorted((one, count) for one, count in types.items() if one != main),
         "sizes": {name: plan.sizes[name] for name in sorted(plan.sizes) if name not in fixed},
         "parameters": sum(output.elements for output in plan.outputs),
         "bytes": plan.nbytes,

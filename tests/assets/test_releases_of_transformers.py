@@ -136,6 +136,12 @@ def test_a_card_names_them_whatever_the_mapping(config: dict[str, Any], versions
     assert re.findall("transformers `([^`]*)`", card) == [versions]
 
 
+def test_a_card_names_the_element_types_of_all_tensors(tmp_path: Path) -> None:
+    state = {name: one if "norm" in name else one.bfloat16() for name, one in model(LLAMA).items()}
+    engine.convert("transformers", save(state, tmp_path / "step", LLAMA), tmp_path / "out")
+    assert "| element type | `bfloat16`, `float32` of 5 tensors |\n" in (tmp_path / "out" / "README.md").read_text()
+
+
 @sampled(3, "name")
 @pytest.mark.parametrize("name", [name for name in list_names() if "families/" in name])
 def test_every_class_that_a_family_writes_has_a_first_release(name: str) -> None:
