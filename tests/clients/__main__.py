@@ -36,7 +36,8 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
 ## What does not hold
 
 - transformers before 4.51 silently reads `rope_scaling: yarn` as a different model (before 4.43 it refuses), and
-  before 4.41 it drops biases of the MLP with a warning. Each folder's model card names the versions that work.
+  before 4.41 it drops biases of the MLP with a warning. Each folder's model card names the versions that work;
+  `schemas/releases.yaml` holds all that is known, also of other classes.
 - mergekit 0.1.5 drops the biases of attention, which InternLM (the first) has and InternLM2 does not: they are missing
   in its own list of a Llama's tensors. Merge InternLM models with another program.
 - CTranslate2 4.8.5 converts the scaled angles of Llama 3.1 (`llama3`) without a word, and computes plain ones: logits
