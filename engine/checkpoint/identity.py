@@ -8,11 +8,13 @@ the zip format have none: among those only copies are found, by their content.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from engine.checkpoint.ranks import index_dims
 from engine.errors import EngineError, Place
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, span
 from engine.language.documents import grouped, tree_of
@@ -22,6 +24,7 @@ from engine.language.names import pattern
 
 _SAMPLE = 4096  # bytes at the start of a tensor: enough to differ between slices of a trained tensor
 _BLOCK = 1 << 20
+_NUMBERS = re.compile(r"(?<=[.])\d+(?=[.])|\d+$")  # of a layer, and of an expert: `experts.3.w`, `experts.w3`
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +96,17 @@ def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
                 )
 
 
-def place_of(file: FilePattern, ranks: Mapping[str, int]) -> tuple[object, ...]:
-    """A file's pattern with its ranks, except ranks over which the layers are not cut."""
+def place_of(header: FileHeader, file: FilePattern, ranks: Mapping[str, int], layout: Layout) -> tuple[object, ...]:
+    """A file's pattern with its ranks, except ranks over which the layers are not cut.
+
+    Nor do ranks count that number something, as expert ranks do, in a file where at most layers have numbers.
+    """
     if file.boxes:
         return (file.name,)
     cutting = {dim for dim, role in file.cuts.get("layers", {}).items() if role not in ("recorded", "runtime")}
     others = {dim for cuts in file.cuts.values() for dim in cuts} - cutting
+    if all(len(_NUMBERS.findall(one.name)) < 2 for one in header.tensors):
+        others |= {dim for axis in layout.indices for dim in index_dims(layout, axis)}
     return (file.name, *(rank for dim, rank in ranks.items() if dim not in others))
 
 

@@ -79,7 +79,7 @@ def read_checkpoint(
     said = [said_rank(h, f.pattern, layout) for f, h in files]
     said = said if len(set(said)) > 1 else [None] * len(files)
     claims = [
-        Claim(h, saved_as(h.root, layout) or own, place_of(f.pattern, f.ranks))
+        Claim(h, saved_as(h.root, layout) or own, place_of(h, f.pattern, f.ranks, layout))
         for (f, h), own in zip(files, said, strict=True)
     ]
     check_identities(claims)

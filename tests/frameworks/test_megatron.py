@@ -588,6 +588,25 @@ def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callabl
     assert caught.value.code == "E402"
 
 
+def test_expert_ranks_of_a_stage_without_experts_may_be_equal(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    """The embedding is a stage of its own, as with `--pipeline-model-parallel-layout "E|ttttL"`."""
+    folder = copy("torch-ep2-moe")
+    rewritten(folder, lambda args: args.update(pipeline_model_parallel_size=2, world_size=4))
+    for ep in (0, 1):
+        shutil.move(path := folder / f"mp_rank_00_00{ep}", held := tmp_path / path.name)
+        saved = torch.load(held / "model_optim_rng.pt", weights_only=False)
+        for pp, first in enumerate((True, False)):
+            model = {name: one for name, one in saved["model"].items() if name.startswith("embedding.") == first}
+            saved["args"].rank = 0  # so that only what files hold tells them apart
+            (path := folder / f"mp_rank_00_00{pp}_00{ep}").mkdir()
+            torch.save({**saved, "model": model}, path / "model_optim_rng.pt")
+    convert("torch-ep2-moe", tmp_path / "out", folder)
+    assert logits_off(tmp_path / "out", MEGATRON / "torch-ep2-moe" / "oracle.pt") < 1e-4
+    shutil.copytree(folder / "mp_rank_00_001_000", folder / "mp_rank_00_001_001", dirs_exist_ok=True)
+    with pytest.raises(EngineError, match=r"E306 .* hold the same tensors"):
+        convert("torch-ep2-moe", tmp_path / "again", folder)
+
+
 def test_experts_in_one_transposed_tensor_are_refused_with_what_to_do(
     copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
