@@ -20,6 +20,7 @@ from engine.storage.places import on_this_machine, store_at
 if TYPE_CHECKING:
     from engine.formats.headers import FileHeader
     from engine.planning.model import Plan
+    from engine.run.journal import Done
     from engine.run.looks import Look
     from engine.storage.output import OutputFolder
     from engine.storage.uploads import Uploads
@@ -120,9 +121,9 @@ def execute(
             beside = [] if later is None else [make_later]
             written = write_weights(compiled, store, how, beside=beside, beside_memory=small.memory)
         told_of = (
-            (tensor_key(compiled, file.name, o.name), o.dtype, o.shape, done.digest, _look(compiled, n, done.look))
+            (tensor_key(compiled, file.name, o.name), o.dtype, o.shape, *_told(compiled, n, written.done[n]))
             for file in compiled.shards
-            for n, o, done in ((n, compiled.outputs[n], written.done[n]) for n in file.outputs)
+            for n, o in ((n, compiled.outputs[n]) for n in file.outputs)
         )
         notices += suspicious(told_of, whole=compiled.written is None)
         data = manifest(compiled, written.done, files, made)
@@ -142,12 +143,12 @@ def execute(
     )
 
 
-def _look(compiled: Plan, output: int, found: Look) -> Look:
-    """What an output looks like; the zeros with which it is padded do not count."""
-    padded = found.zeros and any(
+def _told(compiled: Plan, output: int, done: Done) -> tuple[str, Look]:
+    """The digest and the look of an output; of one that is padded with zeros they do not tell whether it is odd."""
+    padded = done.look.zeros and any(
         not compiled.files[compiled.sources[copy.source].file].size for copy in compiled.copies(output)
     )
-    return found._replace(zeros=0) if padded else found
+    return ("", done.look._replace(zeros=0)) if padded else (done.digest, done.look)
 
 
 def output_at(

@@ -75,7 +75,7 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     >>> zeros, other = xxhash.xxh3_128(bytes(16)).hexdigest(), xxhash.xxh3_128(b"some").hexdigest()
     >>> some, half = (((2, 4), zeros, Look(16)), ((2, 4), other, Look(8)))
     >>> suspicious([("w", "F16", *some), ("b", "F16", (8,), *some[1:]), ("x", "F16", *half)])
-    ['nothing but zeros: w', 'zeros in a part, as if a file were not copied completely: x (50%)']
+    ['nothing but zeros: w', 'zeros in a part, as of padding tokens, or if a file was not copied completely: x (50%)']
     >>> suspicious([(f"l.{n}.w", "F16", (2, 4), other, Look()) for n in range(3)])
     ['equal to the last bit, as after upcycling, or if a file was copied: l.{0…2}.w']
     """
@@ -100,7 +100,7 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
             alike.setdefault(digest, []).append(name)
     copies = [_together(names) for names in alike.values() if len(names) > 1]
     told = "equal to the last bit, as after upcycling, or if a file was copied"
-    holes = listed("zeros in a part, as if a file were not copied completely", partly)
+    holes = listed("zeros in a part, as of padding tokens, or if a file was not copied completely", partly)
     return [
         *listed("NaN, infinity or far too large numbers", wild),
         *listed("nothing but zeros", zeros),

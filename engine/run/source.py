@@ -20,7 +20,7 @@ from engine.storage.store import Store
 def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
     """Read the source files once and compare them with their checksums; E301 when they differ."""
     meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
-    unchecked = check_files([header.file for header in compiled.files], meter.advance)
+    unchecked = check_files([header.file for header in compiled.files if header.size], meter.advance)
     for store, data in _manifests(compiled):
         tensors = {k: one for k, one in data["tensors"].items() if one["file"] in unchecked and "digest" in one}
         *_, problems = read_contents(store, {**data, "files": {}, "tensors": tensors}, meter.advance)

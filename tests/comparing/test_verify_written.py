@@ -285,7 +285,7 @@ def test_the_slice_of_one_rank_that_is_zeros_or_no_numbers_is_told(
             state[f"layers.1.feed_forward.{name}.weight"].fill_(value)
         torch.save(state, path)
     whole = f"model.layers.1.mlp.{'gate' if name == 'w1' else 'down'}_proj.weight"
-    zeros = f"zeros in a part, as if a file were not copied completely: {whole} (50%)"
+    zeros = f"zeros in a part, as of padding tokens, or if a file was not copied completely: {whole} (50%)"
     told = f"NaN, infinity or far too large numbers: {whole}" if value else zeros
     report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
     assert told in report.notices

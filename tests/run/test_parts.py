@@ -117,7 +117,8 @@ def test_rank_files_are_written_in_parts_too(job: str, mapping: str, options: di
     elif mapping != MAPPING:
         source = tmp_path / "hf-megatron"
         engine.convert(mapping, MEGATRON / "iter_0000010", source, config=MEGATRON / "hf_config.json")
-    getattr(engine, job)(mapping, source, tmp_path / "once", **options)
+    report = getattr(engine, job)(mapping, source, tmp_path / "once", check_source=True, **options)
+    assert "zeros" not in str(report.notices), "padding is no hole, and no file of the source"
     api.save_plan(tmp_path / "plan.json", mapping, source, job=job, **options)
     assert "work" in json.loads((tmp_path / "plan.json").read_text()), "parts need not plan again"
     for number in (2, 3, 1):
