@@ -166,7 +166,7 @@ PLACE = b"ctorch.distributed._shard.metadata\nShardMetadata\n"
         (b"\ngetattr\n", b"\neval\n", "E302", "eval"),
         (b"\nShardedTensorMetadata\n", b"\nShardedTensorBase\n", "E303", "ShardedTensorBase"),
         (b"._shard.sharded_tensor.api\nShardedTensor\n", b".tensor\nDTensor\n", "E301", "an object of"),
-        (b"\n_rebuild_wrapper_subclass\n", b"\n_rebuild_meta_tensor_no_storage\n", "E302", "no_storage"),
+        (b"\n_rebuild_wrapper_subclass\n", b"\n_rebuild_meta_tensor_no_storage\n", "E303", "no_storage"),
         (b"torch.strided", b"torch.sparse_", "E303", "sparse"),
         (PLACE, b"N0" + PLACE + b")\x81}b}b" + b"0" + PLACE, "E301", "second state"),
         (PLACE, b"N0" + PLACE + b"K\x01\x85\x81" + b"0" + PLACE, "E301", "an object"),
