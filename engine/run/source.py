@@ -18,12 +18,16 @@ from engine.storage.store import Store
 
 
 def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) -> list[str]:
-    """Read the source files once and compare them with their checksums; E301 when they differ."""
-    meter = Meter(sum(file.size for file in compiled.files), progress, "checking the source")
-    unchecked = check_files([header.file for header in compiled.files if header.size], meter.advance)
+    """Read the source files once and compare them with their checksums; E301 when they differ.
+
+    What the engine wrote is compared with its manifest: a program that changes a zip writes new checksums too.
+    """
+    files = {header.name: header for header in compiled.files if header.size}
+    meter = Meter(sum(file.size for file in files.values()), progress, "checking the source")
     for store, data in _manifests(compiled):
-        tensors = {k: one for k, one in data["tensors"].items() if one["file"] in unchecked and "digest" in one}
-        *_, problems = read_contents(store, {**data, "files": {}, "tensors": tensors}, meter.advance)
+        tensors = {k: one for k, one in data["tensors"].items() if one["file"] in files and "digest" in one}
+        headers = {name: files.pop(name) for name in dict.fromkeys(one["file"] for one in tensors.values())}
+        *_, problems = read_contents(store, {**data, "files": {}, "tensors": tensors}, meter.advance, headers=headers)
         if problems:
             raise EngineError(
                 "E301",
@@ -33,7 +37,7 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
                 expected=f"what its {NAME} says",
                 fix=f"Copy the folder again. If it was changed on purpose, move its {NAME} away, which is old.",
             )
-        unchecked = [name for name in unchecked if name not in {one["file"] for one in tensors.values()}]
+    unchecked = check_files([header.file for header in files.values()], meter.advance)
     return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []
 
 

@@ -119,18 +119,21 @@ def read_contents(
     data: Mapping[str, Any],
     advance: Callable[[int], None] = lambda _: None,
     look: Callable[[TensorHeader, memoryview], None] = lambda tensor, block: None,
+    headers: Mapping[str, FileHeader] | None = None,
 ) -> tuple[Found, int, int, list[str]]:
     """Read every file that the manifest names; returns tensors, their bytes, how many have digests, and problems.
 
     Args:
         look: called with every block of every tensor that has a digest.
+        headers: those of all weights files, by name, if they are known.
     """
     tensors: Mapping[str, Any] = data["tensors"]
     problems: list[str] = []
     for name, wanted in data["files"].items():
         problems += _check_small(folder, str(name), str(wanted))
-    headers, unreadable = _headers(folder, data)
-    problems += unreadable
+    if headers is None:
+        headers, unreadable = _headers(folder, data)
+        problems += unreadable
     found: Found = {}
     nbytes = read = 0
     for file, header in headers.items():

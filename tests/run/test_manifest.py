@@ -198,6 +198,20 @@ def test_a_changed_tensor_or_configuration_of_what_the_engine_wrote_is_found_whe
     assert any("not checked" in one for one in back.notices)
 
 
+def test_a_tensor_that_was_changed_in_a_rank_file_of_the_engine_is_found_although_its_checksum_is_new(
+    source: Path, tmp_path: Path
+) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    back = tmp_path / "back"
+    engine.reverse(MODEL.mapping, tmp_path / "hf", back, tp=2, settings=LETTERS)
+    engine.convert(MODEL.mapping, back, tmp_path / "good", settings=LETTERS, check_source=True)
+    state = torch.load(back / "model_tp1_pp0.pt", weights_only=True)
+    next(iter(state.values()))[0] += 1
+    torch.save(state, back / "model_tp1_pp0.pt")
+    with pytest.raises(EngineError, match=r"model_tp1_pp0\.pt:.* has other bytes than were written"):
+        engine.convert(MODEL.mapping, back, tmp_path / "bad", settings=LETTERS, check_source=True)
+
+
 def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
     path = source / "model_tp1_pp0.pt"
     raw = path.read_bytes()
