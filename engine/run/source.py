@@ -24,8 +24,11 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
     """
     files = {header.name: header for header in compiled.files if header.size}
     meter = Meter(sum(file.size for file in files.values()), progress, "checking the source")
+    told: list[str] = []
     for store, data in _manifests(compiled):
-        tensors = {k: one for k, one in data["tensors"].items() if one["file"] in files and "digest" in one}
+        if not data:
+            told.append(f"{store.place(NAME)} cannot be read; the source was not compared with it")
+        tensors = {k: one for k, one in data.get("tensors", {}).items() if one["file"] in files and "digest" in one}
         headers = {name: files.pop(name) for name in dict.fromkeys(one["file"] for one in tensors.values())}
         *_, problems = read_contents(store, {**data, "files": {}, "tensors": tensors}, meter.advance, headers=headers)
         if problems:
@@ -38,14 +41,14 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
                 fix=f"Copy the folder again. If it was changed on purpose, move its {NAME} away, which is old.",
             )
     unchecked = check_files([header.file for header in files.values()], meter.advance)
-    return [f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else []
+    return told + ([f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else [])
 
 
 def changed_configuration(compiled: Plan) -> list[str]:
     """What to say of the source's configurations that are not what the engine wrote with the weights."""
     names = ("config.json", compiled.layout.config_file, compiled.layout.training_file)
     for store, data in _manifests(compiled):
-        wanted = {name: one for name, one in data["files"].items() if name in names and store.has(name)}
+        wanted = {name: one for name, one in data.get("files", {}).items() if name in names and store.has(name)}
         *_, problems = read_contents(store, {**data, "files": wanted, "tensors": {}})
         if problems:
             return [f"{problems[0]} since the engine wrote it with the weights, by {NAME} beside it"]
@@ -53,10 +56,10 @@ def changed_configuration(compiled: Plan) -> list[str]:
 
 
 def _manifests(compiled: Plan) -> list[tuple[Store, Mapping[str, Any]]]:
-    """The folder of the source with its manifest, if the engine wrote it; one that cannot be read counts as none."""
+    """The folder of the source with its manifest, if the engine wrote it; an empty one if it cannot be read."""
     for store in {id(file.file.store): file.file.store for file in compiled.files if file.size}.values():
         try:
             return [(store, read_manifest(store))] if store.has(NAME) else []
         except EngineError:
-            return []
+            return [(store, {})]
     return []

@@ -193,8 +193,11 @@ def test_a_changed_tensor_or_configuration_of_what_the_engine_wrote_is_found_whe
     with pytest.raises(EngineError, match=r"model\.norm\.weight has other bytes than were written") as caught:
         engine.reverse(MODEL.mapping, hf, tmp_path / "bad", tp=2, settings=LETTERS, check_source=True)
     assert caught.value.code == "E301" and not (tmp_path / "bad").exists()
-    (hf / "conversion.json").unlink()
+    (hf / "conversion.json").write_text("{")
     back = engine.reverse(MODEL.mapping, hf, tmp_path / "ours", tp=2, settings=LETTERS, check_source=True)
+    assert any("conversion.json cannot be read" in one for one in back.notices)
+    (hf / "conversion.json").unlink()
+    back = engine.reverse(MODEL.mapping, hf, tmp_path / "own", tp=2, settings=LETTERS, check_source=True)
     assert any("not checked" in one for one in back.notices)
 
 
