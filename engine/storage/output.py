@@ -27,7 +27,7 @@ from engine.storage.replacing import (
 )
 from engine.storage.store import Store, Target, write_error, writing
 
-_LEFT = re.compile(r"\..*\.(partial|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
+_LEFT = re.compile(r"\..*\.(partial|parts|old)-[0-9a-f]{8}", re.DOTALL)  # what an interrupted run leaves
 
 
 class OutputFolder:
@@ -63,7 +63,8 @@ class OutputFolder:
         self._foreign = foreign
         self._shared = shared is not None
         work, self._spare = shared or (secrets.token_hex(4), "")
-        self.partial = self.final.with_name(f".{self.final.name}.partial-{work[:8]}")
+        kind = "parts" if shared else "partial"
+        self.partial = self.final.with_name(f".{self.final.name}.{kind}-{work[:8]}")
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes to be written: entering raises E403 if there is no room for them
         self._held = ExitStack()  # what is let go of at the end
@@ -136,10 +137,10 @@ class OutputFolder:
                 found = _put_back(self.final)
                 self._check_free()  # a run that held the lock may just have finished
                 if self._resume and not self._shared:
-                    resumable = [path for path in found if ".partial-" in path.name and is_folder(path)]
+                    resumable = [path for path in found if _kind(path) == "partial" and is_folder(path)]
                     self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
-                for path in found:
-                    if path != self.partial and lock.locks:  # else another run may be writing there
+                for path in found:  # but parts, which other processes may be writing, as may a run without locks
+                    if path != self.partial and _kind(path) != "parts" and lock.locks:
                         remove(path)
                 self._check_unlinked()
                 self._check_room()
@@ -222,10 +223,15 @@ def leftovers(out: Path) -> list[Path]:
     return [final.parent / n for n in sorted(names) if _LEFT.fullmatch(n) and n.rpartition(".")[0] + "." == start]
 
 
+def _kind(left: Path) -> str:
+    """What one of the `leftovers` is: an output that one run or several parts began, or an old one."""
+    return left.name.rpartition(".")[2].partition("-")[0]
+
+
 def _put_back(final: Path) -> list[Path]:
     """`leftovers`, without the old output of a run that was killed between two renames: that is restored."""
     found = leftovers(final)
-    old = [path for path in found if ".old-" in path.name and is_folder(path)]
+    old = [path for path in found if _kind(path) == "old" and is_folder(path)]
     if old and not os.path.lexists(final):
         newest = max(old, key=lambda path: path.lstat().st_ctime_ns)
         os.rename(newest, final)

@@ -70,7 +70,7 @@ class Later:
 def test_an_executor_that_is_lost_leaves_its_parts_to_the_next(plan: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"E409.*\n.*the scheduler is gone"):
         engine.run_plan(plan, tmp_path / "out", executor=Later(2), parts=4)
-    (left,) = tmp_path.glob(".out.partial-*")
+    (left,) = tmp_path.glob(".out.parts-*")
     assert len(list(left.glob(".part-*"))) == 2 and not (tmp_path / "out").exists()
     before = {path.name: path.stat().st_mtime_ns for path in left.glob(".part-*")}
     engine.run_plan(plan, tmp_path / "other", executor=Later(4), parts=4)
@@ -172,7 +172,7 @@ def test_a_dask_scheduler_that_is_lost_leaves_what_the_next_goes_on_with(plan: P
             run(executor=address, progress=lambda state: lost.kill() if state.done == 2 else None)
         worker.kill()
         assert distributed
-    (left,) = tmp_path.glob(".out.partial-*")
+    (left,) = tmp_path.glob(".out.parts-*")
     done = {path.name: path.stat().st_mtime_ns for path in left.glob(".part-*")}
     assert len(done) >= 2 and not (tmp_path / "out").exists()
     with ThreadPoolExecutor(1) as pool:

@@ -333,7 +333,7 @@ def test_a_commit_that_is_interrupted_is_repeated(
         patched.setattr(LocalStore, "put", interrupted)
         api.commit(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    next(tmp_path.glob(".out.partial-*/.part-00002-of-00003")).unlink()  # as when it ends while they are removed
+    next(tmp_path.glob(".out.parts-*/.part-00002-of-00003")).unlink()  # as when it ends while they are removed
     assert ".part" not in str(api.commit(plan, tmp_path / "out").files)
     assert files(tmp_path / "out") == whole
 
@@ -351,7 +351,7 @@ def test_parts_of_different_numbers_or_plans_are_not_put_together(plan: Path, tm
 
 def test_a_damaged_marker_is_refused(plan: Path, tmp_path: Path) -> None:
     api.part(plan, "1/1", tmp_path / "out")
-    (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
+    (marker,) = next(tmp_path.glob(".out.parts-*")).glob(".part-*")
     told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
     apart = json.dumps({**told, "spans": [[0, 8, 16, "0" * 32]]}).encode()
     told["spans"] = [[0, 0, 8, "0" * 32]]
@@ -369,7 +369,7 @@ def test_parts_write_to_nothing_that_lies_elsewhere(plan: Path, tmp_path: Path) 
     """A link in the place of the partial output, and a hard link in the place of a file in it."""
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     api.part(plan, "1/2", out)
-    partial = next(tmp_path.glob(".out.partial-*"))
+    partial = next(tmp_path.glob(".out.parts-*"))
     elsewhere.mkdir()
     (elsewhere / "thesis.txt").write_text("mine")
     file = max(partial.glob("*.safetensors"))
@@ -407,7 +407,7 @@ def test_what_parts_wrote_of_one_tensor_must_be_all_of_it_once(
     spans: list[tuple[int, int]], joined: bool, plan: Path, tmp_path: Path
 ) -> None:
     api.part(plan, "1/1", tmp_path / "out")
-    (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
+    (marker,) = next(tmp_path.glob(".out.parts-*")).glob(".part-*")
     told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
     del told["outputs"]["0"]
     size = compiled.outputs[0].nbytes
@@ -421,7 +421,7 @@ def test_what_parts_wrote_of_one_tensor_and_something_changed_is_not_committed(
     plan: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     api.part(plan, "1/1", tmp_path / "out")
-    (marker,) = next(tmp_path.glob(".out.partial-*")).glob(".part-*")
+    (marker,) = next(tmp_path.glob(".out.parts-*")).glob(".part-*")
     told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
     path = marker.parent / next(file.name for file in compiled.shards if 0 in file.outputs)
     at = next(one.offset for one in read_safetensors(path).tensors if one.name == compiled.outputs[0].name)
@@ -457,7 +457,7 @@ def test_what_a_part_wrote_and_something_changed_is_not_committed(
     out = tmp_path / "out"
     for number in (1, 2):
         api.part(plan, f"{number}/2", out)
-    partial = next(tmp_path.glob(".out.partial-*"))
+    partial = next(tmp_path.glob(".out.parts-*"))
     file = max(partial.glob("*.safetensors"))
     (partial / "modeling_evil.py").write_text("import os")
     with file.open("r+b") as header:  # what can be written anew is
@@ -469,6 +469,22 @@ def test_what_a_part_wrote_and_something_changed_is_not_committed(
     (tmp_path / "kept").rename(partial)
     api.commit(plan, out)
     assert files(out) == whole
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_into_the_same_output_leaves_what_parts_wrote(
+    resume: bool, plan: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Other processes, also on other machines, may be writing it."""
+    out = tmp_path / "out"
+    api.part(plan, "1/2", out)
+    written = files(next(tmp_path.glob(".out.parts-*")))
+    engine.convert(MAPPING, STEP, out, resume=resume)
+    assert files(next(tmp_path.glob(".out.parts-*"))) == written
+    api.part(plan, "2/2", out, overwrite=True)
+    api.commit(plan, out, overwrite=True)
+    assert files(out) == whole
+    assert [path.name for path in tmp_path.glob(".*")] == []
 
 
 def test_a_part_that_is_killed_is_run_again(plan: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
