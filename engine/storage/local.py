@@ -36,15 +36,18 @@ from engine.storage.store import (
 class FileState:
     """The state of a file as the system reports it: any write to the file, or another file in its place, changes it.
 
+    Another file in its place has another `changed`. Its inode is not compared: many file systems in user space, as
+    sshfs, exfat and those of buckets, number the same file anew after a while, or differently on each machine.
+
     Attributes:
-        device, inode: which file it is, whatever its name.
+        device, inode: which file it is, whatever its name, at the time when the system was asked.
         size: in bytes.
         modified, changed: nanoseconds since the epoch. `modified` can be set at will (`touch -d`, `cp -p`);
             `changed` (ctime) cannot.
     """
 
-    device: int
-    inode: int
+    device: int = field(compare=False)
+    inode: int = field(compare=False)
     size: int
     modified: int
     changed: int
@@ -58,8 +61,7 @@ class FileState:
         return self.device, self.inode
 
     def told(self) -> dict[str, Any]:
-        """Without the device, whose number may change when the machine restarts."""
-        return {"inode": self.inode, "modified": self.modified, "changed": self.changed}
+        return {"modified": self.modified, "changed": self.changed}
 
     def unlike(self, other: FileState) -> tuple[str, str]:
         """What differs, in words: for this one, for the other."""
@@ -68,8 +70,6 @@ class FileState:
             told.append((f"{self.size} bytes", f"{other.size} bytes"))
         if self.modified != other.modified:
             told.append((f"modified {_shown(self.modified)}", f"modified {_shown(other.modified)}"))
-        if (self.device, self.inode) != (other.device, other.inode):
-            told.append((f"inode {self.inode}", f"inode {other.inode}: another file"))
         if not told and self.changed != other.changed:
             told.append((f"changed {_shown(self.changed)}", f"changed {_shown(other.changed)}"))
         return ", ".join(one for one, _ in told), ", ".join(two for _, two in told)

@@ -17,6 +17,7 @@ from engine.storage.replacing import (
     OutputLock,
     exchange,
     exists,
+    free_bytes,
     is_empty,
     is_folder,
     is_mount,
@@ -152,7 +153,9 @@ class OutputFolder:
         return LocalStore(self.partial)
 
     def _check_room(self) -> None:
-        free = shutil.disk_usage(self.final.parent).free
+        free = free_bytes(self.final.parent)
+        if free is None:
+            return
         there = sum(file.lstat().st_blocks * 512 for file in self.partial.iterdir()) if self.partial.is_dir() else 0
         if self.need > free + there:
             raise EngineError(

@@ -126,13 +126,22 @@ def _link(file: Path, path: Path) -> None:
         os.rename(file, path)
 
 
+def free_bytes(folder: Path) -> int | None:
+    """How much room a folder has; None where the file system does not say: many in user space have no size."""
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return None
+    return usage.free if usage.total or usage.free else None
+
+
 def sync_folder(folder: Path) -> None:
     """Flush a folder's names to stable storage."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS):  # some file systems cannot
+        if error.errno not in (errno.EINVAL, errno.EROFS, *_UNSUPPORTED):  # some file systems cannot
             raise
     finally:
         os.close(descriptor)

@@ -6,6 +6,7 @@ import errno
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from isal import isal_zlib
 from engine.storage.store import Sinks
 
 _OPEN_FILES = 128
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def after(parts: Sequence[memoryview], nbytes: int) -> list[memoryview]:
@@ -97,14 +99,15 @@ class SinkFiles(Sinks):
             try:
                 os.posix_fallocate(descriptor, 0, max(size, 1))
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                if error.errno in _NO_ROOM:  # else it cannot allocate: whether it can write is seen then
                     raise
         os.ftruncate(descriptor, size)
 
     def complete(self, file: int) -> None:
         """Start flushing it, so that `sync` need not wait long."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice only
+                os.posix_fadvise(self._descriptor(file), 0, 0, os.POSIX_FADV_DONTNEED)
 
     def sync(self, file: int) -> None:
         os.fsync(self._descriptor(file))

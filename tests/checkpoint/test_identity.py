@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from engine import api
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.run import journal, runner
+from engine.storage.local import FileState
 from engine.storage.sinks import SinkFiles
 from tests.support.depth import crossed, sampled
 from tests.support.disk import Disk, contents, partials
@@ -283,7 +286,16 @@ def test_a_saved_plan_runs_on_a_copy_where_checksums_tell_that_it_is_one(kind: s
     with pytest.raises(EngineError) as caught:
         api.run_plan(saved, tmp_path / "again")
     assert caught.value.code == "E405"
-    assert "checksum" in str(caught.value) and "inode" in str(caught.value)
+    assert "checksum" in str(caught.value) and "changed" in str(caught.value)
+
+
+def test_a_file_whose_inode_is_numbered_anew_is_the_same_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by sshfs, exfat and file systems over buckets, after a while or on another machine."""
+    source = write(tmp_path / "step", "legacy")
+    saved, numbers, of = planned(source, tmp_path), count(1), FileState.of
+    monkeypatch.setattr(FileState, "of", lambda found: replace(of(found), inode=next(numbers), device=next(numbers)))
+    api.run_plan(saved, tmp_path / "hf")
+    assert not api.verify(tmp_path / "hf", src=source, mapping=MODEL.mapping, settings=LETTERS).problems
 
 
 def test_names_of_equal_length_exchanged_in_a_zip_without_checksums_are_another_file(tmp_path: Path) -> None:

@@ -264,6 +264,22 @@ def test_any_call_that_writes_may_fail(call: str, source: Path, out: Path, monke
     assert not engine.api.verify(out).problems
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EPERM, errno.EINVAL])
+def test_no_call_that_only_helps_a_disk_is_needed(
+    code: int, source: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container may forbid them, and a file system lack them."""
+
+    def failing(*_: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "major", lambda device: 8)  # as on a disk, where room is taken first
+    for call in ("posix_fallocate", "posix_fadvise", "copy_file_range"):
+        monkeypatch.setattr(os, call, failing)
+    convert(source, out)
+    assert not engine.api.verify(out).problems
+
+
 @pytest.mark.parametrize("path", ["/proc/made/hf", "/dev/null/hf", "/sys/made"])
 def test_an_output_where_nothing_can_be_written_is_told(path: str, source: Path) -> None:
     with pytest.raises(EngineError) as caught:

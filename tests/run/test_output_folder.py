@@ -154,6 +154,21 @@ def test_what_an_interrupted_run_takes_counts_as_room(tmp_path: Path, monkeypatc
                 pass
 
 
+def test_a_file_system_that_does_not_say_its_size_or_whether_it_has_one_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(path: Path) -> Usage:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    for number, usage in enumerate((lambda path: Usage(0, 0, 0), unknown)):
+        monkeypatch.setattr(output.shutil, "disk_usage", usage)
+        folder = folder_of(tmp_path / f"hf {number}")
+        folder.need = 1
+        with folder:
+            pass
+        assert (tmp_path / f"hf {number}").is_dir()
+
+
 @pytest.mark.parametrize("content", ["", "another's"])
 def test_a_single_file_replaces_an_empty_one_or_its_own_kind_and_none_that_came_meanwhile(
     content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
