@@ -22,7 +22,7 @@ _URL = re.compile(r"(s3|gs|az|https?):/")  # also as `Path` shortens it
 _LOOKED_AT = 1 << 20  # bytes at the start of a file, which show what it is
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2): swaps two names atomically
 _AT_CWD = -100
-_UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EPERM)  # by a file system, such as Lustre or FAT
+_UNSYNCED = (errno.EINVAL, errno.EROFS, errno.ENOSYS, errno.EOPNOTSUPP)  # by a file system that cannot flush a folder
 _MOUNTS = Path("/proc/self/mountinfo")
 
 
@@ -120,8 +120,8 @@ def _link(file: Path, path: Path) -> None:
     """Put a file at a free path; one that was created there meanwhile is kept, where hard links are supported."""
     try:
         os.link(file, path)
-    except OSError as error:
-        if error.errno not in _UNSUPPORTED or os.path.lexists(path):
+    except OSError:
+        if os.path.lexists(path):
             raise
         os.rename(file, path)
 
@@ -141,7 +141,7 @@ def sync_folder(folder: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EROFS, *_UNSUPPORTED):  # some file systems cannot
+        if error.errno not in _UNSYNCED:
             raise
     finally:
         os.close(descriptor)
@@ -232,10 +232,7 @@ class OutputLock:
             except BlockingIOError:
                 os.close(descriptor)
                 raise held(str(self._final), "Wait for it to end, or choose another --out.") from None
-            except OSError as error:
-                if error.errno not in _UNSUPPORTED:
-                    os.close(descriptor)
-                    raise
+            except OSError:  # file systems without locks say so in many ways
                 self.locks = False
             if self._is_current(descriptor):
                 self._descriptor = descriptor

@@ -124,11 +124,12 @@ def test_of_several_left_overs_the_newest_is_put_back_or_goes_on(tmp_path: Path)
     assert (out / "file").read_text(encoding="utf-8") == "newest"
 
 
+@pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])
 def test_where_nothing_can_be_locked_what_another_run_may_be_writing_is_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refusing(*_: int) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(replacing.fcntl, "flock", refusing)
     other = filled(tmp_path / ".hf.partial-00000000", "another run's")
