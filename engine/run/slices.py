@@ -82,7 +82,11 @@ def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer,
 
 
 def _few_values(some: bytes, item: int) -> bool:
-    """Whether elements may be equal by chance: constants, or norms in bfloat16 of which training changed a few."""
+    """Whether elements may be equal by chance: constants, or norms in bfloat16 of which training changed a few.
+
+    >>> _few_values(bytes(range(15)) * 3, 1), _few_values(bytes(range(16)) * 2, 1)
+    (True, False)
+    """
     return len({some[at : at + item] for at in range(0, len(some), item)}) < _FEW // 2
 
 

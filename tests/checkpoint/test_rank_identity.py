@@ -100,17 +100,18 @@ def test_slices_of_every_tensor_that_is_cut_are_compared(tmp_path: Path) -> None
     assert all(len(one.sources) == 2 for one in plan.slices)
 
 
-@pytest.mark.parametrize(("count", "copied"), [(31, False), (32, True)])
+@pytest.mark.parametrize(("part", "copied"), [(slice(31), None), (slice(32), 0), (slice(-32, None), 224)])
 def test_slices_that_are_equal_in_a_few_elements_are_no_copies(
-    count: int, copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: slice, copied: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(slices, "_SAMPLE", 64)
     folder = made(V2, tmp_path / "step", tp=2)
     states = [torch.load(folder / f"model_tp{rank}_pp0.pt", weights_only=True) for rank in range(2)]
     name = next(name for name in states[0] if name.endswith("wqkv.weight"))
-    states[1][name].view(-1)[:count] = states[0][name].view(-1)[:count]
+    states[1][name].view(-1)[part] = states[0][name].view(-1)[part]
     torch.save(states[1], folder / "model_tp1_pp0.pt")
-    with pytest.raises(EngineError, match=r"E306.*a part of the same slice") if copied else nullcontext():
+    told = rf"(?s)E306.*a part of the same slice.*from element {copied} on"
+    with nullcontext() if copied is None else pytest.raises(EngineError, match=told):
         engine.convert(V2.mapping, folder, tmp_path / "hf", settings=LETTERS)
 
 
@@ -127,7 +128,11 @@ def test_slices_of_few_values_may_be_equal_by_chance(equal: int | None, tmp_path
     engine.convert(V2.mapping, folder, tmp_path / "hf", settings=LETTERS)
 
 
-def test_rows_that_are_equal_since_tokens_were_added_with_one_value_are_no_copies(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sample", [4096, 512], ids=["in a sample of all", "in a sample of the end"])
+def test_rows_that_are_equal_since_tokens_were_added_with_one_value_are_no_copies(
+    sample: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(slices, "_SAMPLE", sample)
     model = replace(V2, embedding="by_vocab", hidden=64, vocab=64)
     folder = made(model, tmp_path / "step", tp=2)
     added = torch.randn(64)
