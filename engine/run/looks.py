@@ -51,6 +51,8 @@ class Look(NamedTuple):
 
         >>> Look().and_at(memoryview(bytes(4880)), 1 << 20), Look().and_at(memoryview(bytes([0, 1] * 2440)), 4880)
         (Look(zeros=4880, wild=False), Look(zeros=0, wild=False))
+        >>> Look(zeros=8).and_at(memoryview(b"1234567\x7f"), 16).and_at(memoryview(bytes(8)), 16)
+        Look(zeros=16, wild=True)
         """
         step = 8 if size < _SMALL else 8 * 61
         kinds = bytes(data[7::step]).translate(_KINDS)
@@ -78,6 +80,9 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     ['nothing but zeros: w', 'zeros in a part, as of padding tokens, or if a file was not copied completely: x (50%)']
     >>> suspicious([(f"l.{n}.w", "F16", (2, 4), other, Look()) for n in range(3)])
     ['equal to the last bit, as after upcycling, or if a file was copied: l.{0…2}.w']
+    >>> norm, tiny = ("F32", (4,), other, Look(9)), ("F16", (1, 2), other, Look())
+    >>> suspicious([("n.0.weight", *norm), ("n.1.weight", *norm), ("i", "I32", (4,), "", Look(0, True)), ("t", *tiny)])
+    []
     """
     zeros: list[str] = []
     partly: list[str] = []
