@@ -60,6 +60,7 @@ ROWS = [
     ("gpt_oss", angles("default"), ">=5"),
     ("gpt_oss", angles("yarn", **LENGTHS) | {"max_position_embeddings": 64}, ">=4.55"),
     ("gpt_oss", angles("yarn", **LENGTHS) | {"max_position_embeddings": 64, "swiglu_limit": 3.5}, ">=5.23"),
+    ("llama", {"rope_scaling": {"type": "yarn", "rope_type": None, "factor": 4.0}}, ">=4.56"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, ">=4.53"),
     ("qwen2", {"use_sliding_window": True, "max_window_layers": 0}, ">=4.53"),
     ("qwen2", {"use_sliding_window": False, "sliding_window": None}, ">=4.40"),

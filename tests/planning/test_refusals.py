@@ -21,6 +21,7 @@ from engine.errors import EngineError
 from engine.language.mapping_file import load_mapping
 from engine.planning import rank_outputs
 from engine.planning.request import request_of
+from engine.run import replicas
 from engine.run.running import Running
 from engine.storage import output, replacing
 from engine.storage.objects import ObjectStore
@@ -186,6 +187,13 @@ def test_replicas_that_differ_name_both_files_and_the_deviation(source: Path) ->
 
     edit(source / "model_tp1_pp1.pt", change)
     refuse(source, "E402", "norm.weight", "model_tp1_pp1.pt", "model_tp0_pp1.pt", "1 of 16 elements")
+
+
+def test_the_deviation_of_replicas_is_that_of_all_their_blocks(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replicas, "BLOCK_BYTES", 16)
+    for tp, values in enumerate(([1, 1, 1], [4, 1, 1.5])):
+        edit(source / f"model_tp{tp}_pp1.pt", lambda s, put=values: s["norm.weight"][::7].copy_(torch.tensor(put)))
+    refuse(source, "E402", "2 of 16 elements, by up to 3\n")
 
 
 def test_replicas_that_differ_are_refused_also_where_nothing_is_written(source: Path) -> None:

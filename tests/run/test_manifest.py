@@ -215,6 +215,20 @@ def test_a_tensor_that_was_changed_in_a_rank_file_of_the_engine_is_found_althoug
         engine.convert(MODEL.mapping, back, tmp_path / "bad", settings=LETTERS, check_source=True)
 
 
+def test_of_rank_files_that_the_engine_wrote_the_text_of_training_may_be_changed_and_the_manifest_of_others(
+    source: Path, tmp_path: Path
+) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "step2", tp=2, settings=LETTERS)
+    text = tmp_path / "step2" / "config_file.pt"
+    torch.save(torch.load(text, weights_only=True) + "# later\n", text)
+    again = engine.convert(MODEL.mapping, tmp_path / "step2", tmp_path / "again", settings=LETTERS)
+    assert any(one.startswith("config_file.pt was changed since") for one in again.notices)
+    (tmp_path / "step2" / "conversion.json").write_text("{}")  # of another program
+    other = engine.convert(MODEL.mapping, tmp_path / "step2", tmp_path / "other", settings=LETTERS, check_source=True)
+    assert not any("was changed" in one for one in other.notices)
+
+
 def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
     path = source / "model_tp1_pp0.pt"
     raw = path.read_bytes()
