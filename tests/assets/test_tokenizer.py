@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
+from engine.assets.beside import tokens_beside
 from engine.assets.merges import ranked_merges
 from engine.assets.tokenizer import convert_tokenizer
 from engine.assets.tokenizer_read import understand_tokenizer
 from engine.errors import EngineError
+from engine.storage.local import LocalStore
 from tests.support.chats import SPEC
 from tests.support.depth import examples
 from tests.support.sentencepiece_models import RESERVED, WORDS, train
@@ -204,6 +206,23 @@ def beside(tokens: dict[int, str]) -> dict[int, dict[str, Any]]:
     """Special tokens by id, as files beside a model name them."""
     flags = {"special": True, "lstrip": False, "rstrip": False, "single_word": False}
     return {index: {"content": name, **flags} for index, name in tokens.items()}
+
+
+def test_files_beside_a_model_say_which_tokens_are_special_the_settings_before_the_map(tmp_path: Path) -> None:
+    table = {"5": {"content": "<p>"}, "6": {"content": "<x>"}}
+    table["7"] = {"content": "<y>", "lstrip": True, "rstrip": 1, "single_word": True}
+    said = {"tokenizer_config.json": {"pad_token": "<p>", "bos_token": "<x>", "added_tokens_decoder": table},
+            "special_tokens_map.json": {"pad_token": "<old>"}, "added_tokens.json": {"<old>": 8}}  # fmt: skip
+    table["6"]["special"] = False
+    for name, one in said.items():
+        (tmp_path / name).write_text(json.dumps(one))
+    found, files = tokens_beside(LocalStore(tmp_path), [*said, "tokenizer.model"])
+    expected = beside({5: "<p>", 6: "<x>", 7: "<y>", 8: "<old>"})
+    for index in (6, 7, 8):
+        expected[index]["special"] = False
+    assert (
+        found == {**expected, 7: {**expected[7], "lstrip": True, "single_word": True}} and files.keys() == said.keys()
+    )
 
 
 @pytest.mark.parametrize("prefix", [False, True])
