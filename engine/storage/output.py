@@ -24,6 +24,7 @@ from engine.storage.replacing import (
     overlap,
     remove,
     remove_empty,
+    set_mode,
     sync_folder,
 )
 from engine.storage.store import Store, Target, write_error, writing
@@ -123,9 +124,7 @@ class OutputFolder:
         if old.st_gid != new.st_gid:
             with suppress(PermissionError):  # not one of this user's groups
                 os.chown(self.partial, -1, old.st_gid)
-        mode = stat.S_IMODE(old.st_mode) | stat.S_IRWXU
-        if mode != stat.S_IMODE(new.st_mode):
-            self.partial.chmod(mode)
+        set_mode(self.partial, old.st_mode | stat.S_IRWXU)
 
     def __enter__(self) -> Target:
         with ExitStack() as held:

@@ -102,7 +102,7 @@ def write_file(path: Path, data: bytes, *, overwrite: bool, ours: Callable[[byte
             file.write(data)
         if overwrite:
             if path.exists():
-                shutil.copymode(path, partial)
+                set_mode(partial, path.stat().st_mode)
             os.replace(partial, path)
         else:
             _link(partial, path)
@@ -207,8 +207,14 @@ def remove(path: Path) -> None:
 
 def opened(folder: Path) -> None:
     """Let the owner of a folder list and change it; another's stays as it is."""
-    with suppress(PermissionError):
-        folder.chmod(folder.stat().st_mode | stat.S_IRWXU)
+    with suppress(OSError):  # what it stands in the way of tells why
+        set_mode(folder, folder.stat().st_mode | stat.S_IRWXU)
+
+
+def set_mode(path: Path, mode: int) -> None:
+    """Change the mode of a file or folder that has another one: some file systems have the same one for all."""
+    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
+        path.chmod(stat.S_IMODE(mode))
 
 
 class OutputLock:

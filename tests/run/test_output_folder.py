@@ -210,6 +210,21 @@ def test_a_mount_point_is_found_whatever_its_name(name: str, tmp_path: Path, mon
     assert replacing.is_mount(tmp_path / name) and not replacing.is_mount(tmp_path / f"{name}2")
 
 
+def test_where_modes_cannot_be_changed_outputs_and_files_are_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    filled(tmp_path / "hf" / "inside", "old")
+    monkeypatch.setattr(os, "chmod", refusing)
+    with folder_of(tmp_path / "hf", overwrite=True, foreign=lambda _: None):
+        pass
+    assert os.listdir(tmp_path) == ["hf"] and not os.listdir(tmp_path / "hf")
+    for _ in range(2):
+        replacing.write_file(tmp_path / "plan.json", b"own", overwrite=True, ours=lambda start: True)
+
+
 def test_a_closed_old_output_gives_a_folder_that_its_owner_can_write(tmp_path: Path) -> None:
     out = filled(tmp_path / "hf", "old")
     out.chmod(0o550)
