@@ -12,12 +12,22 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.headers import ITEM_SIZES, FileHeader, Named, Recorded, TensorHeader, damaged, dense_strides
+from engine.formats.headers import (
+    ITEM_SIZES,
+    FileHeader,
+    Named,
+    Recorded,
+    TensorHeader,
+    damaged,
+    dense_strides,
+    unsupported,
+)
 from engine.language.documents import portions
 from engine.storage.json_text import parse_json
 from engine.storage.store import File, Store
 
 _MAX_HEADER = 100_000_000  # the format's own limit, in bytes
+_OTHER_TYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64")  # of the format
 
 
 def encode_header(tensors: Sequence[Named], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
@@ -150,6 +160,8 @@ def read_safetensors_metadata(where: File) -> tuple[FileHeader, Mapping[str, str
             integers = isinstance(entry["shape"], list) and all(type(n) is int and n >= 0 for n in (*shape, begin, end))
         except (KeyError, TypeError, ValueError):
             raise wrong("an entry lacks dtype, shape or data_offsets", name) from None
+        if dtype in _OTHER_TYPES:
+            raise unsupported("tensor", dtype, Place(where.name, tensor=name))
         if not integers or not isinstance(dtype, str) or dtype not in ITEM_SIZES:
             raise wrong(f"dtype {dtype}, shape {list(shape)}"[:200], name)
         wanted = math.prod(shape) * ITEM_SIZES[dtype]

@@ -72,7 +72,6 @@ for _name, _change in {
     "a type in small letters": lambda e: first(e).update(dtype="bf16"),
     "a type that is null": lambda e: first(e).update(dtype=None),
     "a type of another width": lambda e: first(e).update(dtype="F32"),
-    "a type of six bits": lambda e: first(e).update(dtype="F6_E2M3"),
     "an entry that is a list": lambda e: e.update(x=[]),
     "an entry that is null": lambda e: e.update(x=None),
     "metadata that is a list": lambda e: e.update(__metadata__=[]),
@@ -81,6 +80,9 @@ for _name, _change in {
     "null for a header": lambda e: [None],
 }.items():
     add(f"a safetensors file with {_name}", "hf", header(_change), "E301", "damaged")
+
+for _type in ("F6_E2M3", "F8_E8M0", "C64"):
+    add(f"a safetensors file of {_type}", "hf", header(lambda e, t=_type: first(e).update(dtype=t)), "E303", _type)
 
 for _name, _edit in {
     "a key that occurs twice": lambda raw: raw.rstrip()[:-1] + b',"__metadata__":{}}',
