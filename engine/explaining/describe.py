@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from engine.planning.boxes import Copy
 from engine.planning.model import Plan
 from engine.planning.zeros import ZEROS
 from engine.run.memory import predicted_memory
+from engine.storage.cores import cores
 from engine.storage.sources import join
 
 
@@ -75,7 +75,7 @@ def describe_plan(plan: Plan) -> dict[str, Any]:
         "bytes": plan.nbytes,
         "tensors": len(plan.outputs),
         "config": dict(plan.config),
-        "predicted_memory": predicted_memory(plan, min(os.cpu_count() or 1, len(plan.shards))),
+        "predicted_memory": predicted_memory(plan, min(cores(), len(plan.shards))),
         "notices": list(plan.notices),
     }
 

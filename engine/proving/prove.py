@@ -43,6 +43,7 @@ from engine.proving.mutants import try_mutants
 from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.tiny import World, Worlds
 from engine.run.meter import Listener, Meter
+from engine.storage.cores import cores
 
 _FEW = 4  # up to this many mappings, one process is as fast as several
 _ROOM = 1 << 30  # bytes, enough for parallel proofs; a container's /dev/shm often has only 64 MiB
@@ -93,7 +94,7 @@ def prove(
     meter = Meter(len(names), progress, "proving", "mappings")
     ordered = sorted(groups.values(), key=_work, reverse=True)  # so that no long one starts last
     members = [[mapping for _, mapping in group] for group in ordered]
-    alone = len(names) <= _FEW or len(ordered) < 2 or (os.cpu_count() or 1) < 2
+    alone = len(names) <= _FEW or len(ordered) < 2 or cores() < 2
     for number, proofs in _alone(members, mutants, meter) if alone else _together(members, mutants):
         for (i, mapping), begun in zip(ordered[number], proofs, strict=True):
             found[i] = _with_model(mapping, *begun)
@@ -115,7 +116,7 @@ def _alone(groups: Sequence[Sequence[MappingFile]], mutants: bool, meter: Meter)
 
 def _together(groups: Sequence[Sequence[MappingFile]], mutants: bool) -> Iterator[tuple[int, list[Begun]]]:
     """Prove groups in separate processes, and yield each when it is done; only this process loads transformers."""
-    workers = min(os.cpu_count() or 1, len(groups))
+    workers = min(cores(), len(groups))
     collecting = gc.get_threshold()  # new processes collect garbage as seldom as this one
     with ProcessPoolExecutor(workers, get_context("spawn"), gc.set_threshold, collecting) as pool:
         running = {pool.submit(prove_group, group, mutants): number for number, group in enumerate(groups)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 
 from engine.errors import EngineError
 from engine.move.blocks import LARGE_BLOCK_BYTES
 from engine.move.runs import MOST_SPAN
 from engine.planning.model import Work
+from engine.storage.cores import cores
 from engine.storage.sources import AHEAD, LEAST_WINDOW, WINDOW, share
 
 MOST_WORKERS = 256  # threads: more do not help any disk, and each has its own buffers
@@ -57,7 +57,7 @@ def workers_of(plan: Work, asked: int | None, limit: int | None, beside: int, bu
         )  # fmt: skip
     window = _window(plan)
     most = max(window // LEAST_WINDOW, 1) if 0 < window < WINDOW else MOST_WORKERS  # a small window is shared by fewer
-    wanted = asked or min(os.cpu_count() or 1, most)
+    wanted = asked or min(cores(), most)
     if limit is None:
         return wanted
     least = predicted_memory(plan, 1, buffer) + beside

@@ -20,6 +20,7 @@ from engine.run.digests import Total
 from engine.run.journal import Done
 from engine.run.replicas import Check, checks, compare_replicas
 from engine.storage.client import check_process
+from engine.storage.cores import cores
 from engine.storage.sources import SourceFiles, check_unchanged
 
 Key = TypeVar("Key", bound=Hashable)
@@ -27,7 +28,7 @@ Value = TypeVar("Value")
 Item = TypeVar("Item", covariant=True)
 
 PART_BYTES = 16 << 20  # of one output that one thread reads at a time
-THREADS = min(os.cpu_count() or 1, 8)  # that read from one plan at a time
+THREADS = min(cores(), 8)  # that read from one plan at a time
 
 
 def reading_threads() -> ThreadPoolExecutor:

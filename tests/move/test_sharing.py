@@ -228,7 +228,8 @@ def test_as_many_workers_run_as_fit_beside_other_work_and_into_a_small_window(
     plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
     limit = predicted_memory(plan, 3) + 1000
     assert [workers_of(plan, 8, limit, beside, lambda files: 0) for beside in (1000, 1001)] == [3, 2]
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("os.cpu_count", lambda: 256)  # of which a job or a container has a few
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)))
     stores = [SimpleNamespace(file=SimpleNamespace(store=SimpleNamespace(block=block << 20))) for block in (0, 8, 16)]
     found = [workers_of(SimpleNamespace(files=[one]), None, None, 0, lambda files: 0) for one in stores]  # type: ignore[arg-type]
     assert found == [16, 2, 16]
