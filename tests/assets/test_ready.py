@@ -14,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import engine
+from engine.assets import bundle
 from engine.assets.beside import other_ids
 from engine.assets.bundle import make_assets
 from engine.assets.generation import check_tokens
@@ -249,7 +250,7 @@ def test_tokens_that_lie_beside_a_sentencepiece_model_are_those_of_the_model(
 
 
 def test_a_sentencepiece_model_that_disagrees_with_tokenizer_json_is_told(
-    saved: Path, model_file: Path, tmp_path: Path
+    saved: Path, model_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = shutil.copytree(saved, tmp_path / "tokenizer")
     (folder / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\n")  # of another kind
@@ -259,6 +260,9 @@ def test_a_sentencepiece_model_that_disagrees_with_tokenizer_json_is_told(
     told = "tokenizer.model disagrees with tokenizer.json (`<unk>` is 0 and not 118): programs"
     assert any(one.startswith(told) for one in report.notices)
     assert other_ids(model_file.read_bytes(), {"<unk>": 0, "w": 2}) == []
+    assert "(`<unk>` is 0 and not 1, and 1 more)" in other_ids(model_file.read_bytes(), {"<unk>": 1, "<s>": 0})[0]
+    monkeypatch.setattr(bundle, "writes", lambda config: False)  # classes of other models may shift the model's ids
+    assert not any("disagrees" in one for one in convert(tmp_path / "bert", folder, config=CONFIG).notices)
 
 
 def test_a_model_of_which_no_axis_is_the_vocabulary_takes_any_tokenizer(

@@ -13,7 +13,7 @@ from engine.errors import EngineError
 from engine.formats.dtensor import Distributed, read_distributed
 from engine.formats.headers import Recorded
 from engine.formats.rank_files import read_rank_file
-from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tensor
+from engine.formats.standins import Instance, PlainClass, Refused, Storage, Tensor, slotted
 from engine.storage.local import local_file
 from tests.support.forked import run
 
@@ -97,6 +97,11 @@ RANKS = Tensor(Storage("1", "I32", 4), 0, (2, 2), (2, 1), None)
 def test_every_way_a_mesh_was_pickled_is_read(mesh: Instance) -> None:
     one = distributed(mesh, (plain("Replicate"), SHARD), (4, 3), (7, 3))
     assert read_distributed(one)[1] == Recorded((0, 0), (7, 3))
+
+
+def test_a_state_is_that_of_slots_only_if_both_parts_are_attributes() -> None:
+    assert slotted((None, {"a": 1})) == {"a": 1} and slotted(({"b": 2}, {"a": 1})) == {"a": 1, "b": 2}
+    assert slotted(({}, 5)) == ({}, 5) and slotted((5, {})) == (5, {})
 
 
 @pytest.mark.parametrize("others", [{}, {"requires_gradient_sync": True}])  # Python before 3.11 has {} for None
