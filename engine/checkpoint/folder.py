@@ -22,6 +22,7 @@ from engine.storage.store import File, Store
 
 _KEPT = 256  # pickles of a folder that stay in memory while it is read
 _READERS = 4  # threads: indexing waits for storage, not for the processor
+_UNFINISHED = re.compile(r"[.]journal|[.]part-[0-9]{5}-of-[0-9]{5}")  # the engine's, until an output is complete
 
 
 def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
@@ -32,7 +33,9 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
     """
     below = [pattern(text) for text in dict.fromkeys(inside)]
     with listing(folder):
-        names = [name for name in folder.names() if not name.startswith(".")]
+        every = folder.names()
+        check_finished(folder, every)
+        names = [name for name in every if not name.startswith(".")]
         for name in [n for n in names if any(one.match(n) is not None for one in below)]:
             try:
                 names += (f"{name}/{one}" for one in folder.names(name) if not one.startswith("."))
@@ -41,6 +44,20 @@ def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
             names.remove(name)
         names.sort()
     return names
+
+
+def check_finished(folder: Store, names: Sequence[str]) -> None:
+    """E304 for what an interrupted run or a part left, moved elsewhere: zeros are where it has not written yet."""
+    found = next(filter(_UNFINISHED.fullmatch, names), None)
+    if found is not None:
+        raise EngineError(
+            "E304",
+            "this is an output that the engine did not finish",
+            place=Place(folder.place()),
+            got=found,
+            expected="a complete checkpoint",
+            fix="Convert again, with --resume where it was interrupted, or `engine commit` for parts.",
+        )
 
 
 def read_headers(

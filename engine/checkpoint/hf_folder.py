@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
 
-from engine.checkpoint.folder import list_folder, side_by_side
+from engine.checkpoint.folder import check_finished, list_folder, side_by_side
 from engine.errors import EngineError, Place, first_of
 from engine.formats.configs import read_json
 from engine.formats.headers import FileHeader
@@ -56,6 +56,9 @@ def read_hf_folder(where: Store | File) -> tuple[FileHeader, ...]:
     """
     if isinstance(where, File):
         return _read_shards(where) if where.name.endswith(".index.json") else (_read_weights(where),)
+    if where.folder is not None:  # in a store an unfinished output has no config.json, and a listing costs a request
+        with listing(where):
+            check_finished(where, where.names())
     if File(where, _ADAPTER).exists:
         raise EngineError(
             "E304",

@@ -92,3 +92,9 @@ for _what, _raw in {
 for _name in ("model_tp1_pp0.pt ", "model_tp1_pp0.pt\n", "model_tp01_pp0.pt", "model_tp١_pp0.pt", "MODEL_TP1_PP0.PT"):
     add(f"a rank file named {_name!r}", "training",
         lambda folder, name=_name: (folder / RANK).rename(folder / name), "E201")  # fmt: skip
+
+
+for _start in ("training", "hf"):
+    for _left in (".journal", ".part-00001-of-00002"):
+        add(f"a {_start} folder that an unfinished output was renamed to, with {_left}", _start,
+            lambda folder, name=_left: (folder / name).touch(), "E304", "did not finish")  # fmt: skip
