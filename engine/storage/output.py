@@ -18,6 +18,7 @@ from engine.storage.replacing import (
     exchange,
     exists,
     free_bytes,
+    impossible,
     is_empty,
     is_folder,
     is_mount,
@@ -67,6 +68,9 @@ class OutputFolder:
         work, self._spare = shared or (secrets.token_hex(4), "")
         kind = "parts" if shared else "partial"
         self.partial = self.final.with_name(f".{self.final.name}.{kind}-{work[:8]}")
+        if (why := impossible(self.partial)) is not None:
+            got, fix = f"{why}: {self.partial.name}", "Give the output a shorter name: this stands beside it first."
+            raise EngineError("E001", "this cannot be an output", got=got, fix=fix)
         self._overwrite, self._resume, self._out = overwrite, resume, out
         self.need = 0  # bytes to be written: entering raises E403 if there is no room for them
         self._held = ExitStack()  # what is let go of at the end
@@ -221,7 +225,7 @@ def leftovers(out: Path) -> list[Path]:
     if not final.name:
         return []
     start = f".{final.name}."
-    names = os.listdir(final.parent) if final.parent.is_dir() else []
+    names = os.listdir(final.parent) if os.path.isdir(final.parent) else []  # a path may be too long for `Path`
     return [final.parent / n for n in sorted(names) if _LEFT.fullmatch(n) and n.rpartition(".")[0] + "." == start]
 
 

@@ -42,7 +42,7 @@ def given_path(path: str | Path, what: str) -> Path:
     elif _URL.match(str(path)) and not os.path.lexists(path):
         raise EngineError("E001", f"{what} is a URL, and must be a path", got=str(path), expected="a path",
                           fix="Give a path on this machine. Only checkpoints and outputs can be URLs.")  # fmt: skip
-    elif (why := _impossible(path)) is not None:
+    elif (why := impossible(path)) is not None:
         raise EngineError("E001", f"{what} cannot be at this path", got=why, fix="Choose another path.")
     else:
         return Path(path)
@@ -57,7 +57,7 @@ def _encodes(path: str) -> bool:
     return True
 
 
-def _impossible(path: str | Path) -> str | None:
+def impossible(path: str | Path) -> str | None:
     """Why nothing can be at a path: a name is too long, or links go round in a circle."""
     try:
         os.lstat(path)

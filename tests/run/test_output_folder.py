@@ -71,6 +71,18 @@ def test_the_old_output_is_back_if_the_new_one_cannot_take_its_place(
     assert (out / "file").read_text(encoding="utf-8") == "old"
 
 
+def test_a_name_that_leaves_no_room_for_that_of_the_partial_folder_is_refused_as_too_long(tmp_path: Path) -> None:
+    for name, fits in (("n" * 237, True), ("n" * 238, False), ("模" * 80, False)):
+        with nullcontext() if fits else pytest.raises(EngineError, match="this cannot be an output") as caught:
+            folder_of(tmp_path / name)
+        assert caught is None or (caught.value.code == "E001" and "too long" in str(caught.value))
+
+
+def test_beside_a_path_that_is_too_long_nothing_was_left(tmp_path: Path) -> None:
+    """As of a relative one in a folder that is very deep."""
+    assert clean(Path(tmp_path, *(["d" * 200] * 30), "hf")) == []
+
+
 def test_the_current_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(filled(tmp_path / "hf", "old"))
     for out in (Path(), tmp_path / "hf"):
