@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,6 +45,7 @@ from engine.proving.proof import Check, Failure, Mutant, Proof, check_of
 from engine.proving.tiny import World, Worlds
 from engine.run.meter import Listener, Meter
 from engine.storage.cores import cores
+from engine.storage.store import write_error
 
 _FEW = 4  # up to this many mappings, one process is as fast as several
 _ROOM = 1 << 30  # bytes, enough for parallel proofs; a container's /dev/shm often has only 64 MiB
@@ -175,8 +177,8 @@ def _prove(
         checks.append(Check(ROUND_TRIP, True, f"the rules of {proven[key]}, proved there"))
     else:
         proven[key] = mapping.name
-        with tempfile.TemporaryDirectory(prefix="prove-", dir=_quick()) as folder:
-            check = check_round_trip(mapping, layout, worlds, possible, Path(folder))
+        with _temporary() as folder:
+            check = check_round_trip(mapping, layout, worlds, possible, folder)
             checks.append(check)
             if mutants and check.holds is not False:
                 tried = try_mutants(mapping)
@@ -192,6 +194,16 @@ def _prove(
             proven[told] = mapping.name
             checks.append(check_real_sizes(mapping, layout, worlds, world))
     return checks, tried, [world] if mapping.expect else neighbours(mapping, worlds, possible, world)
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder for the time of a proof; E403 when there is no room for what a proof writes."""
+    try:
+        with tempfile.TemporaryDirectory(prefix="prove-", dir=_quick()) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise write_error(tempfile.gettempdir(), error, "in the folder of temporary files (TMPDIR)") from error
 
 
 def _quick() -> Path | None:

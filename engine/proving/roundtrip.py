@@ -50,10 +50,10 @@ class Trip:
 
 def write_world(world: World, folder: Path) -> Checkpoint:
     """The world as a Hugging Face checkpoint on disk."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     folder.mkdir(parents=True)
-    save_file(world.arrays(), str(folder / "model.safetensors"))
+    (folder / "model.safetensors").write_bytes(save(world.arrays()))
     return whole_checkpoint("the tiny checkpoint", read_hf_folder(LocalStore(folder)), world.config)
 
 

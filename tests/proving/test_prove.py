@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -568,6 +569,15 @@ def test_a_class_whose_file_is_missing_fails_the_proof_of_its_mapping_alone(tmp_
     mine, other = engine.prove([tmp_path / "mine.yaml", "families/torchtitan-llama.yaml"])
     assert not mine.holds and "mistrall" in told(mine)
     assert other.holds
+
+
+def test_a_full_folder_of_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    (proof,) = engine.prove(["families/torchtitan-llama.yaml"])
+    assert not proof.holds and "E403 writing failed; got No space left on device" in told(proof)
 
 
 def test_proofs_stay_out_of_a_small_folder_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
