@@ -326,6 +326,26 @@ def test_whether_roots_tell_anything_is_the_layout_s_to_say() -> None:
     assert identity.saved_as("consolidated", load_layout("meta-llama")) is None  # as in Meta's own
 
 
+@pytest.mark.parametrize(
+    ("names", "counts"),
+    [
+        (["layers.0.mlp.experts.3.w"], True),
+        (["layers.0.norm.w", "layers.0.mlp.experts.weight3"], True),
+        (["layers.0.norm.w", "layers.11.mlp.w1.weight"], False),
+        (["embedding.weight"], False),
+    ],
+)
+def test_expert_ranks_count_in_files_in_which_something_has_a_number_besides_that_of_its_layer(
+    names: list[str], counts: bool
+) -> None:
+    layout = load_layout("megatron")
+    (file,) = (one for mode in layout.modes for one in mode.files if mode.name == "torch_pp_ep")
+    tensors = tuple(TensorHeader(name, "U8", (1,), (1,), 0) for name in names)
+    header = FileHeader(File(LocalStore(Path()), "f"), 0, tensors, "")
+    places = {identity.place_of(header, file, {"tp": 0, "pp": 1, "ep": ep}, layout) for ep in range(2)}
+    assert len(places) == (2 if counts else 1)
+
+
 STACK = {
     "mapping": 1,
     "name": "stack",
