@@ -189,7 +189,7 @@ class LocalStore(Store):
         return 0
 
     def sinks(self, names: Sequence[str], users: int = 1) -> SinkFiles:
-        return SinkFiles([self.path / name for name in names])
+        return SinkFiles(self.path, names)
 
     def put(self, name: str, data: bytes) -> None:
         path = self.path / name

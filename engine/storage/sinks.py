@@ -62,8 +62,8 @@ class Checksum:
 class SinkFiles(Sinks):
     """Files that are being written, opened when first needed. Not shared between threads."""
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = paths
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        self._folder, self._names = folder, names
         self._open: OrderedDict[int, int] = OrderedDict()
 
     def __exit__(self, *_: object) -> None:
@@ -78,7 +78,7 @@ class SinkFiles(Sinks):
             return descriptor
         if len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self._paths[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        descriptor = os.open(self._folder / self._names[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         if os.fstat(descriptor).st_nlink > 1:
             os.close(descriptor)
             raise OSError(errno.EMLINK, "the file has a second name, a hard link, whose content would change")
@@ -91,7 +91,7 @@ class SinkFiles(Sinks):
         Only on a block device: in memory, allocating takes as long as writing; and on a file system
         that cannot do it (mostly network file systems), the C library writes to every block instead.
         """
-        folder = self._paths[file].parent
+        folder = (self._folder / self._names[file]).parent
         if not folder.is_dir():  # a subfolder; the output itself must exist already
             folder.mkdir(exist_ok=True)
         descriptor = self._descriptor(file)

@@ -287,7 +287,7 @@ def test_an_old_output_that_cannot_be_removed_is_told_beside_the_new_one(
 def test_a_file_with_a_second_name_is_not_written_to(tmp_path: Path) -> None:
     filled(tmp_path / "others", "another's")
     os.link(tmp_path / "others" / "file", tmp_path / "model.safetensors")
-    with SinkFiles([tmp_path / "model.safetensors"]) as sinks, pytest.raises(OSError, match="second name"):
+    with SinkFiles(tmp_path, ["model.safetensors"]) as sinks, pytest.raises(OSError, match="second name"):
         sinks.write(0, 0, (b"new",))
     assert (tmp_path / "others" / "file").read_text(encoding="utf-8") == "another's"
 

@@ -72,7 +72,7 @@ def test_what_was_written_is_read_again_to_its_end(tmp_path: Path) -> None:
     """More than one read gives at once."""
     data = random.Random(0).randbytes((2 << 20) + 5)
     (tmp_path / "file").write_bytes(data)
-    with SinkFiles([tmp_path / "file"]) as sinks:
+    with SinkFiles(tmp_path, ["file"]) as sinks:
         assert b"".join(map(bytes, sinks.read(0, 3, len(data) - 3))) == data[3:]
 
 
@@ -81,7 +81,7 @@ def test_what_the_system_writes_in_part_is_written_on_from_there(
 ) -> None:
     write = os.pwritev
     monkeypatch.setattr(os, "pwritev", lambda file, parts, at: write(file, [memoryview(parts[0])[:3]], at))
-    with SinkFiles([tmp_path / "file"]) as sinks:
+    with SinkFiles(tmp_path, ["file"]) as sinks:
         sinks.write(0, 1, [b"abcd", memoryview(b"efghi")])
     assert (tmp_path / "file").read_bytes() == b"\0abcdefghi"
 
