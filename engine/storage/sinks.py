@@ -78,7 +78,8 @@ class SinkFiles(Sinks):
             return descriptor
         if len(self._open) >= _OPEN_FILES:
             os.close(self._open.popitem(last=False)[1])
-        descriptor = os.open(self._folder / self._names[file], os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        path = self._folder / self._names[file]
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         if os.fstat(descriptor).st_nlink > 1:
             os.close(descriptor)
             raise OSError(errno.EMLINK, "the file has a second name, a hard link, whose content would change")

@@ -79,6 +79,17 @@ def test_the_example_of_a_page_is_what_the_engine_says(
     assert _SECTION.search((PAGES / f"{code}.md").read_text())[0] == example(code, tmp_path)  # type: ignore[index]
 
 
+def test_places_in_bundled_files_are_of_what_the_examples_of_pages_are_about() -> None:
+    """Of all pages, also of those whose examples need a checkpoint: each edit of a family may move its lines."""
+    for page in sorted(PAGES.glob("*.md")):
+        for shown in re.findall(r"^```text\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for name, row, column in re.findall(r"(mappings/[\w/-]+\.yaml):(\d+):(\d+)", shown):
+                lines, at = (ROOT / name).read_text().splitlines()[int(row) - 1 :], int(column) - 1
+                words = set(re.findall(r"\w+", shown)) & set(re.findall(r"\w+", "\n".join(lines[:4])[at:]))
+                assert re.fullmatch(r" *(- |\w+: )?", lines[0][:at]), (page.name, name, row)
+                assert words - {"layer", "param", "name", "the", "model"}, (page.name, name, row)
+
+
 if __name__ == "__main__":
     import os
     import tempfile
