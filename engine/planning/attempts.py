@@ -205,7 +205,7 @@ def _other_layers(stages: Stages, known: Fact) -> Contradiction:
 
 def _count_numbers(sizes: Sizes, active: Sequence[Instance], groups: Mapping[GroupKey, Group]) -> None:
     """Count the numbers in names, such as experts: sizes where none is known, else contradictions if there are more."""
-    for axis in {p for i in active for p in i.axis_names()} - {"layer"}:
+    for axis in {p for i in active for p in i.axis_names} - {"layer"}:
         seen = [fixed for g in groups.values() if (fixed := g.fixed.get(axis)) is not None]
         count, why = max(seen, default=-1) + 1, f"{{{axis}}} in tensor names"
         fact = sizes.facts.setdefault(axis, Fact(axis, count, why)) if seen else None

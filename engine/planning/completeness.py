@@ -56,8 +56,8 @@ def used_rules(
 def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes: Mapping[str, int]) -> None:
     """E207 for the first layer or expert without a tensor that others have."""
     there = groups[0].fixed
-    for values in points([sizes[axis] for axis in one.axis_names()]):
-        fixed = dict(zip(one.axis_names(), values, strict=True))
+    for values in points([sizes[axis] for axis in one.axis_names]):
+        fixed = dict(zip(one.axis_names, values, strict=True))
         if (one.key, *(fixed[axis] for axis in there)) not in attempt.groups:
             where = ", ".join(f"{a} {v}" for a, v in fixed.items())
             raise EngineError(

@@ -137,7 +137,7 @@ def _training_names(names: Sequence[str], rules: Sequence[Instance]) -> set[str]
         for one, target in targets.get(form(name), ()):
             values = target.match(name)
             if values is not None:
-                blank = dict.fromkeys(one.axis_names(), 0)
+                blank = dict.fromkeys(one.axis_names, 0)
                 found.update(source.format({**blank, **values}) for source in one.sources)
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from itertools import product
 
 from engine.checkpoint.ranks import RankFile
@@ -69,7 +70,7 @@ class RankGroups:
         rule, cut = instance.rule, cut_of(instance, file, self._destination.layout)
         change = undone(rule.transform) if self._pads and rule.transform else None
         share = (_boxes if file.boxes else _shards)(instance, file, cut, self._destination, self._sizes)
-        names, slices = instance.axis_names(), self._slices(instance)
+        names, slices = instance.axis_names, self._slices(instance)
         spelling = next((s for s in instance.sources if s.text in self._spelt), instance.sources[0])
         stage = {"first": 0, "layers": 1, "last": 2}[instance.stage_class]
         holding: dict[tuple[tuple[str, int], ...], list[_Holder]] = {}  # by the ranks that a tensor is fixed to
@@ -204,11 +205,19 @@ def _shards(
     held = {**sizes, **{axis: part[0] for axis, part in parts.items()}}  # rows are cut in slices of one size
     rows = [] if cut.rows is None else shares(extent(dims[cut.at], held), ranked.get(cut.rows, 1), extra)
 
-    def share(ranks: Mapping[str, int]) -> _Share:
-        local = {**sizes, **{axis: parts[axis][ranks[dim]] for dim, axis in cut.dims}}
+    ranks_of = cut.rank_dims()
+
+    @cache
+    def shape_of(at: tuple[int, ...]) -> tuple[int, ...]:
+        here = dict(zip(ranks_of, at, strict=True))
+        local = {**sizes, **{axis: parts[axis][here[dim]] for dim, axis in cut.dims}}
         shape = [extent(dim, local) for dim in dims]
         if cut.rows is not None:
-            shape[cut.at] = rows[ranks[cut.rows]]
-        return tuple(ranks[dim] for dim in cut.rank_dims()), tuple(shape), None
+            shape[cut.at] = rows[here[cut.rows]]
+        return tuple(shape)
+
+    def share(ranks: Mapping[str, int]) -> _Share:
+        at = tuple([ranks[dim] for dim in ranks_of])
+        return at, shape_of(at), None
 
     return share

@@ -283,7 +283,7 @@ def size_error(found: Contradiction, grid: RankGrid) -> EngineError:
 def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> None:
     """E204 for the first axis with an unknown size, or the error that kept it from being computed."""
     for one in used:
-        for axis in (*one.axis_names(), *one.axes.names()):
+        for axis in (*one.axis_names, *one.axes.names()):
             if axis not in sizes:
                 raise unread.get(axis) or EngineError(
                     "E204",

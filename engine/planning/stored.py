@@ -44,6 +44,7 @@ class Instance:
         """Which of its `pieces` a tensor is; None for one that is whole."""
         return next((at for at, one in enumerate(self.parts) if one.match(name) is not None), None)
 
+    @cached_property
     def axis_names(self) -> tuple[str, ...]:
         """The placeholders of the source name, a tensor for each of their values: axes of every piece."""
         return tuple(one for one in self.sources[0].placeholders if one not in self.axes.names())
@@ -56,7 +57,7 @@ class Instance:
     @cached_property
     def pieces(self) -> tuple[frozenset[str], ...]:
         """The axes of each piece."""
-        return tuple(frozenset((*piece, *self.axis_names())) for piece in self.axes.pieces())
+        return tuple(frozenset((*piece, *self.axis_names)) for piece in self.axes.pieces())
 
     @cached_property
     def wholes(self) -> tuple[Instance, ...]:

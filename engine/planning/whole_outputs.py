@@ -75,8 +75,8 @@ def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, 
         stage = {"first": 0, "layers": 1, "last": 2}[own.stage_class]
         shape = tuple(extent(dim, sizes) for dim in own.axes.dims)
         strides = dense_strides(shape)
-        for values in product(*(range(sizes[p]) for p in own.axis_names())):
-            fixed = dict(zip(own.axis_names(), values, strict=True))
+        for values in product(*(range(sizes[p]) for p in own.axis_names)):
+            fixed = dict(zip(own.axis_names, values, strict=True))
             fixed = once.setdefault(tuple(fixed.items()), fixed)
             name = own.sources[0].format(fixed)
             held = Stored(0, TensorHeader(name, "", shape, strides, 0), name, 0)

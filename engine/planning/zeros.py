@@ -41,7 +41,7 @@ def padded(source: Source) -> Source:
         for piece in one.pieces:
             if not any(axis in piece and sizes[axis] for axis in one.rule.zeros):
                 continue
-            names = tuple(axis for axis in (*one.axis_names(), *one.axes.names()) if axis in piece)
+            names = tuple(axis for axis in (*one.axis_names, *one.axes.names()) if axis in piece)
             axes = Axes(tuple(map(Axis, names)))
             held = Instance(f"zeros.{one.key}.{'.'.join(names)}", one.rule, None, axes, (pattern("zeros"),), ())
             shape = tuple(sizes[axis] for axis in names)

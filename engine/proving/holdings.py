@@ -91,7 +91,7 @@ def _entry(one: Instance, target: Pattern, axes: Axes, sizes: Mapping[str, int])
     rule = one.rule
     told: dict[str, Any] = {"axes": f"{one.axes} → {axes}" if one.axes != axes else str(axes)}
     told["split"] = (
-        " ".join(axis for axis in rule.split if axis in (*one.axes.names(), *one.axis_names(), *STORED)) or "no"
+        " ".join(axis for axis in rule.split if axis in (*one.axes.names(), *one.axis_names, *STORED)) or "no"
     )
     if rule.stage is not None:
         told["stage"] = rule.stage

@@ -98,9 +98,7 @@ def guess_sizes(
     divisions = {name: _divisions(e) for name, e in mapping.dims.items()}
     pairs = [(a, b) for found in divisions.values() for a, b in found]
     axes = dict.fromkeys([*axes_of(mapping), *(name for pair in pairs for name in pair if name in mapping.dims)])
-    named = {
-        p for i in instances(mapping) for p in (*i.axis_names(), *(p for n, _ in i.targets for p in n.placeholders))
-    }
+    named = {p for i in instances(mapping) for p in (*i.axis_names, *(p for n, _ in i.targets for p in n.placeholders))}
     known = {*mapping.dims, *mapping.options, *mapping.variants}
     free = [a for a, e in mapping.dims.items() if a in axes and not names_in(e) <= known]
     free += [a for a in axes if a not in mapping.dims]
