@@ -17,7 +17,7 @@ from engine import api
 from engine.assets.tokenizer import convert_tokenizer
 from engine.commands.main import cli
 from engine.comparing.effects import Difference, effect_of
-from engine.comparing.settings import compare_settings
+from engine.comparing.settings import _added_tokens, compare_settings
 from engine.comparing.texts import unlike_merges
 from tests.support.depth import deep, sampled
 from tests.support.planted import SETTINGS
@@ -563,3 +563,35 @@ def test_a_training_checkpoint_without_a_mapping_is_told_to_give_one(made: Path)
     printed = compare(FIXTURE, made)
     assert printed.output.startswith("E304") and "give --mapping" in printed.output
     assert compare(made, made, "-m", MAPPING).output.startswith("E001")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "what"),
+    [
+        ({"torch_dtype": "float32"}, {"torch_dtype": "float16"}, "dtype"),
+        ({"rope_theta": 1e4}, {"rope_theta": 5e4}, "rope_parameters.rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"type": "linear", "factor": 4.0}},
+         "rope_parameters.factor"),
+    ],
+)  # fmt: skip
+def test_a_key_that_is_told_as_transformers_5_spells_it_is_not_told_again(
+    ours: dict[str, Any], theirs: dict[str, Any], what: str
+) -> None:
+    sides = [{"config.json": json.dumps({"model_type": "llama", **one}).encode()} for one in (ours, theirs)]
+    assert [one.what for one in compare_settings(*sides)] == [what]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_of_tokens_that_one_table_lacks_only_special_ones_are_told(special: bool) -> None:
+    table = {"added_tokens_decoder": {"5": {"content": "<x>", "special": special}}}
+    assert [one.what for one in _added_tokens({}, table)] == (
+        ["added_tokens_decoder.5 of tokenizer_config.json"] if special else []
+    )
+
+
+def test_lengths_matter_to_angles_that_one_side_scales() -> None:
+    scaled = {"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    pair = ({"model_type": "llama", **one} for one in (scaled, {"max_position_embeddings": 128}))
+    found = compare_settings(*({"config.json": json.dumps(one).encode()} for one in pair))
+    told = {one.what: (one.effect, one.grade) for one in found}
+    assert told["max_position_embeddings"] == effect_of("max_position_embeddings", scaled=True)
