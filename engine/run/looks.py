@@ -14,11 +14,10 @@ from typing import NamedTuple
 import xxhash
 
 from engine.errors import first_of
-from engine.formats.headers import ITEM_SIZES
+from engine.formats.headers import FLOATS, ITEM_SIZES
 from engine.language.documents import grouped
 from engine.language.names import form
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _SMALL = 1 << 16  # bytes of a tensor of which every word is looked at
 _HOLE = 4096  # bytes: the least that a file system leaves out
 _ZERO, _WILD = b"01"  # kinds of a number's last byte, its sign and the top of its exponent
@@ -90,7 +89,7 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     alike: dict[str, list[str]] = {}
     for name, dtype, shape, digest, look in tensors:
         nbytes = prod(shape) * ITEM_SIZES[dtype]
-        if look.wild and dtype in _FLOATS:
+        if look.wild and dtype in FLOATS:
             wild.append(name)
         if not digest or (len(shape) < 2 and not name.endswith(".weight")):
             continue

@@ -16,7 +16,7 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
-from tests.support.depth import sampled
+from tests.support.depth import crossed, sampled
 from tests.support.sentencepiece_models import train
 
 ROOT = Path(__file__).parents[2]
@@ -231,8 +231,7 @@ def tokenizers() -> tuple[bytes, bytes]:
     return train(**small), train(**small, split_digits=False)
 
 
-@pytest.mark.parametrize("what", ["replaced", "removed"])
-@pytest.mark.parametrize("by", ["run", "commit"])
+@pytest.mark.parametrize(("what", "by"), crossed(["replaced", "removed"], ["run", "commit"]))
 def test_a_saved_plan_is_not_run_with_another_tokenizer_than_was_there(
     what: str, by: str, tokenizers: tuple[bytes, bytes], checkpoint: Path, tmp_path: Path
 ) -> None:
