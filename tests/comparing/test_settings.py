@@ -595,3 +595,8 @@ def test_lengths_matter_to_angles_that_one_side_scales() -> None:
     found = compare_settings(*({"config.json": json.dumps(one).encode()} for one in pair))
     told = {one.what: (one.effect, one.grade) for one in found}
     assert told["max_position_embeddings"] == effect_of("max_position_embeddings", scaled=True)
+
+
+def test_an_end_of_generation_is_told_as_that_and_not_as_any_setting() -> None:
+    sides = ({"generation_config.json": json.dumps({"eos_token_id": one}).encode()} for one in (1, 2))
+    assert [(one.effect, one.grade) for one in compare_settings(*sides)] == [effect_of("eos_token_id")]

@@ -14,10 +14,11 @@ from engine.checkpoint.hf_folder import other_weights
 from engine.comparing.settings import small_files
 from engine.errors import EngineError, EngineErrors, Place
 from engine.formats.dcp import read_dcp_directory
+from engine.formats.safetensors import INDEX, index_json
 from engine.language.model import Expression
 from engine.planning.attempts import _count_numbers, claims
 from engine.planning.sizes import Contradiction, Fact, size_error
-from engine.run.written import extra_files
+from engine.run.written import check_index, extra_files
 from engine.storage.folders import one_of_two
 from engine.storage.local import LocalStore
 from engine.storage.store import Store
@@ -87,3 +88,10 @@ def test_a_folder_that_is_gone_is_told_as_that_whatever_lists_it(
 ) -> None:
     with pytest.raises(EngineError, match="E304 there is no such checkpoint folder"):
         listed(LocalStore(tmp_path / "gone"))
+
+
+def test_an_index_of_one_weights_file_is_none_that_the_engine_wrote(tmp_path: Path) -> None:
+    tensors = {"w": {"file": "model.safetensors", "dtype": "F32", "shape": [2]}}
+    assert check_index(LocalStore(tmp_path), tensors) == []
+    (tmp_path / INDEX).write_bytes(index_json({"w": "model.safetensors"}, 8))
+    assert check_index(LocalStore(tmp_path), tensors) == [f"{INDEX} was changed"]
