@@ -11,6 +11,7 @@ import torch
 
 import engine
 from engine import api
+from engine.errors import EngineError
 from tests.support.depth import sampled
 from tests.support.frameworks import source_of
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten, state
@@ -118,6 +119,12 @@ def test_names_begin_as_in_the_mode_that_is_written_whatever_the_mode_of_like(tm
     back = engine.reverse(FAMILIES[DENSE], first, tmp_path / "back", like=made, mode="torch", ranks=RANKS[DENSE]).out
     rewritten(shutil.copytree(legacy, tmp_path / "step"), lambda _: None)  # without Megatron's own classes
     check_same(Path(back), tmp_path / "step")
+
+
+def test_a_mode_that_is_not_that_of_the_ranks_is_refused(tmp_path: Path) -> None:
+    first = convert(DENSE, tmp_path / "hf").out
+    with pytest.raises(EngineError, match=r"E214 mode `torch_pp` is not that of these ranks(?s:.*)Leave --mode out"):
+        engine.reverse(FAMILIES[DENSE], first, tmp_path / "back", mode="torch_pp", ranks={"tp": 2})
 
 
 @sampled(2)
