@@ -64,9 +64,9 @@ def _ranges(batch: Sequence[tuple[int, Stored]]) -> tuple[Sequence[tuple[int, St
     return batch, grouped(told)
 
 
-def first_values(plan: Plan, size: int = 3) -> list[list[float]]:
-    """The first `values` of each entry of the side that a plan reads, whether there are such tensors or not."""
-    return [_computed(entry, plan.names, size) for entry in _entries(plan)]
+def first_values(plan: Plan) -> list[list[float]]:
+    """The first three `values` of each entry of the side that a plan reads, whether there are such tensors or not."""
+    return [_computed(entry, plan.names, 3) for entry in _entries(plan)]
 
 
 def _entries(plan: Plan) -> list[Exclusion]:

@@ -11,13 +11,14 @@ import signal
 import struct
 import termios
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.forked import become_engine
 
 _SEQUENCE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|\x1b[=>]|\x1b\][^\x07]*\x07")
+_LONGEST = 120  # seconds
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -30,40 +31,31 @@ class Screen:
     written: str
 
 
-def run_in_terminal(
-    command: Sequence[str],
-    cwd: Path,
-    *,
-    columns: int = 80,
-    environment: Mapping[str, str] | None = None,
-    meanwhile: Callable[[str, int], None] | None = None,
-    timeout: float = 120,
-) -> Screen:
+def run_in_terminal(command: Sequence[str], cwd: Path, *, columns: int = 80) -> Screen:
     """Run a command in a pseudo-terminal.
 
     Args:
         command: `engine` is the one of this checkout, forked with all that the tests have loaded.
-        meanwhile: called with what was written so far and the process, as often as something is written.
     """
     pid, terminal = pty.fork()
     if pid == 0:
         os.chdir(cwd)
         kept = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
         paths = os.pathsep.join([str(ROOT), kept.get("PYTHONPATH", "")])
-        variables = {**kept, "TERM": "xterm", "PYTHONPATH": paths, **(environment or {})}
+        variables = {**kept, "TERM": "xterm", "PYTHONPATH": paths}
         if command[0] != "engine":
             os.execvpe(command[0], command, variables)
         os.environ.clear()
         os.environ.update(variables)
         become_engine(command[1:])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    raw, deadline = b"", time.monotonic() + timeout
+    raw, deadline = b"", time.monotonic() + _LONGEST
     while True:
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))
         if not ready:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
-            raise TimeoutError(f"{command} takes over {timeout} s; so far:\n{raw.decode(errors='replace')}")
+            raise TimeoutError(f"{command} takes over {_LONGEST} s; so far:\n{raw.decode(errors='replace')}")
         try:
             data = os.read(terminal, 1 << 16)
         except OSError:
@@ -71,8 +63,6 @@ def run_in_terminal(
         if not data:
             break
         raw += data
-        if meanwhile is not None:
-            meanwhile(raw.decode(errors="replace"), pid)
     os.close(terminal)
     _, status = os.waitpid(pid, 0)
     written = raw.decode()
