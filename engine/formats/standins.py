@@ -283,9 +283,9 @@ def known_global(module: str, name: str) -> Any:
         return opaque(name)
     if module.startswith(_PLAIN_PACKAGES):
         return PlainClass(name, takes=True)
-    whole = f"{module}.{name}"
-    form = "_shard" in module or name in ("ShardedTensor", "DTensor") or whole.startswith("torch._utils._rebuild_")
-    raise Refused("E303" if form else "E302", whole)
+    form = name.removeprefix("_rebuild_") in ("qtensor", "sparse_tensor", "nested_tensor", "meta_tensor_no_storage")
+    shards = "_shard" in module or name in ("ShardedTensor", "DTensor")
+    raise Refused("E303" if form or shards else "E302", f"{module}.{name}")
 
 
 def storage_of(pid: Any) -> Storage:

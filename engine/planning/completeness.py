@@ -39,7 +39,7 @@ def used_rules(
         if lacking is None:
             used.append(rule)
             for one in held if each else ():
-                _check_each(one, found[one.key], attempt, sizes)
+                _check_each(one, found[one.key], attempt, sizes, unlisted)
         elif any(one.key in found for one in held) or not (rule.param == "bias" or rule.rule.optional):
             raise EngineError(
                 "E207",
@@ -53,7 +53,9 @@ def used_rules(
     return tuple(used)
 
 
-def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes: Mapping[str, int]) -> None:
+def _check_each(
+    one: Instance, groups: Sequence[Group], attempt: Attempt, sizes: Mapping[str, int], unlisted: str
+) -> None:
     """E207 for the first layer or expert without a tensor that others have."""
     there = groups[0].fixed
     for values in points([sizes[axis] for axis in one.axis_names]):
@@ -64,7 +66,7 @@ def _check_each(one: Instance, groups: Sequence[Group], attempt: Attempt, sizes:
                 "E207",
                 f"a tensor that a rule needs is missing: {one.sources[0].format(fixed)}",
                 place=one.rule.place,
-                got=f"nothing for {where}" if where else "no such tensor",
+                got=(f"nothing for {where}" if where else "no such tensor") + unlisted,
                 expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
                 fix="A rule needs its tensors for all layers and experts. If two stages of an expert "
                 "checkpoint wrote the same file number, that layer was lost at saving.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FLOATS, ITEM_SIZES, TensorHeader
@@ -28,57 +28,76 @@ def ends_of(header: TensorHeader) -> Iterator[Range]:
 
 def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter) -> None:
     """E306 for two slices that are bit-identical, or begin or end alike, except those of few values or elements."""
-    header = plan.sources[slices.sources[0]].header
-    size, item = math.prod(header.shape), ITEM_SIZES[header.dtype]
-
-    def alike(one: int, two: int) -> bool:
-        copies = (blocks([whole(plan, source)], size, BLOCK_BYTES // item) for source in (one, two))
-        pairs = zip(*copies, strict=True)
-        return all(same(first.gather(x, header.dtype), other.gather(y, header.dtype)) for x, y in pairs)
-
-    def sample(source: int, low: int) -> bytes:
-        block = block_of([whole(plan, source)], low, min(low + _SAMPLE // item, size))
-        return bytes(other.gather(block, header.dtype))
-
-    def regular(one: int, source: int, low: int, some: bytes) -> bool:
-        """Whether equal elements are those of added tokens, or of heads that ranks repeat in all layers."""
-        rows = (low + step for step in (header.shape[-1], -header.shape[-1]))
-        if some in [sample(source, row)[: len(some)] for row in rows if 0 <= row < size]:
-            return True
-        after = _next(plan, slices)
-        x, y = (sample(after.sources[at[each]], low)[: len(some)] for each in (one, source))
-        return after is not slices and x == y
-
-    at = {source: place for place, source in enumerate(slices.sources)}
+    held = _Held(plan, slices, first, other)
     begins: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
     equal: list[tuple[int, int]] = []
-    for source in slices.sources if size >= _FEW else ():
+    for source in slices.sources if held.size >= _FEW else ():
         if meter.stopped.is_set():
             return
-        if plan.sources[source].header.dtype != header.dtype:
+        if plan.sources[source].header.dtype != held.dtype:
             continue
-        begins[source] = sample(source, 0)
+        begins[source] = held.sample(source, 0)
         one = seen.setdefault(begins[source], source)
-        if one != source and not _few_values(begins[source], item) and alike(one, source):
+        if one != source and not _few_values(begins[source], held.item) and held.alike(one, source):
             equal.append((one, source))
-    if not equal and slices.repeats <= 1 and header.dtype in FLOATS:  # of experts, training may have changed a part
-        low = max(size - _SAMPLE // item, 0)
-        ends = {source: sample(source, low) for source in begins} if low else {}
-        for start, samples in ((0, begins), (low, ends)):
-            for one, source, place, some in _in_part(samples, item):
-                if not regular(one, source, start + place, some):
-                    got = f"{_FEW} elements or more that are bit-identical, from element {start + place} on"
-                    raise _copied(plan, slices, one, source, got, "a part of ")
     if not equal:
+        if slices.repeats <= 1 and held.dtype in FLOATS:  # of experts, training may have changed a part
+            _check_parts(held, begins)
         return
-    got = f"bit-identical slices of {' × '.join(map(str, header.shape))}"
+    got = f"bit-identical slices of {' × '.join(map(str, plan.sources[slices.sources[0]].header.shape))}"
     if _in_rows(slices, {twin: one for one, twin in equal}):
         after = _next(plan, slices)
-        if all(alike(*(after.sources[at[source]] for source in pair)) for pair in equal):
+        if all(held.alike(*held.beside(after, pair)) for pair in equal):
             return
         got += f", while those of `{after.name}` differ"
     raise _copied(plan, slices, *equal[0], got)
+
+
+def _check_parts(held: _Held, begins: Mapping[int, bytes]) -> None:
+    """E306 for two slices with the same few elements in one place at either end, by samples of their begins."""
+    low = max(held.size - _SAMPLE // held.item, 0)
+    ends = {source: held.sample(source, low) for source in begins} if low else {}
+    for start, samples in ((0, begins), (low, ends)):
+        for one, source, place, some in _in_part(samples, held.item):
+            if not held.regular((one, source), start + place, some):
+                got = f"{_FEW} elements or more that are bit-identical, from element {start + place} on"
+                raise _copied(held.plan, held.slices, one, source, got, "a part of ")
+
+
+class _Held:
+    """What ranks hold of one tensor: slices of one shape and, as far as they are compared, of one type."""
+
+    def __init__(self, plan: Work, slices: Slices, first: Gatherer, other: Gatherer) -> None:
+        header = plan.sources[slices.sources[0]].header
+        self.plan, self.slices, self._first, self._other = plan, slices, first, other
+        self.dtype, self.item = header.dtype, ITEM_SIZES[header.dtype]
+        self.size, self._row = math.prod(header.shape), header.shape[-1]
+
+    def alike(self, one: int, two: int) -> bool:
+        copies = (blocks([whole(self.plan, source)], self.size, BLOCK_BYTES // self.item) for source in (one, two))
+        return all(
+            same(self._first.gather(x, self.dtype), self._other.gather(y, self.dtype))
+            for x, y in zip(*copies, strict=True)
+        )
+
+    def sample(self, source: int, low: int) -> bytes:
+        """The bytes of elements from `low` on."""
+        block = block_of([whole(self.plan, source)], low, min(low + _SAMPLE // self.item, self.size))
+        return bytes(self._other.gather(block, self.dtype))
+
+    def beside(self, after: Slices, pair: Sequence[int]) -> Iterator[int]:
+        """The slices of another tensor that are on the same ranks."""
+        return (after.sources[self.slices.sources.index(source)] for source in pair)
+
+    def regular(self, pair: tuple[int, int], low: int, some: bytes) -> bool:
+        """Whether equal elements are those of added tokens, or of heads that ranks repeat in all layers."""
+        rows = (low + step for step in (self._row, -self._row))
+        if some in [self.sample(pair[1], row)[: len(some)] for row in rows if 0 <= row < self.size]:
+            return True
+        after = _next(self.plan, self.slices)
+        x, y = (self.sample(source, low)[: len(some)] for source in self.beside(after, pair))
+        return after is not self.slices and x == y
 
 
 def _few_values(some: bytes, item: int) -> bool:

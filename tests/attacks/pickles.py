@@ -143,9 +143,8 @@ PYTHON = (
 )  # fmt: skip
 FRAMEWORKS = (
     "torch.load", "torch.hub.load", "torch.jit.load", "torch.serialization.load", "torch.storage._load_from_bytes",
-    "torch._utils._rebuild_device_tensor_from_numpy", "torch._utils._rebuild_sparse_tensor",
-    "torch._utils._rebuild_nested_tensor",
-    "torch._utils._rebuild_device_tensor_from_cpu_tensor", "torch._tensor._rebuild_from_type",
+    "torch._utils._rebuild_device_tensor_from_numpy", "torch._utils._rebuild_device_tensor_from_cpu_tensor",
+    "torch._tensor._rebuild_from_type",
     "torch._utils._get_obj_state", "torch._utils._set_obj_state", "torch._utils._import_dotted_name",
     "torch.utils._config_module.load_config", "torch.utils.bottleneck.__main__.run_cprofile",
     "torch.utils.data.datapipes.utils.decoder.basichandlers", "torch.distributed.rpc.rpc_sync",
@@ -277,6 +276,7 @@ value("a set of sets", call(g("builtins", "set"), b"](" + b"]" * 3 + b"e"), "E30
 value("a set of many", call(g("builtins", "set"), b"](" + b"N" * 100 + b"e"), "E301", "many items")
 value("a quantised tensor", g("torch._utils", "_rebuild_qtensor") + b")R", "E303", "only code can rebuild")
 value("a sparse tensor", g("torch._utils", "_rebuild_sparse_tensor") + b")R", "E303", "only code can rebuild")
+value("a nested tensor", g("torch._utils", "_rebuild_nested_tensor") + b")R", "E303", "only code can rebuild")
 value("a meta tensor", g("torch._utils", "_rebuild_meta_tensor_no_storage") + b")R", "E303", "only code can rebuild")
 
 # Persistent ids.

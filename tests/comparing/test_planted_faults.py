@@ -86,10 +86,11 @@ def _random_tensors(
 def test_a_search_in_large_tensors_takes_little_memory_and_time(kind: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     one = torch.randn(4096, 2048, generator=generator)
-    two = one[torch.randperm(4096, generator=generator)] if kind == "permuted" else torch.randn(4096, 2048)
+    another = torch.randn(4096, 2048, generator=generator)  # of one generator, or a shift of the first may come out
+    two = one[torch.randperm(4096, generator=generator)] if kind == "permuted" else another
     save_file({"a.weight": one}, tmp_path / "one.safetensors")
     save_file({"a.weight": two.contiguous()}, tmp_path / "two.safetensors")
-    del one, two
+    del one, two, another
     tracemalloc.start()
     start = time.process_time()
     try:

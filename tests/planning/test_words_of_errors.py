@@ -58,7 +58,7 @@ def test_a_dim_that_reads_a_later_one_is_told_to_be_moved(text: str, moved: bool
 @pytest.mark.parametrize(("known", "wrong"), [(3, ["4 from {expert} in tensor names"]), (4, []), (5, [])])
 def test_numbers_in_names_may_not_be_more_than_are_known(known: int, wrong: list[str]) -> None:
     sizes: Any = SimpleNamespace(facts={"expert": Fact("expert", known, "config.json")}, contradictions=[])
-    rule: Any = SimpleNamespace(axis_names=lambda: ("layer", "expert"))
+    rule: Any = SimpleNamespace(axis_names=("layer", "expert"))
     groups: Any = {number: SimpleNamespace(fixed={"layer": 9, "expert": number}) for number in (2, 3, 0)}
     _count_numbers(sizes, [rule], groups)
     assert [one.got for one in sizes.contradictions] == wrong
