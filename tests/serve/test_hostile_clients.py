@@ -104,8 +104,8 @@ def test_what_is_no_request_is_refused_and_the_connection_closed(big: Running, s
         (GET % (b"/", b"A: b\r\n" * 6_000), 431),
         (GET % (b"/" + b"a" * 10_000, b""), 414),
         (GET % (b"/?" + b"a=b&" * 3_000, b""), 414),
-        (GET % (b"/", b"A: " + b"a" * 1_000_000 + b"\r\n"), 400),
-        (b"GET /" + b"a" * 1_000_000, 400),
+        (GET % (b"/", b"A: " + b"a" * 200_000 + b"\r\n"), 400),
+        (b"GET /" + b"a" * 200_000, 400),
     ],
 )
 def test_requests_that_are_too_long_are_refused(big: Running, sent: bytes, status: int) -> None:

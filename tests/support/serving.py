@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,8 @@ class Running:
     def raw(self, data: bytes, *, wait: float = 20) -> bytes:
         """Everything that comes back for some bytes, until the server closes or nothing comes for a while."""
         with socket.create_connection(("127.0.0.1", self.server.port), timeout=wait) as opened:
-            opened.sendall(data)
+            with suppress(BrokenPipeError, ConnectionResetError):  # it has answered before it had read all
+                opened.sendall(data)
             return drained(opened)
 
 
