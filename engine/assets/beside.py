@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.assets.ready_ids import ADDED, MAP, SETTINGS, numbered
+from engine.assets.tokenizer_read import read_file
 from engine.formats.configs import json_object
-from engine.storage.store import File, Store
+from engine.storage.store import Store
 
 _FLAGS = ("special", "lstrip", "rstrip", "single_word")
 
@@ -20,13 +21,12 @@ def tokens_beside(store: Store, names: Sequence[str]) -> tuple[dict[int, dict[st
     """The tokens with their flags by id, and the files that name them.
 
     Raises:
-        EngineError: E3xx for a file that cannot be read.
+        EngineError: E501 for a file that is too large, E3xx for one that cannot be read.
     """
     files: dict[str, bytes] = {}
     for name in (MAP, SETTINGS, ADDED):
         if name in names:
-            with File(store, name).open() as file:
-                files[name] = file.read()
+            files[name] = read_file(store, name)
     objects = {name: json_object(data, store.place(name)) for name, data in files.items()}
     settings = {**objects.get(MAP, {}), **objects.get(SETTINGS, {})}
     table = settings.get("added_tokens_decoder")

@@ -14,17 +14,16 @@ from typing import Any
 from engine.assets.chat import check_template, unmarked
 from engine.assets.generation import GENERATION, TOKENS, as_json, check_tokens
 from engine.assets.ready_ids import SETTINGS, WHOLE, ids_of
-from engine.assets.tokenizer_read import wrong
+from engine.assets.tokenizer_read import read_file, wrong
 from engine.checkpoint.hf_folder import BESIDE
 from engine.errors import EngineError, Place, first_of
 from engine.formats.configs import json_object
 from engine.language.model import Layout
-from engine.storage.store import File, Store
+from engine.storage.store import Store
 
 TEMPLATES = ("chat_template.jinja", "chat_template.json")
 MORE = "additional_chat_templates"  # a folder of named templates, for example one for tools
 PER_BYTE = 32  # bytes of memory for each byte of tokenizer.json while it is checked
-_LARGEST = 256 << 20  # bytes of a file
 _INPUTS = ["input_ids", "attention_mask"]  # the default of 5; that of 4 has token_type_ids too
 _BACKEND = "TokenizersBackend"  # the class that does what tokenizer.json says; PreTrainedTokenizerFast in 4
 # Classes that add nothing to it in 5. In 4 they add bos and eos by flags that 5 does not save, or convert anew.
@@ -72,11 +71,7 @@ def read_ready(
     """
     files: dict[str, bytes] = {}
     for name in names:
-        with File(store, name).open() as file:
-            if file.state.size > _LARGEST:
-                raise wrong("a file of the tokenizer is too large", store.place(name), f"{file.state.size} bytes",
-                             f"at most {_LARGEST}", "Give the model's own tokenizer.")  # fmt: skip
-            files[_called(name)] = file.read()
+        files[_called(name)] = read_file(store, name)
     places = {_called(name): store.place(name) for name in names}
     objects = {
         name: json_object(data, places[name])

@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.errors import EngineError, Place
 from engine.storage.local import open_regular
+from engine.storage.store import File, Store
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
 MODEL_TYPES = {1: "unigram", 2: "BPE", 3: "word", 4: "char"}
@@ -19,7 +20,7 @@ SPACE = "▁"  # stands for a space in pieces
 OWN = "Give the model's own tokenizer with --tokenizer."
 OTHER_IDS = f"{OWN} If it is, its ids belong under `config` and `generation` of a mapping of your own."
 FOLDER = "a folder with its tokenizer.json and no tokenizer.model."
-_LARGEST = 256 << 20  # bytes of a model; a longer file is not read further, and refused
+_LARGEST = 256 << 20  # bytes of a file; a longer one is not read further, and refused
 
 
 @dataclass(frozen=True)
@@ -145,6 +146,17 @@ def _read(model_file: Path) -> tuple[Any, bytes]:
 def wrong(told: str, place: str, got: str, expected: str, fix: str = OWN) -> EngineError:
     """E501 for a tokenizer that was given, or lies beside a checkpoint."""
     return EngineError("E501", told, place=Place(place), got=got, expected=expected, fix=fix)
+
+
+def read_file(store: Store, name: str) -> bytes:
+    """A file of a tokenizer; E501 if it is larger than any, E3xx if it cannot be read."""
+    with File(store, name).open() as file:
+        if file.state.size > _LARGEST:
+            raise wrong(
+                "a file of the tokenizer is too large", store.place(name), f"{file.state.size} bytes",
+                f"at most {_LARGEST}", "Give the model's own tokenizer.",
+            )  # fmt: skip
+        return file.read()
 
 
 def no_model(place: str, found: str, message: str = "the file is not a SentencePiece model") -> EngineError:

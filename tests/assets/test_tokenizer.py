@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,13 @@ def test_tokens_that_files_beside_the_model_add_or_rename_are_tokens(prefix: boo
     assert files["tokenizer.model"] == path.read_bytes()
     spec = {**SPEC, "beside": named, "rename": {3: "<|mine|>"}}  # the mapping's own names go first
     assert understand_tokenizer(path, spec).names[3] == "<|mine|>"
+
+
+def test_a_file_beside_that_is_larger_than_any_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "added_tokens.json").touch()
+    os.truncate(tmp_path / "added_tokens.json", 300 << 20)
+    with pytest.raises(EngineError, match="E501 a file of the tokenizer is too large"):
+        tokens_beside(LocalStore(tmp_path), ["added_tokens.json"])
 
 
 @pytest.mark.parametrize(
