@@ -294,23 +294,25 @@ def test_the_slice_of_one_rank_that_is_zeros_or_no_numbers_is_told(
     assert any(told.split(":")[0] in one for one in back.notices)
 
 
-def test_a_few_zeros_are_not_told(tmp_path: Path) -> None:
-    save(MODEL, tmp_path / "step", tp=2)
+def save_changed(step: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """The model on two ranks, each with a change of its tensors."""
+    save(MODEL, step, tp=2)
     for rank in range(2):
-        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
-        state = torch.load(path)
-        state["layers.1.feed_forward.w1.weight"][1, 2:6] = 0
-        torch.save(state, path)
+        state = torch.load(step / f"model_tp{rank}_pp0.pt")
+        change(state)
+        torch.save(state, step / f"model_tp{rank}_pp0.pt")
+
+
+def test_a_few_zeros_are_not_told(tmp_path: Path) -> None:
+    save_changed(tmp_path / "step", lambda state: state["layers.1.feed_forward.w1.weight"][1, 2:6].zero_())
     assert not any("zeros" in one for one in engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf").notices)
 
 
 def test_two_linears_that_are_equal_are_told_but_not_an_embedding_that_is_also_the_head(tmp_path: Path) -> None:
-    save(MODEL, tmp_path / "step", tp=2)
-    for rank in range(2):
-        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
-        state = torch.load(path)
-        state["layers.1.feed_forward.w3.weight"] = state["layers.1.feed_forward.w1.weight"].clone()
-        torch.save(state, path)
+    save_changed(
+        tmp_path / "step",
+        lambda state: state["layers.1.feed_forward.w3.weight"].copy_(state["layers.1.feed_forward.w1.weight"]),
+    )
     engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
     model = load_file(tmp_path / "hf" / "model.safetensors")
     model["lm_head.weight"] = model["model.embed_tokens.weight"].clone()
@@ -321,12 +323,10 @@ def test_two_linears_that_are_equal_are_told_but_not_an_embedding_that_is_also_t
 
 
 def test_a_matrix_that_another_layer_has_too_is_told(tmp_path: Path) -> None:
-    save(MODEL, tmp_path / "step", tp=2)
-    for rank in range(2):
-        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
-        state = torch.load(path)
-        state["layers.1.feed_forward.w1.weight"] = state["layers.0.feed_forward.w1.weight"].clone()
-        torch.save(state, path)
+    save_changed(
+        tmp_path / "step",
+        lambda state: state["layers.1.feed_forward.w1.weight"].copy_(state["layers.0.feed_forward.w1.weight"]),
+    )
     report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
     told = "equal to the last bit, as after upcycling, or if a file was copied: model.layers.{0…1}.mlp.gate_proj.weight"
     assert [one for one in report.notices if "equal" in one] == [told]
