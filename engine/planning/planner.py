@@ -5,7 +5,7 @@ Source and target are each one of two kinds, rank files or a Hugging Face checkp
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from engine.language.expressions import names_in
 from engine.language.model import Layout, MappingFile
 from engine.planning.attempts import Checkpoint
 from engine.planning.likeness import Like, cut_of_model, laid_out_as, like_of
-from engine.planning.model import Plan
+from engine.planning.model import Departure, Plan
 from engine.planning.rank_outputs import rank_outputs
 from engine.planning.release import check_asked, check_release, not_the_release
 from engine.planning.request import Request
@@ -23,7 +23,7 @@ from engine.planning.source import Source, read_source
 from engine.planning.stored import Stored
 from engine.planning.variants import check_settings, decide
 from engine.planning.whole_outputs import whole_configuration, whole_outputs
-from engine.planning.written import summed
+from engine.planning.written import Written, summed
 from engine.planning.zeros import padded
 from engine.storage.folders import one_of_two
 
@@ -81,13 +81,27 @@ def make_plan(
     departures = check_release(mapping, source.side.sizes, strict=asked.strict)
     if crosses and checkpoint.end == "training":
         check_asked(mapping, source.names, mine, departures)
+    told = (*_notices(source, crosses=crosses), *_told_of(source, asked, taken))
+    return _joined(source, written, asked, told, departures)
+
+
+def _joined(
+    source: Source, written: Written, asked: Request, told: Sequence[str], departures: tuple[Departure, ...]
+) -> Plan:
+    """The plan that fills what is written from a source.
+
+    Args:
+        told: the notices about the source.
+    """
+    checkpoint, mapping = source.checkpoint, source.mapping
+    whole = checkpoint.end == "whole"  # which has no ranks of its own
     return Plan(
         mapping=mapping,
-        layout=layout,
+        layout=source.layout,
         folder=checkpoint.folder,
-        grid=written.grid if checkpoint.end == "whole" and written.grid is not None else checkpoint.grid,
-        stages=written.stages if checkpoint.end == "whole" and written.stages is not None else source.stages,
-        files=source.checkpoint.files,
+        grid=written.grid if whole and written.grid is not None else checkpoint.grid,
+        stages=written.stages if whole and written.stages is not None else source.stages,
+        files=checkpoint.files,
         sources=source.side.stored,
         outputs=written.outputs,
         copies=written.copies,
@@ -100,19 +114,13 @@ def make_plan(
         config=written.config,
         names={name: value for name, value in written.names.items() if name != "present"},  # a function, not data
         ignored=source.ignored,
-        notices=(
-            *_notices(source, crosses=crosses),
-            *_told_of(source, asked, taken),
-            *summed(written.outputs),
-            *written.notices,
-            *not_the_release(mapping, departures),
-        ),
+        notices=(*told, *summed(written.outputs), *written.notices, *not_the_release(mapping, departures)),
         dtype=asked.dtype,
         max_shard_size=written.max_shard_size,
         shards=written.files,
         reads=checkpoint.end,
         written=written.grid,
-        noted=source.read.noted if crosses else {},
+        noted=source.read.noted if checkpoint.end != asked.writes else {},
         beside=written.beside,
         departures=departures,
     )
