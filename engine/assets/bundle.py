@@ -8,6 +8,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from engine.assets.generation import GENERATION, as_json, generation_config, wit
 from engine.assets.model_card import model_card
 from engine.assets.ready import (
     PER_BYTE,
+    TEMPLATES,
     fewer,
     is_ready,
     names_of,
@@ -58,70 +60,88 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     Raises:
         EngineError: E5xx.
     """
-    files: dict[str, bytes] = {"config.json": as_json(plan.config)}
-    notices: list[str] = []
     remote = read_code(plan, code)
+    made = _with_tokenizer(plan, tokenizer, _own_files(plan))
+    files, notices = dict(made.files), list(made.notices)
     if remote is not None:
         files |= {**remote.files, "config.json": as_json({**plan.config, "auto_map": dict(remote.auto_map)})}
     elif plan.mapping.remote_code is not None:
-        notices.append(
-            f"no program loads it as it is: model type `{plan.mapping.model_type}` is remote code, which is missing; "
-            "add it with --code DIR"
-        )
-    spec, rows = plan.mapping.tokenizer, plan.sizes.get("vocab")
-    near = ready_beside(plan.files[0].file.store, plan.layout)
-    model, ready = _find_tokenizer(plan, spec, tokenizer, near)
-    later, memory = None, 0
-    tokens: list[str] = []
-    read: Mapping[str, bytes] = {}
-    if plan.mapping.chat_template is not None:
-        template = chat_template(plan.mapping.chat_template)
-        files["chat_template.jinja"] = template.encode()
-        spec = None if spec is None else {**spec, "chat_template": unmarked(template)}
-    generation: dict[str, Any] = {}
-    if plan.mapping.generation is not None:
-        generation, left_out = within(plan.mapping.generation, rows)
-        notices += left_out
-        files[GENERATION] = generation_config(generation, plan.config)
-    if model is not None and spec is not None:
-        if tokenizer is None:
-            where, around = plan.files[0].file.store, [name for names in near for name in names if "/" not in name]
-        else:
-            where = LocalStore(model.parent)
-            around = names_of(where, "") if tokenizer.is_dir() else []
-        beside, naming = tokens_beside(where, around)
-        spec = {**spec, "beside": beside}
-        found = check_tokenizer(model, spec, rows, {**plan.config, **generation})
-        tokens = [token["content"] for token in found.beside.values()]
-        if plan.mapping.chat_template is not None:
-            notices += never_written(template, generation, dict(enumerate(found.names)), own=True)
-        memory, read = predicted_memory(model), {model.name: found.data, **(naming if found.beside else {})}
-        if len(found.data) < APART:
-            files.update(convert_understood(found, spec, str(model)))
-        else:
-            later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
-        notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
-    elif ready is not None:
-        read, more, memory, names = _ready(plan, ready, files, required=tokenizer is not None)
-        chat = plan.mapping.chat_template is not None
-        files, notices = together(read, files, chat=chat), [*notices, *more]
-        if template := template_of(files) if read else "":
-            settings = {**plan.config, **json.loads(files.get(GENERATION, b"{}"))}
-            notices += never_written(template, settings, names, own=chat)
-    elif spec is not None:
-        name = spec.get("file", "tokenizer.model")
-        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
-    chosen = "" if model is None or spec is None else model.name if tokenizer else spec.get("file", "tokenizer.model")
-    if ready is None:
-        notices += _unread(tokenizer if chosen else None, chosen, near, tokens)
+        missing = f"model type `{plan.mapping.model_type}` is remote code, which is missing; add it with --code DIR"
+        notices.insert(0, f"no program loads it as it is: {missing}")
     versions = render_tree(plan.mapping.transformers, plan.names) or ""
     if plan.mapping.remote_code is None:  # whose keys are not those of transformers' own classes
         versions = releases(plan.config, versions)
-    has_tokenizer = model is not None or "tokenizer.json" in files
+    has_tokenizer = made.later is not None or "tokenizer.json" in files
     facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
-    taken = {name: hashlib.sha256(data).hexdigest() for name, data in read.items()}
-    return Small(files, tuple(notices), later, memory, taken)
+    return replace(made, files=files, notices=tuple(notices))
+
+
+def _own_files(plan: Plan) -> Small:
+    """The configuration, and the mapping's chat template and generation settings."""
+    files: dict[str, bytes] = {"config.json": as_json(plan.config)}
+    left_out: list[str] = []
+    if plan.mapping.chat_template is not None:
+        files[TEMPLATES[0]] = chat_template(plan.mapping.chat_template).encode()
+    if plan.mapping.generation is not None:
+        generation, left_out = within(plan.mapping.generation, plan.sizes.get("vocab"))
+        files[GENERATION] = generation_config(generation, plan.config)
+    return Small(files, tuple(left_out))
+
+
+def _with_tokenizer(plan: Plan, given: Path | None, own: Small) -> Small:
+    """The mapping's `own` files with those of the tokenizer that was given or lies beside the checkpoint."""
+    spec, store = plan.mapping.tokenizer, plan.files[0].file.store
+    near = ready_beside(store, plan.layout)
+    model, ready = _find_tokenizer(plan, spec, given, near)
+    if ready is not None:
+        return _with_ready(plan, ready, own, required=given is not None)
+    if model is not None and spec is not None:
+        around = [name for names in near for name in names if "/" not in name]
+        if given is not None:
+            store = LocalStore(model.parent)
+            around = names_of(store, "") if given.is_dir() else []
+        made, tokens = _with_model(plan, model, spec, own, *tokens_beside(store, around))
+        name = model.name if given is not None else str(spec.get("file", "tokenizer.model"))
+        return replace(made, notices=(*made.notices, *_unread(given, name, near, tokens)))
+    notices = [*own.notices]
+    if spec is not None:
+        name = spec.get("file", "tokenizer.model")
+        notices.append(f"no tokenizer: `{name}` is not beside the checkpoint; add one with --tokenizer")
+    return replace(own, notices=(*notices, *_unread(None, "", near, [])))
+
+
+def _with_model(
+    plan: Plan, model: Path, spec: Mapping[str, Any], own: Small, beside: Mapping[int, Any], naming: Mapping[str, bytes]
+) -> tuple[Small, list[str]]:
+    """Files converted from a SentencePiece model, later if it is large; and the tokens that files beside it name.
+
+    Args:
+        beside, naming: these tokens and the files, from `tokens_beside`.
+    """
+    rows, template = plan.sizes.get("vocab"), template_of(own.files)
+    spec = {**spec, "beside": beside, **({"chat_template": unmarked(template)} if template else {})}
+    settings = _settings(plan, own.files)
+    found = check_tokenizer(model, spec, rows, settings)
+    notices = never_written(template, settings, dict(enumerate(found.names)), own=True) if template else []
+    notices += [] if rows is None else fewer(len(found.names), "pieces", rows)
+    read = {model.name: found.data, **(naming if found.beside else {})}
+    later, files = None, own.files
+    if len(found.data) < APART:
+        files = {**files, **convert_understood(found, spec, str(model))}
+    else:
+        later = partial(_convert_later, model, spec, hashlib.sha256(found.data).digest())
+    made = Small(files, (*own.notices, *notices), later, predicted_memory(model), _digests(read))
+    return made, [token["content"] for token in found.beside.values()]
+
+
+def _settings(plan: Plan, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The configuration, and what the generation settings say instead."""
+    return {**plan.config, **json.loads(files.get(GENERATION, b"{}"))}
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
 
 def _convert_later(
@@ -188,34 +208,35 @@ def _find_tokenizer(
     return None, None if ready is None else (plan.files[0].file.store, ready)
 
 
-def _ready(
-    plan: Plan, found: _Ready, own: Mapping[str, bytes], required: bool
-) -> tuple[dict[str, bytes], list[str], int, dict[int, str]]:
-    """Files in Hugging Face's form, notices, the memory that checking them takes, and the tokens by id.
+def _with_ready(plan: Plan, found: _Ready, own: Small, required: bool) -> Small:
+    """The files of a tokenizer in Hugging Face's form.
 
-    The mapping's `own` files are written instead (see `together`). Files that merely lie beside the weights are
-    left out, with the reason, where given ones would be refused.
+    The mapping's own are written instead of its (see `together`). Files that merely lie beside the weights are left
+    out, with the reason, where given ones would be refused.
     """
     store, names = found
     chat = plan.mapping.chat_template is not None
-    kept = set(own) if chat else set(own) - {GENERATION}
+    kept = set(own.files) if chat else set(own.files) - {GENERATION}
     renamed = (plan.mapping.tokenizer or {}).get("rename") or {} if chat else {}
     taken = [name for name in names if name.rpartition("/")[2] not in kept]
     told = first_of(taken, 4)
     rows = plan.sizes.get("vocab", plan.config.get("vocab_size"))
     try:
-        said = {**plan.config, **json.loads(own.get(GENERATION, b"{}"))}
-        files, ids = read_ready(store, names, rows, said, renamed)
+        read, ids = read_ready(store, names, rows, _settings(plan, own.files), renamed)
     except EngineError as error:
         if required:
             raise
         got = "" if error.got is None else f", got {error.got}"
-        return {}, [f"not written: {told}: {error.message}{got}; give the model's own with --tokenizer"], 0, {}
+        why = f"not written: {told}: {error.message}{got}; give the model's own with --tokenizer"
+        return replace(own, notices=(*own.notices, why))
     notices = [] if required else [f"copied from beside the weights: {told}"]
     notices += [] if rows is None else fewer(max(ids.values()) + 1, "tokens", rows)
-    if "tokenizer.model" in files and writes(plan.config):  # some other models' classes shift its ids
-        notices += other_ids(files["tokenizer.model"], ids)
-    return files, notices, PER_BYTE * max(map(len, files.values())), {index: token for token, index in ids.items()}
+    if "tokenizer.model" in read and writes(plan.config):  # some other models' classes shift its ids
+        notices += other_ids(read["tokenizer.model"], ids)
+    files = together(read, own.files, chat=chat)
+    if template := template_of(files):
+        notices += never_written(template, _settings(plan, files), {i: name for name, i in ids.items()}, own=chat)
+    return Small(files, (*own.notices, *notices), memory=PER_BYTE * max(map(len, read.values())), taken=_digests(read))
 
 
 def title(plan: Plan) -> str:
