@@ -96,7 +96,9 @@ def read_headers(
         case "whole":
             headers = (read_safetensors(File(folder, name)) for name in names)
         case _:
-            load, state = Pickles(_KEPT), [pattern(text).regex for text in mode.state] if mode else []
+            load = Pickles(_KEPT)
+            keys = [pattern(text).regex for text in mode.state] if mode else []
+            state = None if mode is not None and mode.format == "nested" else keys
             headers = side_by_side(lambda name: read_rank_file(File(folder, name), load, state, says), names)
             headers = (replace(one, left=tuple(n for n in one.left if wanted(f"{n}."))) for one in headers)
     return _unwrapped(tuple(header.only(wanted) for header in headers), wrappers)

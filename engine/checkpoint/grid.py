@@ -145,7 +145,9 @@ def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: 
 
 
 def _first(mode: Mode, names: Sequence[str]) -> str | None:
-    return next((name for name in names if pattern(mode.files[0].name).match(name) is not None), None)
+    """A file that shows the mode: one of its first pattern, or of any if its files record what they hold."""
+    shown = [pattern(file.name) for file in mode.files if file.boxes or file is mode.files[0]]
+    return next((name for name in names if any(one.match(name) is not None for one in shown)), None)
 
 
 def _skipped(name: str, layout: Layout) -> bool:

@@ -29,6 +29,8 @@ from engine.formats.zipdir import TorchZip
 from engine.storage.store import File, OpenFile
 
 _SHORT = 4096  # bytes: a shorter pickle is its own cache key, a longer one's is its digest
+_DEEPEST, _MOST = 16, 1 << 21  # levels of mappings in a file, and what they hold
+_HELD = (Tensor, Distributed, Mapping, list)
 _SIZES = 12  # of tensors apart: all combinations of so few are tried
 LoadPickle = Callable[[bytes, str], Any]
 
@@ -70,14 +72,15 @@ class Saved:
 
 
 def read_rank_file(
-    where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] = (), says: Sequence[str] = ()
+    where: File, load: LoadPickle = load_pickle, nested: Sequence[Pattern[str]] | None = (), says: Sequence[str] = ()
 ) -> FileHeader:
     """Index one rank file.
 
     Args:
         load: reads a pickle, given its bytes and the file's name.
         nested: the file's keys that hold mappings of tensors; names then begin with that key and a dot. Of other
-            mappings with tensors only the names are reported. Without any, the file itself is the mapping.
+            mappings with tensors only the names are reported. Without any, the file itself is the mapping. None:
+            mappings and lists at any depth hold tensors, by dotted names as in a distributed checkpoint.
         says: dotted keys of numbers and texts to keep, if they exist.
 
     Raises:
@@ -91,7 +94,9 @@ def read_rank_file(
     value = saved.value
     if not isinstance(value, Mapping):
         raise _not_a_state_dict(where.name, type(value).__name__)
-    if nested:
+    if nested is None:
+        value = _flattened(value, where.name)
+    elif nested:
         value = dict(_flat(value, nested, where.name))
     for name in value:
         if not isinstance(name, str) or not _is_text(name):
@@ -177,6 +182,22 @@ def _flat(value: Mapping[Any, Any], nested: Sequence[Pattern[str]], file: str) -
     if not found:
         keys = ", ".join(str(key) for key in list(value)[:8])
         raise _not_a_state_dict(file, f"keys {keys}"[:200])
+
+
+def _flattened(value: Mapping[Any, Any], file: str) -> dict[str, Any]:
+    """The tensors of a mapping and of all mappings and lists in it, by the names that torch's distributed checkpoints
+    give them."""
+    found: dict[str, Any] = {}
+    rest: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    for path, one in rest:  # grows while iterating
+        if isinstance(one, Mapping | list):
+            items = one.items() if isinstance(one, Mapping) else enumerate(one)
+            rest += [((*path, str(key)), below) for key, below in items if isinstance(below, _HELD)]
+        elif found.setdefault(".".join(path), one) is not one:
+            raise damaged(file, f"two tensors are called {'.'.join(path)}"[:200])
+        if len(path) > _DEEPEST or len(rest) > _MOST:
+            raise damaged(file, "its mappings are nested without end")
+    return found
 
 
 def _headers(value: Mapping[str, Any], payload: Mapping[str, tuple[int, int]], file: str) -> Iterator[TensorHeader]:

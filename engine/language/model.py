@@ -211,7 +211,7 @@ class Mode:
     """A parallel mode, identified by its first file's name; `only_read` is the reason if it is never written.
 
     Attributes:
-        format: what its files are: `torch`, `dcp` or `safetensors`.
+        format: what its files are: `torch`, `nested` (in mappings of mappings), `dcp`, `safetensors` or `whole`.
         state: which keys of a file hold the tensors, as name patterns; none: the file itself does.
         when: whether a configuration is of this mode, for modes whose files have the same names.
         choices: for variants that a mapping may have, the only choice that is written in this mode.

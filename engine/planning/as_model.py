@@ -223,7 +223,9 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
                 place=Place(first),
                 got=f"under {', '.join(f'`{one}`' for one in whole[:4])}",
                 expected="one",
-                fix="One may be an average of the model: save the one that you want alone.",
+                fix="One may be an average of the model. Take out the one that you want: torch's dcp_to_torch_save "
+                f'makes one file of a distributed checkpoint, and torch.save(torch.load(FILE)["{_key(whole)}"], '
+                '"ONE/model.pt") a folder ONE that is read.',
             )
         fitting += [(prefix, own) for prefix in whole]
     if fitting:  # several if only a tied head would distinguish them
@@ -238,6 +240,14 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
         fix="The configuration is another model's, or the checkpoint has the trainer's own names: then a mapping of "
         "its family reads it, as `engine inspect` says.",
     )
+
+
+def _key(prefixes: Sequence[str]) -> str:
+    """
+    >>> _key(["ema.", "model."]), _key(["", "ema."]), _key(["app.ema.", "app.model."])
+    ('model', 'ema', 'app"]["model')
+    """
+    return prefixes[-1].rstrip(".").replace(".", '"]["')
 
 
 def _families(wanted: Wanted) -> list[_Family]:

@@ -1,0 +1,137 @@
+"""A whole state in one file that torch saved is read as the distributed checkpoint that it was made from."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+import engine
+from engine.errors import EngineError
+from engine.formats import rank_files
+from tests.support.frameworks import FIXTURES
+
+GENUINE = FIXTURES / "dcp" / "fsdp4-f32-optim"
+State = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What torch's own program makes of a genuine checkpoint, and what the engine converts that to."""
+    folder = tmp_path_factory.mktemp("saved")
+    dcp_to_torch_save(str(GENUINE / "step-10"), str(folder / "model.pt"))
+    convert(GENUINE / "step-10", folder / "hf")
+    return folder
+
+
+def convert(source: Path, out: Path, **options: Any) -> engine.Report:
+    return engine.convert("transformers", source, out, config=GENUINE / "hf_config.json", **options)
+
+
+def same(one: Path, other: Path) -> bool:
+    return (one / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def model(state: State) -> State:
+    found: State = state["app"]["model"]
+    return found
+
+
+FORMS: dict[str, tuple[str, Callable[[State], Any]]] = {
+    "torch's program": ("checkpoint.pt", dict),
+    "a state dict": ("model.pt", model),
+    "torch.save in a loop": ("ckpt.pt", lambda s: {"model": model(s), "optimizer": s["app"]["optim"], "step": 10}),
+    "accelerate": ("pytorch_model_fsdp.bin", model),
+    "without a configuration beside it": ("pytorch_model.bin", model),
+    "DistributedDataParallel": ("model.pth", lambda s: {f"module.{k}": v for k, v in model(s).items()}),
+    "a compiled model": ("model.pth", lambda s: {"model": {f"_orig_mod.{k}": v for k, v in model(s).items()}}),
+    "Lightning": (
+        "epoch=1-step=10.ckpt",
+        lambda s: {
+            "state_dict": {f"model.{k}": v for k, v in model(s).items()},
+            "optimizer_states": [s["app"]["optim"]],
+            "loops": {},
+            "lr_schedulers": [],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_whole_state_in_one_file_is_read_as_the_checkpoint_that_it_was_made_from(
+    form: str, saved: Path, tmp_path: Path
+) -> None:
+    name, change = FORMS[form]
+    (tmp_path / "step").mkdir()
+    torch.save(change(torch.load(saved / "model.pt", weights_only=False)), tmp_path / "step" / name)
+    convert(tmp_path / "step", tmp_path / "out")
+    assert same(tmp_path / "out", saved / "hf")
+
+
+def test_a_whole_state_in_several_files_is_read_and_a_missing_one_told(saved: Path, tmp_path: Path) -> None:
+    state, step = model(torch.load(saved / "model.pt", weights_only=False)), tmp_path / "step"
+    step.mkdir()
+    for number, names in enumerate((list(state)[:10], list(state)[10:]), 1):
+        torch.save({name: state[name] for name in names}, step / f"pytorch_model-{number:05}-of-00002.bin")
+    convert(step, tmp_path / "out")
+    assert same(tmp_path / "out", saved / "hf")
+    (step / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(EngineError) as caught:
+        convert(step, tmp_path / "other")
+    assert caught.value.code == "E207" and not (tmp_path / "other").exists()
+
+
+def test_a_flipped_bit_of_a_whole_state_is_found(saved: Path, tmp_path: Path) -> None:
+    step = tmp_path / "step"
+    step.mkdir()
+    shutil.copy(saved / "model.pt", step)
+    plan = engine.plan("transformers", step, config=GENUINE / "hf_config.json")
+    at, raw = plan.files[0].tensors[-1].offset + 1, bytearray((step / "model.pt").read_bytes())
+    raw[at] ^= 1
+    (step / "model.pt").write_bytes(raw)
+    with pytest.raises(EngineError, match="CRC-32"):
+        convert(step, tmp_path / "out", check_source=True)
+
+
+def nested(levels: int, times: int) -> State:
+    """Mappings that hold the same mapping several times, level by level."""
+    state: State = {"weight": torch.ones(1)}
+    for _ in range(levels):
+        state = dict.fromkeys("abcdefgh"[:times], state)
+    return state
+
+
+ODD: dict[str, tuple[Any, str]] = {
+    "mappings that double at each level": (nested(14, 8), "nested without end"),
+    "mappings that never end": (nested(40, 1), "nested without end"),
+    "two names that become one": ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two tensors are called a.b"),
+    "no tensors": ({"model": {"step": 1}}, "not a state dict"),
+    "a list": ([torch.ones(1)], "not a state dict"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_a_state_that_is_none_is_refused_soon(odd: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state, told = ODD[odd]
+    monkeypatch.setattr(rank_files, "_MOST", 10_000)
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(EngineError, match=told):
+        convert(tmp_path, tmp_path / "out")
+
+
+def test_a_model_beside_its_average_is_refused_with_how_to_take_one_out(saved: Path, tmp_path: Path) -> None:
+    state, step = model(torch.load(saved / "model.pt", weights_only=False)), tmp_path / "step"
+    step.mkdir()
+    torch.save({"ema": {name: one * 2 for name, one in state.items()}, "model": state}, step / "model.pt")
+    with pytest.raises(EngineError) as caught:
+        convert(step, tmp_path / "out")
+    assert caught.value.code == "E206" and 'torch.save(torch.load(FILE)["model"], "ONE/model.pt")' in str(caught.value)
+    (tmp_path / "ONE").mkdir()
+    torch.save(torch.load(step / "model.pt")["model"], tmp_path / "ONE" / "model.pt")
+    convert(tmp_path / "ONE", tmp_path / "out")
+    assert same(tmp_path / "out", saved / "hf")
