@@ -80,8 +80,15 @@ def test_llama_3_scaling_stands_in_the_old_form_too() -> None:
     wanted = {name: mapping.config[name] for name in ("rope_theta", "rope_scaling", "rope_parameters")}
     read = render_tree(wanted, names)
     scaling = {name: value for name, value in read["rope_parameters"].items() if name != "rope_theta"}
-    assert read["rope_scaling"] == {**scaling, "type": "llama3"}
+    assert read["rope_scaling"] == scaling  # with `type` beside `rope_type`, exllamav2 refuses it
     assert read["rope_theta"] == read["rope_parameters"]["rope_theta"] == 500000.0
+
+
+@pytest.mark.parametrize("family", ["internevo-qwen3-moe", "megatron-qwen3-moe"])
+def test_mixtures_of_qwen3_say_that_every_layer_has_experts(family: str) -> None:
+    """mlx-lm assumes nothing for these two."""
+    config = engine.load_mapping(f"families/{family}.yaml").config
+    assert (config.get("decoder_sparse_step"), config.get("mlp_only_layers")) == (1, ())
 
 
 @sampled(2)
