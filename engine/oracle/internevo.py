@@ -10,12 +10,12 @@ letter is which, what rotary pairs are. No mapping and no plan is read.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, normalize, silu
+from torch.nn.functional import gelu, linear, normalize, silu
 
 from engine.errors import EngineError, Place
 from engine.oracle.internevo_shards import Shards, Spot, Stored, positive, setting
@@ -45,7 +45,9 @@ class Forward(Shards):
         self._late = self.holds("embed_tokens.", "attention.out_proj.")  # Qwen2 and Baichuan2: all keys mean one thing
         self.hidden, self._heads = (positive(config, key) for key in ("hidden_size", "num_attention_heads"))
         self._groups = int(setting(config, "num_kv_attention_heads", self._heads))
-        self.head_dim = self.hidden // self._heads
+        self.head_dim = int(setting(config, "head_dim", self.hidden // self._heads))
+        self._gemma = bool(config.get("add_unit_offset"))  # it scales embeddings too, and has GELU by default
+        self._act = "gelu_python" if self._gemma and not config.get("use_swiglu") else "silu"
         self.eps = float(setting(config, "layer_norm_epsilon", 1e-5))
         self._base = float(setting(config, "rope_base", 10000))
         self.reward = bool(config.get("is_reward"))
@@ -105,7 +107,7 @@ class Forward(Shards):
             "num_key_value_heads": self._groups,
             "head_dim": self.head_dim,
             "num_hidden_layers": self.layers,
-            "hidden_act": "silu",
+            "hidden_act": self._act,
             "tie_word_embeddings": False,
         }
 
@@ -138,8 +140,7 @@ class Forward(Shards):
     def vocab(self) -> int:
         """Rows of the embedding, over all ranks."""
         parts, by_vocab = self._embedding()
-        rows = [part.shape[0] for part in parts]
-        return sum(rows) if by_vocab else rows[0]
+        return sum(part.shape[0] for part in (parts if by_vocab else parts[:1]))
 
     def _embedding(self) -> tuple[list[Stored], bool]:
         """Its parts, one if all ranks hold it whole, and whether they are parts of the vocabulary, as the key shows."""
@@ -162,7 +163,8 @@ class Forward(Shards):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """The first hidden state: each id's row, from the rank that has it or joined from all ranks."""
         rows = {one: self.embedding(one, one + 1)[0] for one in sorted(set(ids.flatten().tolist()))}
-        return torch.stack([rows[one] for one in ids.flatten().tolist()]).view(*ids.shape, -1)
+        found = torch.stack([rows[one] for one in ids.flatten().tolist()]).view(*ids.shape, -1)
+        return found * self.hidden**0.5 if self._gemma else found
 
     def layer(self, number: int, x: torch.Tensor) -> dict[str, torch.Tensor]:
         """A layer's results for a hidden state, step by step."""
@@ -194,7 +196,7 @@ class Forward(Shards):
         return y, torch.cat(found, dim=-1)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * (weight + self._gemma)
 
     def _column_parallel(self, spot: Spot, x: torch.Tensor, *names: str) -> list[torch.Tensor]:
         """Each rank's own part of the output, of a linear that it may hold in pieces."""
@@ -271,13 +273,14 @@ class Forward(Shards):
             gate, raised = both.chunk(2, dim=-1)
         else:
             gate, raised = (torch.cat(self._column_parallel(spot, x, f"{name}.{w}"), dim=-1) for w in ("w1", up))
-        gated = silu(gate) * raised
+        gated = (silu if self._act == "silu" else gelu)(gate) * raised
         return {"gate": gate, "up": raised, "gated": gated, "down": self._row_parallel(spot, f"{name}.{down}", gated)}
 
     def _letters_of(self, spot: Spot, name: str) -> str:
         """Which of w2 and w3 projects down. They changed places on 2024-02-01, and only shapes show it."""
         if self._letters is None:
-            w1, w2, w3 = (_shapes(self.linear(spot, f"{name}.{w}.weight")) for w in ("w1", "w2", "w3"))
+            each = (self.linear(spot, f"{name}.{w}.weight") for w in ("w1", "w2", "w3"))
+            w1, w2, w3 = ([tuple(part.shape) for part in parts if part is not None] for parts in each)
             fits = {letters for letters, up, down in (("w2_is_down", w3, w2), ("w2_is_up", w2, w3))
                     if up == w1 and down == [shape[::-1] for shape in w1]}  # fmt: skip
             if len(fits) == 2 and self._told_letters is not None:
@@ -294,7 +297,3 @@ class Forward(Shards):
                 )
             (self._letters,) = fits
         return self._letters
-
-
-def _shapes(parts: Sequence[torch.Tensor | None]) -> list[tuple[int, ...]]:
-    return [tuple(part.shape) for part in parts if part is not None]

@@ -7,7 +7,8 @@ run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +42,25 @@ class StreamedModel(FloatTensors):
             for name, child in list(parent.named_children()):
                 if "Rotary" in type(child).__name__:  # has no weights, but computes buffers when it is made
                     setattr(parent, name, type(child)(config=self.model.config))
-        self.problems = tuple(self._stream())
+        self.problems = (*self._compute_buffers(), *self._stream())
         self.dtypes = frozenset(header.dtype for _, header in self._found.values())
+
+    def _compute_buffers(self) -> Iterator[str]:
+        """Let the model compute what its modules hold besides weights, such as a scale; yields what it does not."""
+        for name, module in self.model.named_modules():
+            held = {key: one for key, one in module.named_buffers(recurse=False) if one.is_meta}
+            for key, one in held.items():
+                if one.is_floating_point() and key in module._non_persistent_buffers_set:
+                    setattr(module, key, torch.full_like(one, math.nan, device="cpu"))
+            if held:
+                self.model._init_weights(module)
+            unknown = [key for key in held if getattr(module, key).is_meta or getattr(module, key).isnan().any()]
+            yield from (f"{name}.{key} is on no device" for key in unknown)
 
     def _stream(self) -> list[str]:
         """Hook every module that has its own parameters; reports tensors that are missing or have a wrong shape."""
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.model.config.tie_word_embeddings else {}
-        problems = [f"{name} is on no device" for name, one in self.model.named_buffers() if one.is_meta]
+        problems = []
         for path, module in self.model.named_modules():
             own = {name: f"{path}.{name}" for name, _ in module.named_parameters(recurse=False)}
             stored: dict[str, tuple[int, TensorHeader]] = {}

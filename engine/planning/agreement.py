@@ -154,7 +154,10 @@ def with_given(
         EngineError: E218 for the first key that differs between the checkpoint and the given configuration; E209
             for one that training cannot express, E219 for an unknown one.
     """
-    read, written = read_config(given, whole_side(mapping, layout)), dict(leaves(mapping.config))
+    side = whole_side(mapping, layout)
+    if not given:
+        return as_declared(config, side.keys)
+    read, written = read_config(given, side), dict(leaves(mapping.config))
     left_out = {path: None for path in written if value_at(config, path) is None}
     said = {path.rpartition(".")[0] for path in (*dict(leaves(given)), *read.side.spelt)} - {""}
     for path, value in (*leaves(config), *left_out.items()):

@@ -37,8 +37,9 @@ def check_declared(mapping: MappingFile, layout: Layout) -> Iterator[Finding]:
             )
     for side in mapping.keys.values():
         for key in side.values():
-            if key.default is not None and not (key.limits.fits(key.default) and key.allows(key.default)):
-                told = f"the default of `{key.name}` is {_text(key.default)}, and `keys` allows {_allowed(key)}"
+            # One that `only` excludes refuses configurations without the key.
+            if key.default is not None and not key.limits.fits(key.default):
+                told = f"the default of `{key.name}` is {_text(key.default)}, and `keys` allows {key.limits}"
                 yield Finding(key.place, told, "Correct one of them.")
 
 
