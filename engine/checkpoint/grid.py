@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from fnmatch import fnmatchcase, translate
 from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from engine.checkpoint.hf_folder import is_whole
 from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, expected_files, rank_dims, stage_dims
 from engine.errors import EngineError, Lines, Place
+from engine.formats.headers import FileHeader
 from engine.language.expressions import evaluate
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
@@ -55,6 +57,16 @@ def read_grid(
     if not mode.files[0].boxes:  # else the boxes show what is missing
         _complete(grid, layout, folder)
     return grid
+
+
+def check_refused(files: Sequence[FileHeader], layout: Layout, config: Callable[[], Mapping[str, Any]]) -> None:
+    """E303 for the first tensor whose name the layout refuses."""
+    for refused in layout.refuse:
+        listed = re.compile("|".join(map(translate, refused.tensors)) or "(?!)")
+        hits = ((file.name, one.name) for file in files for one in file.tensors if listed.match(one.name))
+        hit = next(hits, None)
+        if hit is not None and (refused.when is None or evaluate(refused.when, config())):
+            raise EngineError("E303", refused.why, place=Place(hit[0], tensor=hit[1]), fix=refused.fix)
 
 
 def _mode_of(names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]]) -> Mode:

@@ -119,9 +119,10 @@ def _config_file(part: Document) -> ConfigFile:
 
 
 def _refused(part: Document) -> RefusedFile:
-    files, why, fix = part.data["file"], part.data["why"], part.data["fix"]
-    names = (files,) if isinstance(files, str) else tuple(files)
-    return RefusedFile(names, why, fix, part.place(), _optional(part, "when"))
+    files, tensors = (
+        (one,) if isinstance(one := part.data.get(key, ()), str) else tuple(one) for key in ("file", "tensor")
+    )
+    return RefusedFile(files, part.data["why"], part.data["fix"], part.place(), _optional(part, "when"), tensors)
 
 
 def _mode(name: str, mode: Document) -> Mode:

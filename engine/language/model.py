@@ -250,6 +250,7 @@ class RefusedFile:
     fix: str
     place: Place
     when: Expression | None = None  # over the configuration; None: always
+    tensors: tuple[str, ...] = ()  # globs of names, instead of patterns of files
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
-from engine.checkpoint.grid import check_claims, folders_in, read_grid
+from engine.checkpoint.grid import check_claims, check_refused, folders_in, read_grid
 from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
 from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
@@ -74,6 +74,7 @@ def read_checkpoint(
     with_tensors = {header.name for header in headers} | {".metadata"}  # their states are known
     if name not in with_tensors and repr(configurations()) != repr(read()):
         raise has_changed(name, "another configuration", "the one that was read before the headers")
+    check_refused(headers, layout, lambda: configured)
     check_alike(headers, layout)
     files = list(zip(grid.files, headers, strict=True))
     said = [said_rank(h, f.pattern, layout) for f, h in files]

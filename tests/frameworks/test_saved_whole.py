@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import engine
@@ -134,4 +135,46 @@ def test_a_model_beside_its_average_is_refused_with_how_to_take_one_out(saved: P
     (tmp_path / "ONE").mkdir()
     torch.save(torch.load(step / "model.pt")["model"], tmp_path / "ONE" / "model.pt")
     convert(tmp_path / "ONE", tmp_path / "out")
+    assert same(tmp_path / "out", saved / "hf")
+
+
+NOT_WHOLE: dict[str, tuple[Callable[[State], State], str]] = {
+    "peft": (
+        lambda s: {
+            f"base_model.model.{name.replace('.weight', f'{end}.weight')}": one
+            for name, one in s.items()
+            for end in ((".base_layer", ".lora_A.default", ".lora_B.default") if "q_proj" in name else ("",))
+        },
+        "adapter",
+    ),
+    "adapters alone": (
+        lambda s: {f"base_model.model.{n[:-6]}lora_B.weight": one for n, one in s.items() if "_proj" in n},
+        "adapter",
+    ),
+    "torchtune": (lambda s: {**s, "layers.0.attn.q_proj.lora_a.weight": torch.ones(4, 8)}, "adapter"),
+    "FSDP's local state": (
+        lambda s: {"model.layers.0._flat_param": torch.ones(9), "_flat_param": torch.ones(5)},
+        "flat",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NOT_WHOLE)
+def test_adapters_and_flat_parameters_are_told_as_that(kind: str, saved: Path, tmp_path: Path) -> None:
+    change, told = NOT_WHOLE[kind]
+    torch.save(change(model(torch.load(saved / "model.pt", weights_only=False))), tmp_path / "model.pt")
+    with pytest.raises(EngineError, match=f"these are .*{told}") as caught:
+        convert(tmp_path, tmp_path / "out")
+    assert caught.value.code == "E303" and caught.value.fix
+    with pytest.raises(EngineError, match=f"these are .*{told}"):
+        engine.inspect(tmp_path)
+
+
+def test_stages_in_folders_of_their_own_are_read_as_files_of_one_folder(saved: Path, tmp_path: Path) -> None:
+    state, step = model(torch.load(saved / "model.pt", weights_only=False)), tmp_path / "step"
+    step.mkdir()
+    for stage, names in enumerate((list(state)[:10], list(state)[10:])):
+        dcp.save({"model": {name: state[name] for name in names}}, checkpoint_id=str(tmp_path / f"stage{stage}"))
+        dcp_to_torch_save(str(tmp_path / f"stage{stage}"), str(step / f"pytorch_model-{stage + 1:05}-of-00002.bin"))
+    convert(step, tmp_path / "out")
     assert same(tmp_path / "out", saved / "hf")
