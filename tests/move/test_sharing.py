@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -209,6 +210,8 @@ def test_every_worker_that_compares_counts_in_the_memory_told(source: Path) -> N
     plan = engine.plan(MODEL.mapping, source, settings=LETTERS)
     both_sides = 2 * (LARGE_BLOCK_BYTES + MOST_SPAN)
     assert predicted_memory(plan, 3) - predicted_memory(plan, 1) == 2 * both_sides
+    tied: Any = replace(plan, replicas=(), tied=(None,))
+    assert predicted_memory(tied, 3) - predicted_memory(tied, 1) == 2 * both_sides
 
 
 def test_what_a_store_buffers_of_files_written_at_once_counts_for_every_worker(source: Path) -> None:

@@ -259,15 +259,21 @@ def test_scattering_writes_no_byte_between_its_runs(strides: tuple[int, int, int
 
 
 @pytest.mark.parametrize(
-    ("columns", "strides", "scattered"),
-    [([0, 1], (64, 1), True), ([0, 1, 1], (64, 1), False), ([0], (64, 1), False), ([0, 1], (1, 4096), False)],
-    ids=["each column once", "some twice", "some not", "a transposed view"],
+    ("columns", "strides", "dtype", "scattered"),
+    [
+        ([0, 1], (64, 1), "F32", True),
+        ([0, 1, 1], (64, 1), "F32", False),
+        ([0], (64, 1), "F32", False),
+        ([0, 1], (1, 4096), "F32", False),
+        ([0, 1], (64, 1), "F16", False),
+    ],
+    ids=["each column once", "some twice", "some not", "a transposed view", "a cast"],
 )
 def test_only_a_dense_tensor_whose_elements_each_go_to_one_place_is_scattered(
-    columns: list[int], strides: tuple[int, int], scattered: bool
+    columns: list[int], strides: tuple[int, int], dtype: str, scattered: bool
 ) -> None:
     source = SimpleNamespace(header=TensorHeader("w", "F32", (4096, 64), strides, 0))
-    outputs = [Output("w", "F32", "F32", (4096, 32), "rule", "", "w") for _ in columns]
+    outputs = [Output("w", dtype, "F32", (4096, 32), "rule", "", "w") for _ in columns]
     copies = [Copy(0, to, 32 * at, 0, (4096, 32), (64, 1), (32, 1)) for to, at in enumerate(columns)]
     plan: Any = SimpleNamespace(sources=[source], outputs=outputs)
     assert _scatters(plan, range(len(columns)), copies) == scattered

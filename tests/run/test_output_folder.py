@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from engine.errors import EngineError
+from engine.run.parts import MARKER, WHOLE, Part
 from engine.storage import output, replacing
 from engine.storage.output import OutputFolder, clean
 from engine.storage.sinks import Checksum, SinkFiles
@@ -134,6 +135,33 @@ def test_of_several_left_overs_the_newest_is_put_back_or_goes_on(tmp_path: Path)
         newest.chmod(0o755)
     assert [path.name for path in clean(out)] == [".hf.old-cccccccc"]
     assert (out / "file").read_text(encoding="utf-8") == "newest"
+
+
+@pytest.mark.parametrize("code", ["E501", "E409"])
+def test_what_parts_wrote_is_kept_whatever_keeps_them_from_being_joined(code: str, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "hf", shared=("0123456789", ".part-"))
+    with pytest.raises(EngineError), folder as store:
+        store.put("model.safetensors", b"all parts")
+        raise EngineError(code, "no")
+    assert (folder.partial / "model.safetensors").read_bytes() == b"all parts"
+
+
+def test_the_marker_of_the_whole_goes_last_so_that_an_interrupted_commit_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone: list[str] = []
+    unlink = Path.unlink
+
+    def told(path: Path, **how: bool) -> None:
+        gone.append(path.name)
+        unlink(path, **how)
+
+    monkeypatch.setattr(Path, "unlink", told)
+    names = [part.marker for part in (WHOLE, Part(1, 3), Part(3, 3), Part(2, 3))]
+    with folder_of(tmp_path / "hf", shared=("0123456789", MARKER)) as store:
+        for name in names:
+            store.put(name, b"")
+    assert [name for name in gone if name in names][-1] == WHOLE.marker and os.listdir(tmp_path / "hf") == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOLCK, errno.ENOSYS, errno.EINVAL])

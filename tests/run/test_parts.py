@@ -417,6 +417,18 @@ def test_what_parts_wrote_of_one_tensor_must_be_all_of_it_once(
         read_markers(compiled, told["work"], LocalStore(marker.parent))
 
 
+def test_parts_of_another_number_of_parts_are_not_joined_with_others(plan: Path, tmp_path: Path) -> None:
+    api.part(plan, "1/1", tmp_path / "out")
+    (marker,) = next(tmp_path.glob(".out.parts-*")).glob(".part-*")
+    told, compiled = json.loads(marker.read_text()), api.load_plan(plan)
+    marker.unlink()
+    for part in ([1, 2], [2, 2], [2, 3]):
+        at = marker.with_name(f".part-{part[0]:05d}-of-{part[1]:05d}")
+        at.write_text(json.dumps({**told, "part": part} | ({} if part[0] == 1 else {"outputs": {}})))
+    with pytest.raises(EngineError, match="of different numbers of parts"):
+        read_markers(compiled, told["work"], LocalStore(marker.parent))
+
+
 def test_what_parts_wrote_of_one_tensor_and_something_changed_is_not_committed(
     plan: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -533,6 +545,12 @@ def test_the_part_comes_from_slurm_or_kubernetes(monkeypatch: pytest.MonkeyPatch
         part_of("4", {"JOB_COMPLETION_INDEX": "9" * 5000})
     with pytest.raises(EngineError, match=r"got +JOB_COMPLETION_INDEX=3"):  # of how many?
         part_of("", {"JOB_COMPLETION_INDEX": "3"})
+
+
+def test_what_is_scattered_is_not_cut() -> None:
+    jobs = [Job((0,), (Unit((0,), scattered=True),), (100,))]
+    shares = [share(jobs, Part(number, 2), cut=True) for number in (1, 2)]
+    assert [unit.span for jobs in shares for job in jobs for unit in job.units] == [None]
 
 
 @given(st.lists(st.lists(st.integers(0, 100), max_size=6), min_size=1, max_size=5), st.integers(1, 9), st.booleans())

@@ -17,6 +17,7 @@ import engine
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.planning.model import Plan
 from engine.run.execute import Small
+from engine.serve.readers import Readers
 from engine.serve.virtual import VirtualFolder
 from tests.support.depth import sampled
 
@@ -118,11 +119,12 @@ def test_etags_and_the_commit_are_the_same_for_the_same_bytes_and_others_for_oth
 
     def told(src: Path, **options: Any) -> tuple[str, dict[str, str]]:
         with engine.virtual(engine.plan(mapping, src, **options)) as virtual:
-            assert len(virtual.commit) == 40
+            assert len(virtual.commit) == 40 and len({file.etag for file in virtual.values()}) == len(virtual)
             return virtual.commit, {name: file.etag for name, file in virtual.items()}
 
     first = told(FIXTURES / folder)
     assert told(tmp_path / "copy") == first
+    told(FIXTURES / folder, max_shard_size=100_000)  # clients keep files by their etags
     commit, etags = told(FIXTURES / folder, dtype="float32")
     other = {name for name, etag in etags.items() if etag != first[1][name]}
     assert commit != first[0] and other == {"model.safetensors", "config.json", "conversion.json", "README.md"}
@@ -239,6 +241,37 @@ def test_what_is_closed_is_not_read_and_closing_waits_for_readers() -> None:
     assert all(one == whole for one in found if isinstance(one, bytes))
     told = [one for one in found if isinstance(one, str)]
     assert len(told) == 4 and all("closed" in one for one in told)
+
+
+def test_files_are_closed_once_who_reads_has_ended() -> None:
+    readers, order = Readers(engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2")), []
+    close, readers._closing = readers._closing, lambda: order.append("closed")  # type: ignore[assignment]
+    closing = threading.Thread(target=readers.close)
+    with readers._using():
+        closing.start()
+        while readers._open:
+            closing.join(0.001)
+        closing.join(0.02)
+        order.append("read")
+    closing.join(20)
+    close()
+    assert order == ["read", "closed"]
+
+
+def test_what_one_of_several_threads_cannot_read_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.serve.readers.PART_BYTES", 64)
+    readers = Readers(engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2"))
+    fill = readers._fill
+
+    def failing(output: int, start: int, target: memoryview) -> None:
+        if start == 128:
+            raise OSError("gone")
+        fill(output, start, target)
+
+    monkeypatch.setattr(readers, "_fill", failing)
+    with pytest.raises(OSError, match="gone"):
+        readers.read_into(0, 0, memoryview(bytearray(256)))
+    readers.close()
 
 
 def test_bytes_beyond_a_file_are_no_bytes() -> None:
