@@ -77,7 +77,7 @@ class Ours:
         *_, changed = read_contents(store, {**data, "files": here, "tensors": tensors})
         changed += check_index(store, data["tensors"]) if INDEX in names else []
         undigested = {entry["file"] for entry in tensors.values() if "digest" not in entry}
-        changed += _written_later(dict(seen), undigested & {*names})
+        changed += _written_later(dict(seen), undigested)
         self._seen = None if changed else seen
         return f"not what the engine wrote there: {changed[0]}" if changed else None
 

@@ -140,7 +140,7 @@ class OutputFolder:
                 lock = held.enter_context(OutputLock(self.final))
                 found = _put_back(self.final)
                 self._check_free()  # a run that held the lock may just have finished
-                if self._resume and not self._shared:
+                if self._resume:
                     resumable = [path for path in found if _kind(path) == "partial" and is_folder(path)]
                     self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
                 for path in found:  # but parts, which other processes may be writing, as may a run without locks

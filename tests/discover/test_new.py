@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 import engine
 from engine import api
 from engine.commands.main import cli
+from engine.discover.names import _patterns
 from engine.discover.notes import block, comment, flow, shown
 from engine.discover.scaffold import DECIDED_LATER, Scaffold
 from engine.errors import EngineError
@@ -361,6 +362,21 @@ def test_any_text_is_one_scalar_and_one_comment(text: str) -> None:
         assert yaml.safe_load("\n".join(block("key", text))) == {"key": text}
 
 
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (["0.weight", "1.weight"], ["0.weight", "1.weight"]),  # no word before a number says what it counts
+        (["0.layers.1.w", "0.layers.2.w"], ["0.layers.{layer}.w"]),
+        (["layers.0.blocks.0.w", "layers.0.blocks.1.w"], ["layers.{layer}.blocks.{blocks_number}.w"]),
+        (["layers.0.blocks.1.w", "layers.1.blocks.1.w"], ["layers.{layer}.blocks.1.w"]),
+        (["experts.0.experts.0.w", "experts.0.experts.1.w"], ["experts.{expert}.experts.{experts_number}.w"]),
+        (["a.0.a.0.w", "a.1.a.1.w"], ["a.{a_number}.a.{a_number_2}.w"]),
+    ],
+)  # fmt: skip
+def test_a_number_is_called_by_the_word_before_it(names: list[str], texts: list[str]) -> None:
+    assert list(dict.fromkeys(text for _, text, _ in _patterns(names))) == texts
+
+
 @given(
     st.lists(
         st.lists(
@@ -412,6 +428,8 @@ def test_a_file_is_never_replaced_unasked(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="E401"):
         api.new_mapping(source, out=file, overwrite=True)
     assert file.read_text() == "mine"
+    with pytest.raises(EngineError, match="E401"):  # before anything is read
+        api.new_mapping(tmp_path / "none", out=file)
     file.unlink()
     api.new_mapping(source, out=file)
     drafted = file.read_text()

@@ -351,6 +351,10 @@ def test_sharding_info_that_lies_is_refused(copy: Callable[[str], Path], tmp_pat
     ):
         save_file(tensors, path, {"format": "pt"} | ({} if said is None else {"DCP_SHARDING_INFO": said}))
         assert refused("fsdp4-f32-hf", folder, tmp_path).code in ("E301", "E303", "E208", "E203")
+    for start in (True, 1 << 62, 1.0, "0", None):
+        said = json.dumps({name: {"saved_offsets": [start] * one.dim()} for name, one in tensors.items()})
+        save_file(tensors, path, {"format": "pt", "DCP_SHARDING_INFO": said})
+        assert "saved_offsets [" in str(refused("fsdp4-f32-hf", folder, tmp_path))
     flat = {name: one.flatten() for name, one in tensors.items()}
     said = json.dumps({name: {"saved_offsets": [0]} for name in flat})
     save_file(flat, path, {"format": "pt", "DCP_SHARDING_INFO": said})

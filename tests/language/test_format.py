@@ -65,6 +65,11 @@ def test_a_block_rule_is_put_in_order_with_its_comments() -> None:
     assert format_mapping(text) == expected
 
 
+def test_a_key_of_one_line_stays_beside_the_next_though_a_comment_follows_it() -> None:
+    text = "mapping: 1\nname: a\n  # which is its own\nversion: 1.0.0\n"
+    assert format_mapping(text) == text
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -128,6 +128,7 @@ def test_a_mapping_holds_what_its_file_says(folder: Folder) -> None:
         ("mapping: 1", "mapping: 2", "E102", "version 2"),
         ("mapping: 1\n", "", "E102", "`mapping` is missing"),
         ("    axes: (heads half pair)", "    axis: (heads half pair)", "E102", "Did you mean `axes`"),
+        ("ignore: [", "ignore: [{source: a, why: b, values: options.longst}, ", "E108", "Did you mean `longest`"),
         ("dims:", "dim:", "E102", "Did you mean `dims`"),
         ("stage: last", "stage: lst", "E102", "Did you mean `last`"),
         ("version: 1.0.0", "version: [1]", "E102", "version"),
@@ -192,6 +193,12 @@ def test_a_mistake_is_refused_with_its_place(folder: Folder, old: str, new: str,
     assert old in PARENT
     error = folder.refused(code, PARENT.replace(old, new, 1))
     assert says in str(error), str(error)
+
+
+def test_what_is_said_twice_is_told_beside_a_misspelt_key_like_it(folder: Folder) -> None:
+    twice = PARENT.replace("target: lm_head.weight", "targets: [{name: a, axes: b}], target: c, targts: d")
+    told = [one.fix for one in folder.refused("E102", twice).errors]
+    assert told == ["Keep one of them.", "Did you mean `targets`?"]
 
 
 @pytest.mark.parametrize(

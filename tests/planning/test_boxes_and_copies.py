@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise, product
 from math import prod
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.errors import EngineError
 from engine.formats.headers import span
 from engine.language.axes import extent, parse_axes
 from engine.move.blocks import blocks
@@ -56,6 +59,20 @@ def addresses(region: Region) -> dict[tuple[tuple[str, int], ...], int]:
         + sum(region.strides[n] * i for n, i in zip(names, index, strict=True))
         for index in product(*(range(*region.box[n]) for n in names))
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (" ".join(f"(a{at} + b{at})" for at in range(6)), None),
+        (" ".join(f"(a{at} + b{at})" for at in range(5)) + " (a + b + c)", "more than 64 pieces"),
+        ("a" * 1000, None),
+        ("a" * 1001, "longer than 1000 characters"),
+    ],
+)
+def test_axes_have_64_pieces_and_1000_characters_at_most(text: str, why: str | None) -> None:
+    with pytest.raises(EngineError, match=why) if why else nullcontext():
+        parse_axes(text)
 
 
 @given(st.sampled_from(AXES), st.data())

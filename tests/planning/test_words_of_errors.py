@@ -16,7 +16,7 @@ from engine.errors import EngineError, EngineErrors, Place
 from engine.formats.dcp import read_dcp_directory
 from engine.formats.safetensors import INDEX, index_json
 from engine.language.model import Expression
-from engine.planning.attempts import _count_numbers, claims
+from engine.planning.attempts import _count_numbers, _other_layers, claims
 from engine.planning.sizes import Contradiction, Fact, size_error
 from engine.run.written import check_index, extra_files
 from engine.storage.folders import one_of_two
@@ -62,6 +62,19 @@ def test_numbers_in_names_may_not_be_more_than_are_known(known: int, wrong: list
     groups: Any = {number: SimpleNamespace(fixed={"layer": 9, "expert": number}) for number in (2, 3, 0)}
     _count_numbers(sizes, [rule], groups)
     assert [one.got for one in sizes.contradictions] == wrong
+
+
+@pytest.mark.parametrize(
+    ("counts", "got", "odd"),
+    [
+        ({(0, 0): 3}, "3 layers counted", ""),
+        ({(0, 0): 3, (1, 0): 1}, "4 layers counted over 2 pipeline stages (pp0: 3, pp1: 1)", "a stage"),
+    ],
+)
+def test_stages_are_told_if_there_are_several(counts: dict[tuple[int, int], int], got: str, odd: str) -> None:
+    stages: Any = SimpleNamespace(layers=sum(counts.values()), counts=counts, name=lambda stage: f"pp{stage[0]}")
+    told = _other_layers(stages, Fact("layer", 5, "config.json"))
+    assert (told.got, told.expected, told.file) == (got, "5 from config.json", odd)
 
 
 def test_every_one_of_several_errors_names_its_folder_once() -> None:

@@ -20,7 +20,9 @@ from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.checksums import check_files
 from engine.run.digests import content_id
-from engine.storage.local import local_file
+from engine.run.written import Ours, _written_later
+from engine.storage import output
+from engine.storage.local import LocalStore, local_file
 from tests.support.depth import sampled
 from tests.support.shards import Model, save
 
@@ -33,6 +35,14 @@ def read(folder: Path) -> dict[str, Any]:
     data: dict[str, Any] = json.loads((folder / "conversion.json").read_text())
     jsonschema_rs.validator_for(SCHEMA).validate(data)
     return data
+
+
+def test_what_has_no_digests_is_as_it_was_written_if_it_is_no_younger_than_the_manifest() -> None:
+    times = {"old": {"modified": 5}, "young": {"modified": 6}, "untimed": {}, "conversion.json": {"modified": 5}}
+    assert [told.split()[0] for told in _written_later(times, times.keys() - {"conversion.json"})] == [
+        "untimed",
+        "young",
+    ]
 
 
 @pytest.fixture
@@ -53,6 +63,32 @@ def test_every_tensor_has_the_digest_of_its_bytes(source: Path, tmp_path: Path) 
         "choice": "w2_is_down", "how": "set", "evidence": "--set mlp_letters=w2_is_down"
     }  # fmt: skip
     assert sorted(data["sources"]) == ["model_tp0_pp0.pt", "model_tp1_pp0.pt"]
+
+
+def test_the_manifest_is_written_after_all_that_it_names(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put, names = LocalStore.put, []
+    monkeypatch.setattr(LocalStore, "put", lambda store, name, data: (names.append(name), put(store, name, data))[1])
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    assert {"config.json", "README.md"} < {*names} and names[-1] == "conversion.json"
+
+
+def test_small_files_count_in_the_room_that_an_output_needs(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = engine.plan(MODEL.mapping, source, settings=LETTERS).nbytes + 100
+    monkeypatch.setattr(output, "free_bytes", lambda path: free)
+    with pytest.raises(EngineError, match="E403 there is not enough room"):
+        engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+
+
+def test_what_was_changed_is_so_however_often_it_is_asked(source: Path, tmp_path: Path) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    ours, store = Ours(), LocalStore(tmp_path / "hf")
+    assert ours(store) is None and ours(store) is None
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    assert ours(store) == ours(store) == "not what the engine wrote there: config.json was changed"
 
 
 def test_the_content_id_is_that_of_the_model_whatever_ranks_and_files_it_came_in(tmp_path: Path) -> None:

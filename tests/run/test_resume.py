@@ -180,6 +180,15 @@ def test_only_a_run_that_does_the_same_goes_on(change: Callable[[Plan], Any], to
     assert identity_of(other) != identity_of(plan)
 
 
+@pytest.mark.parametrize("entry", ["[1, 2]", '["a"]', '["a", "b"]', '["a", 1, "b"]', '["a", 1, 2, 3]', '"a"', "null"])
+def test_an_entry_that_no_run_wrote_is_passed_over(entry: str, tmp_path: Path) -> None:
+    plan = engine.plan("families/internlm2.yaml", FIXTURES / "internevo" / "v2_tp2_pp2")
+    Journal(tmp_path, plan, {}).close()
+    (path,) = tmp_path.iterdir()
+    path.write_text(path.read_text() + f'{{"0": {entry}, "1": ["a", 1], "2": ["b", 0, 8]}}\n')
+    assert read_journal(tmp_path, plan).begun == {1: Begun("a", None), 2: Begun("b", 8)}
+
+
 def test_what_a_run_goes_on_with_depends_on_what_is_known_of_its_sources() -> None:
     """Files that nothing touched and that hold checksums; else whole tensors are read again, others anew."""
     known = engine.plan("families/internlm2.yaml", FIXTURES / "internevo" / "v2_tp2_pp2")

@@ -17,6 +17,7 @@ import engine
 from engine.checkpoint.hf_folder import read_hf_folder
 from engine.planning.model import Plan
 from engine.run.execute import Small
+from engine.serve import readers as serving_readers
 from engine.serve.readers import Readers
 from engine.serve.virtual import VirtualFolder
 from tests.support.depth import sampled
@@ -259,7 +260,7 @@ def test_files_are_closed_once_who_reads_has_ended() -> None:
 
 
 def test_what_one_of_several_threads_cannot_read_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.serve.readers.PART_BYTES", 64)
+    monkeypatch.setattr(serving_readers, "PART_BYTES", 64)
     readers = Readers(engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2"))
     fill = readers._fill
 
