@@ -246,7 +246,8 @@ class OutputLock:
             os.close(descriptor)  # its holder removed the file between our open and our lock
 
     def __exit__(self, *_: object) -> None:
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # the file does no harm: it is locked only while its holder has it open
+            self._path.unlink()
         os.close(self._descriptor)
 
     def _is_current(self, descriptor: int) -> bool:

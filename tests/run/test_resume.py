@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -261,6 +262,18 @@ def test_a_lock_whose_file_its_last_holder_removed_meanwhile_is_taken_anew(
 
     monkeypatch.setattr(fcntl, "flock", slow)
     with OutputLock(out), pytest.raises(EngineError, match="E408"), OutputLock(out):
+        pass
+
+
+def test_a_lock_whose_file_cannot_be_removed_is_free_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch, OutputLock(tmp_path / "out"):
+        patch.setattr(os, "unlink", failing)
+    with OutputLock(tmp_path / "out"):
         pass
 
 
