@@ -209,7 +209,8 @@ class OutputFolder:
         except BaseException:
             os.rename(old, self.final)
             raise
-        return old
+        os.rename(old, self.partial)  # a run that is killed while it removes this leaves nothing to put back
+        return self.partial
 
 
 def located(out: Path) -> Path:

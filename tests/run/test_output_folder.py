@@ -72,6 +72,25 @@ def test_the_old_output_is_back_if_the_new_one_cannot_take_its_place(
     assert (out / "file").read_text(encoding="utf-8") == "old"
 
 
+def test_what_is_left_of_an_old_output_that_was_being_removed_is_not_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = filled(tmp_path / "hf", "old")
+    folder = folder_of(out, overwrite=True, foreign=lambda store: None)
+
+    def killed(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "exchange", lambda one, other: False)
+        patch.setattr(output, "remove", killed)
+        with pytest.raises(KeyboardInterrupt), folder as store:
+            store.put("file", b"new")
+    os.rename(out, tmp_path / "published")
+    assert clean(out) == [folder.partial]
+    assert os.listdir(tmp_path) == ["published"]
+
+
 def test_a_name_that_leaves_no_room_for_that_of_the_partial_folder_is_refused_as_too_long(tmp_path: Path) -> None:
     for name, fits in (("n" * 237, True), ("n" * 238, False), ("模" * 80, False)):
         with nullcontext() if fits else pytest.raises(EngineError, match="this cannot be an output") as caught:
