@@ -59,7 +59,7 @@ def write_weights(
     left = Interrupted()
     if how.resume and folder is not None:
         left = read_journal(folder, plan)
-        sweep(folder, {JOURNAL, *(file.name for file in plan.shards)})
+        sweep(folder, {JOURNAL, *(file.name for file in plan.shards)} if left.begun else ())
     jobs = schedule(plan, positioned=store.positioned)
     known, unsure = split(plan, left, jobs)
     checked = sum(plan.outputs[o].nbytes for o in unsure)

@@ -142,7 +142,8 @@ class OutputFolder:
                 self._check_free()  # a run that held the lock may just have finished
                 if self._resume:
                     resumable = [path for path in found if _kind(path) == "partial" and is_folder(path)]
-                    self.partial = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
+                    if resumable:  # taken from a run that is still writing it, where there are no locks: that one fails
+                        os.rename(max(resumable, key=lambda path: path.lstat().st_mtime_ns), self.partial)
                 for path in found:  # but parts, which other processes may be writing, as may a run without locks
                     if path != self.partial and _kind(path) != "parts" and lock.locks:
                         remove(path)
@@ -276,6 +277,10 @@ def _check_apart(out: Path, source: Path, files: Sequence[Path]) -> None:
     real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
     linked = (os.path.realpath(file) for file in real_source.glob("*") if file.is_symlink() and file.is_file())
     read = (real_source, *map(Path, linked), *(Path(os.path.realpath(file)) for file in files))
-    if real_source in real_out.parents or any(real_out in (one, *one.parents) for one in read):
+    around = {path for one in read for path in (one, *one.parents)}
+    if real_source in real_out.parents or real_out in around:
         got = f"output inside or around {source}, or around a file that it links to"
         raise overlap(str(out), got, "two folders apart")
+    removed = next((path.name for path in leftovers(out) if path in around), None)
+    if removed is not None:
+        raise overlap(str(out), f"{source} in {removed}, which a run to this output removes", "two folders apart")

@@ -33,6 +33,13 @@ def filled(folder: Path, content: str) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("name", [".hf.partial-00000000", ".hf.old-00000000/step"])
+def test_a_source_in_what_was_left_beside_an_output_is_refused_since_a_run_removes_it(name: str, tmp_path: Path) -> None:
+    filled(tmp_path / name, "a source")
+    with pytest.raises(EngineError, match="E404"):
+        OutputFolder(tmp_path / "hf", tmp_path / name, overwrite=False)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_what_comes_to_the_place_of_an_output_meanwhile_is_kept_and_so_is_the_new_output(
     overwrite: bool, tmp_path: Path
@@ -195,6 +202,24 @@ def test_where_nothing_can_be_locked_what_another_run_may_be_writing_is_left(
     with folder_of(tmp_path / "hf"):
         pass
     assert (other / "file").is_file() and (tmp_path / "hf").is_dir()
+
+
+def test_where_nothing_can_be_locked_a_run_whose_folder_another_one_resumes_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both once wrote to it, and the first to end left a mixture as its output."""
+
+    def refusing(*_: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(replacing.fcntl, "flock", refusing)
+    second = folder_of(tmp_path / "hf", resume=True)
+    with pytest.raises(EngineError, match="E403"), folder_of(tmp_path / "hf") as store:
+        store.put("file", b"first")
+        store = second.__enter__()
+    store.put("file", b"second")
+    second.__exit__(None, None, None)
+    assert (tmp_path / "hf" / "file").read_bytes() == b"second"
 
 
 def test_what_an_interrupted_run_takes_counts_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

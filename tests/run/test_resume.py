@@ -141,6 +141,20 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
             convert(source, out)
 
 
+def test_files_of_which_no_journal_tells_are_not_written_on(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are no locks, a run that has just begun may still have them open."""
+    interrupted(source, tmp_path / "out", monkeypatch)
+    (partial,) = partials(tmp_path / "out")
+    (partial / ".journal").unlink()
+    with min(partial.glob("*.safetensors")).open("r+b") as file:
+        convert(source, tmp_path / "out", resume=True)
+        file.write(b"another run's")
+    convert(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("how", "told"),
     [({"dtype": "float32"}, "settings"), ({"max_shard_size": 1 << 30}, "output files")],
