@@ -34,7 +34,8 @@ def filled(folder: Path, content: str) -> Path:
 
 
 @pytest.mark.parametrize("name", [".hf.partial-00000000", ".hf.old-00000000/step"])
-def test_a_source_in_what_was_left_beside_an_output_is_refused_since_a_run_removes_it(name: str, tmp_path: Path) -> None:
+def test_a_source_in_what_was_left_beside_an_output_is_refused(name: str, tmp_path: Path) -> None:
+    """A run to this output would remove it."""
     filled(tmp_path / name, "a source")
     with pytest.raises(EngineError, match="E404"):
         OutputFolder(tmp_path / "hf", tmp_path / name, overwrite=False)
