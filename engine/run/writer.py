@@ -46,7 +46,7 @@ class Writer:
         """
         self._plan, self._meter = plan, meter
         self._store, self._names = store, [file.name for file in plan.shards]
-        self._users = workers if store.positioned else min(workers, jobs)  # workers that read and write at once
+        self._users = workers if store.positioned else min(workers, jobs) or 1  # workers that read and write at once
         self._layouts: dict[int, FileLayout] = {}
         self._places: dict[int, tuple[int, int]] = {}  # output → its file and the absolute byte offset there
         self._numbers: dict[int, int] = {}  # output → its index in its file

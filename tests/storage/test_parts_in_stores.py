@@ -36,6 +36,14 @@ def test_parts_in_a_store_give_the_bytes_of_one_run(bucket: Bucket, tmp_path: Pa
     refused("E401", lambda: api.part(plan, "1/3", out))
 
 
+def test_of_more_parts_than_files_some_write_nothing(bucket: Bucket, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", f"{bucket.url}/hf"
+    api.save_plan(plan, MAPPING, STEP)
+    assert sorted(api.part(plan, which, out) > 0 for which in ("1/3", "2/3", "3/3")) == [False, False, True]
+    api.commit(plan, out)
+    assert not api.verify(out).problems
+
+
 @sampled(2)
 @pytest.mark.parametrize(("committed", "fails"), [(False, True), (True, True), (True, False)])
 def test_a_part_that_runs_twice_leaves_what_the_same_part_made_elsewhere(
