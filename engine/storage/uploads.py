@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
@@ -165,12 +165,21 @@ class Uploads:
             raise exists(
                 self._store.place(), "Choose another --out.", "an output that appeared while this one was written"
             )
-        for name in (self._name, CONFIG):  # without them the old files are no checkpoint
-            if name in now:
+        rest = sorted(now - {*upload.names(), self._name, CONFIG})
+        marks = [name for name in rest if self._resume and self._store.attribute(name, MARK) == self._work]
+
+        def remove(names: Iterable[str]) -> None:
+            for name in names:
                 self._store.delete(name)
-        upload.complete(last=self._name, check=self._check_lock)
-        for name in sorted(now - set(upload.names())):  # files of the old output, and markers of parts
-            self._store.delete(name)
+
+        def check() -> None:
+            """Before the first small file: nothing of an old output is beside one that is marked as whole."""
+            self._check_lock()
+            remove(name for name in rest if name not in marks)
+
+        remove(name for name in (self._name, CONFIG) if name in now)  # without them the old files are no checkpoint
+        upload.complete(last=self._name, check=check)
+        remove(marks)  # of parts: a commit that is repeated needs them
         gone = set(upload.names()) - self._there()
         if gone:
             self._store.delete(self._name)

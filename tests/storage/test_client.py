@@ -165,16 +165,19 @@ def test_a_prefix_that_only_begins_alike_is_not_the_source() -> None:
         refused("E404", lambda source=source: uploads_to(Shelf(), source))
 
 
-def test_what_makes_old_files_a_checkpoint_is_removed_before_a_new_one_is_there() -> None:
+def test_an_old_output_is_gone_before_a_new_one_is_whole_and_marks_of_parts_after() -> None:
+    """A run that was killed once left files of both; a commit that is repeated needs the marks."""
     store = Shelf(**{"conversion.json": b"{}", "config.json": b"{}", "model.safetensors": b"", "old.txt": b""})
-    with uploads_to(store, overwrite=True) as upload:
+    store.objects[".part-00001-of-00001"] = b"{}", "this"
+    with uploads_to(store, overwrite=True, resume=True) as upload:
         for name in ("conversion.json", "README.md", "config.json"):
             upload.put(name, b"new")
     told = [one for one in store.done if not one.endswith(LOCK)]
     assert told == [
         "delete conversion.json", "delete config.json",
-        "write README.md", "write config.json", "write conversion.json",
         "delete model.safetensors", "delete old.txt",
+        "write README.md", "write config.json", "write conversion.json",
+        "delete .part-00001-of-00001",
     ]  # fmt: skip
 
 
