@@ -170,6 +170,23 @@ def test_adapters_and_flat_parameters_are_told_as_that(kind: str, saved: Path, t
         engine.inspect(tmp_path)
 
 
+def test_an_adapter_in_files_of_its_own_is_told_as_that(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    torch.save(
+        {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2)},
+        tmp_path / "adapter_model.bin",
+    )
+    for command in (engine.inspect, lambda folder: convert(folder, tmp_path / "out")):
+        with pytest.raises(EngineError, match="adapter") as caught:
+            command(tmp_path)
+        assert caught.value.code == "E303"
+
+
+def test_a_file_in_place_of_a_folder_is_told_with_what_to_call_it(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"model\.pt in a folder of its own"):
+        convert(saved / "model.pt", tmp_path / "out")
+
+
 def test_stages_in_folders_of_their_own_are_read_as_files_of_one_folder(saved: Path, tmp_path: Path) -> None:
     state, step = model(torch.load(saved / "model.pt", weights_only=False)), tmp_path / "step"
     step.mkdir()
