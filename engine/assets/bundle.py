@@ -30,7 +30,7 @@ from engine.assets.ready import (
     together,
     writes,
 )
-from engine.assets.releases import releases
+from engine.assets.releases import releases, untried
 from engine.assets.remote_code import read_code, remote_facts
 from engine.assets.tokenizer import convert_understood
 from engine.assets.tokenizer_read import check_tokenizer
@@ -68,11 +68,11 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     elif plan.mapping.remote_code is not None:
         missing = f"model type `{plan.mapping.model_type}` is remote code, which is missing; add it with --code DIR"
         notices.insert(0, f"no program loads it as it is: {missing}")
-    versions = render_tree(plan.mapping.transformers, plan.names) or ""
+    versions, unknown = render_tree(plan.mapping.transformers, plan.names) or "", False
     if plan.mapping.remote_code is None:  # whose keys are not those of transformers' own classes
-        versions = releases(plan.config, versions)
-    has_tokenizer = made.later is not None or "tokenizer.json" in files
-    facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
+        versions, unknown = releases(plan.config, versions), untried(plan.config)
+    facts = {"tokenizer": made.later is not None or "tokenizer.json" in files, "remote": remote_facts(plan, remote)}
+    facts |= {"transformers": versions, "untried": unknown}
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
     return replace(made, files=files, notices=tuple(notices))
 

@@ -57,6 +57,15 @@ def releases(config: Mapping[str, Any], told: str) -> str:
     return ",".join([*([f">={since}"] if since else []), *([f"<{before}"] if before else [])])
 
 
+def untried(config: Mapping[str, Any]) -> bool:
+    """Whether no releases were tried with its model type: words alone bound them, and not all words are known.
+
+    >>> untried({"model_type": "llama"}), untried({"model_type": "other"})
+    (False, True)
+    """
+    return str(config.get("model_type")) not in _data()[0]
+
+
 def _bounds(config: Mapping[str, Any], told: str) -> Iterator[str]:
     kind, (first, named, rows) = str(config.get("model_type")), _data()
     if kind in first:

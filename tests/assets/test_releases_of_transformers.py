@@ -137,6 +137,24 @@ def test_a_card_names_them_whatever_the_mapping(config: dict[str, Any], versions
     assert re.findall("transformers `([^`]*)`", card) == [versions]
 
 
+OTHER = {"model_type": "gptj", "architectures": ["GPTJForCausalLM"], "n_embd": 8, "n_head": 2, "n_layer": 1,
+         "n_positions": 16, "rotary_dim": 4, "vocab_size": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (LLAMA, ""),
+        (OTHER, "Which versions of transformers load it as this model was not tried"),
+        (OTHER | {"rope_scaling": {"rope_type": "yarn", **LENGTHS}}, "Which of these load it as this model"),
+    ],
+)
+def test_a_card_says_that_no_releases_were_tried_with_a_class(config: dict[str, Any], told: str, tmp_path: Path) -> None:
+    engine.convert("transformers", save(model(config), tmp_path / "step", config), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert told in card and ("was not tried" in card) is bool(told)
+
+
 def test_a_card_names_the_element_types_of_all_tensors(tmp_path: Path) -> None:
     state = {name: one if "norm" in name else one.bfloat16() for name, one in model(LLAMA).items()}
     engine.convert("transformers", save(state, tmp_path / "step", LLAMA), tmp_path / "out")

@@ -50,7 +50,22 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
 - SGLang 0.5.23 was only read: its Llama has no biases in the MLP, and skips those of a folder without a word. Of the
   models here only InternEvo's with `mlp_bias` have any.
 - exllamav2 was only read, too: of `rope_scaling` it knows `linear`, `yarn` and `llama3`, and takes `dynamic` for plain
-  angles without a word, which are the same up to the trained length. mlx-lm computes all of them.
+  angles without a word, which are the same up to the trained length. mlx-lm computes all of them in models without
+  experts.
+- transformers before 4.47 gives no assistant masks: it reads the template in `tokenizer_config.json`, which has no
+  `generation` tags, since a program that does not know them refuses the whole template. It warns.
+
+These were read in the programs' sources and not run. Each program says nothing, and no key of `config.json` helps:
+
+- Whether weights of chosen experts are made to sum to one (`norm_topk_prob`) llama.cpp does not read: it does so in
+  mixtures of Qwen3 and not in those of Qwen2, which InternEvo trains with it. mlx-lm 0.32.2 and TensorRT-LLM do not do
+  it in those of Qwen2 either, and exllamav2 always does. exllamav3 refuses mixtures of Qwen3 without it. transformers,
+  vLLM, SGLang and LMDeploy read the key.
+- Scaled angles are plain ones in mlx-lm's mixtures of Mixtral, Qwen2 and Qwen3 and in SGLang's Mixtral, and linear ones
+  are in text-generation-inference. SGLang computes `dynamic` ones as for the longest text, also for short texts.
+  CTranslate2 takes a base of 10000 with scaled angles where transformers 4 is installed; with transformers 5 it does
+  not.
+- TensorRT-LLM's converter of Llama has no biases in the MLP, and SGLang none at all under InternLM2's official names.
 """
 
 
