@@ -149,7 +149,7 @@ OTHER = {"model_type": "gptj", "architectures": ["GPTJForCausalLM"], "n_embd": 8
         (OTHER | {"rope_scaling": {"rope_type": "yarn", **LENGTHS}}, "Which of these load it as this model"),
     ],
 )
-def test_a_card_says_that_no_releases_were_tried_with_a_class(config: dict[str, Any], told: str, tmp_path: Path) -> None:
+def test_a_card_says_that_no_release_was_tried_with_a_class(config: dict[str, Any], told: str, tmp_path: Path) -> None:
     engine.convert("transformers", save(model(config), tmp_path / "step", config), tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert told in card and ("was not tried" in card) is bool(told)
