@@ -71,8 +71,9 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     versions, unknown = render_tree(plan.mapping.transformers, plan.names) or "", False
     if plan.mapping.remote_code is None:  # whose keys are not those of transformers' own classes
         versions, unknown = releases(plan.config, versions), untried(plan.config)
-    facts = {"tokenizer": made.later is not None or "tokenizer.json" in files, "remote": remote_facts(plan, remote)}
-    facts |= {"transformers": versions, "untried": unknown}
+    has_tokenizer = made.later is not None or "tokenizer.json" in files
+    facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
+    facts["untried"] = unknown
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
     return replace(made, files=files, notices=tuple(notices))
 
