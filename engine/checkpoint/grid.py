@@ -77,6 +77,7 @@ def _mode_of(names: Sequence[str], layout: Layout, folder: str, config: Callable
     modes = [mode for mode, name in found if not _skipped(name, layout)]
     if not modes and layout.config_file not in names:  # other programs' folders may hold such files
         modes = [mode for mode, _ in found]
+    modes = [mode for mode in modes if mode.format != "nested"] or modes  # a state in one file may be a copy
     if not modes:
         raise _no_weights(names, layout, folder, beside="" if own else f" beside {layout.config_file}")
     held = {name: mode for mode, name in found if mode in modes}

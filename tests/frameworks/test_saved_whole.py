@@ -87,6 +87,14 @@ def test_a_whole_state_in_several_files_is_read_and_a_missing_one_told(saved: Pa
     assert caught.value.code == "E207" and not (tmp_path / "other").exists()
 
 
+def test_a_whole_state_beside_the_ranks_files_is_an_unknown_file(saved: Path, tmp_path: Path) -> None:
+    step = Path(shutil.copytree(GENUINE / "step-10", tmp_path / "step"))
+    torch.save({"model.embed_tokens.weight": torch.ones(3)}, step / "model.pt")
+    convert(step, tmp_path / "out")
+    assert same(tmp_path / "out", saved / "hf")
+    assert engine.inspect(step).facts["unknown"] == ["model.pt"]
+
+
 def test_a_flipped_bit_of_a_whole_state_is_found(saved: Path, tmp_path: Path) -> None:
     step = tmp_path / "step"
     step.mkdir()
