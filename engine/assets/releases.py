@@ -24,11 +24,13 @@ class _Row(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def _data() -> tuple[Mapping[str, str], Mapping[str, str], tuple[_Row, ...]]:
-    """The first release that has a model type, and the first that has its present names, and the rows."""
+def _data() -> tuple[Mapping[str, str], Mapping[str, str], Mapping[str, str], tuple[_Row, ...]]:
+    """The first release by model type, of those that were tried with all words, with one model, and of those whose
+    names are newer; and the rows."""
     read = load_yaml(bundled("schemas") / "releases.yaml")
-    first, named = (
-        {name: since for since, names in read.data[part].items() for name in names} for part in ("types", "names")
+    first, based, named = (
+        {name: since for since, names in read.data[part].items() for name in names}
+        for part in ("types", "bases", "names")
     )
     rows = tuple(
         _Row(
@@ -39,7 +41,7 @@ def _data() -> tuple[Mapping[str, str], Mapping[str, str], tuple[_Row, ...]]:
         )
         for part in read.parts("rows").values()
     )
-    return first, named, rows
+    return first, based, named, rows
 
 
 def releases(config: Mapping[str, Any], told: str) -> str:
@@ -67,9 +69,8 @@ def untried(config: Mapping[str, Any]) -> bool:
 
 
 def _bounds(config: Mapping[str, Any], told: str) -> Iterator[str]:
-    kind, (first, named, rows) = str(config.get("model_type")), _data()
-    if kind in first:
-        yield f">={first[kind]}"
+    kind, (first, based, named, rows) = str(config.get("model_type")), _data()
+    yield from (f">={since[kind]}" for since in (first, based) if kind in since)
     if kind in named and told == ">=5":
         yield f">={named[kind]}"
     names = {**config, "rope_parameters": _angles(config)}

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import engine
-from engine.assets.releases import releases
+from engine.assets.releases import releases, untried
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
 from tests.support.depth import sampled
@@ -102,6 +102,16 @@ def test_releases_are_those_that_know_every_word_of_the_configuration(
     kind: str, said: dict[str, Any], versions: str
 ) -> None:
     assert releases({"model_type": kind, **said}, "") == versions
+
+
+@pytest.mark.parametrize(
+    ("kind", "versions"),
+    [("roberta", ">=4.51"), ("llama4_text", ">=4.56"), ("deepseek_v3", ">=5.12"), ("bamba", ">=5.18"),
+     ("mamba2", ">=5.23")],
+)  # fmt: skip
+def test_releases_before_one_that_computed_the_class_otherwise_are_not_named(kind: str, versions: str) -> None:
+    assert releases({"model_type": kind}, "") == versions
+    assert untried({"model_type": kind})  # with other words of its configuration
 
 
 def test_what_a_mapping_says_narrows_them_further_until_none_is_left() -> None:
