@@ -39,6 +39,7 @@ ROWS = [
     ("qwen3", NARROW, ">=4.51"),
     ("internlm3", {}, ">=5.23"),
     ("llama", {"mlp_bias": True}, ">=4.41"),
+    ("mamba", {"hidden_act": "gelu"}, ">=5.18"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, ">=4.40"),
     ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, ">=4.43"),
     ("llama", {"rope_scaling": {"type": "yarn", **LENGTHS}, "max_position_embeddings": 64}, ">=4.51"),
