@@ -140,11 +140,11 @@ class Uploads:
         return Upload(self._store, self._work, self._before, mark=self._name)
 
     def __enter__(self) -> Upload:
-        left, replaces = self._before if self._resume else set(), self._overwrite and bool(self._before)
+        replaces = self._overwrite and bool(self._before)
+        left = self._before if self._resume and self._name not in self._before else set()  # a whole output is no rest
         upload = Upload(self._store, self._work, left, mark=self._name, replaces=replaces)
-        if self._resume:
-            for _ in requests().map(upload.is_left, sorted(self._before)):
-                pass
+        for _ in requests().map(upload.is_left, sorted(left)):
+            pass
         self._lock.take(resume=self._resume)
         self._upload = upload
         return upload

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -141,6 +142,9 @@ class Shelf:
     def attribute(self, name: str, key: str) -> str | None:
         return self.objects[name][1] if name in self.objects else None
 
+    def states(self, names: Iterable[str]) -> dict[str, Any]:
+        return {name: self.entries()[name] for name in names}
+
     def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
         if new and name in self.objects:
             return False
@@ -179,6 +183,15 @@ def test_an_old_output_is_gone_before_a_new_one_is_whole_and_marks_of_parts_afte
         "write README.md", "write config.json", "write conversion.json",
         "delete .part-00001-of-00001",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_run_goes_on_from_what_was_left_by_one_like_it_and_not_from_a_whole_output(whole: bool) -> None:
+    """Whose weights may have been changed since, with their mark: the new manifest would say that they are right."""
+    store = Shelf()
+    store.objects = {name: (b"", "this") for name in ("model.safetensors", *(["conversion.json"] if whole else []))}
+    with uploads_to(store, overwrite=True, resume=True) as upload:
+        assert upload.whole("model.safetensors", 0) is not whole
 
 
 def test_nothing_is_made_visible_once_another_run_has_the_output() -> None:
