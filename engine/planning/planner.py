@@ -216,20 +216,24 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     if source.read.noted and crosses:
         told = ", ".join(f"{name} = {value}" for name, value in source.read.noted.items())
         notices.append(f"nothing reads these keys of {source.read.side.file}: {told}")
-    notices += _unlike_layers(source)
+    notices += _unlike_types(source)
     if source.ignored and not crosses:
         notices.append(f"not written, as the mapping ignores them: {first_of(sorted(source.ignored), 3)}")
     return tuple(notices)
 
 
-def _unlike_layers(source: Source) -> list[str]:
-    """The notice that tensors of one kind have several element types: training gives all layers the same."""
+def _unlike_types(source: Source) -> list[str]:
+    """The notice that layers have several element types, or tensors both of 16 bits, of which training has one."""
     held: dict[str, dict[str, Stored]] = {}
+    halves: dict[str, Stored] = {}
     for group in source.side.groups:
-        held.setdefault(group.instance.key, {}).setdefault(group.first.header.dtype, group.first)
-    unlike = [types for types in held.values() if len(types) > 1]
+        dtype = group.first.header.dtype
+        held.setdefault(group.instance.key, {}).setdefault(dtype, group.first)
+        if dtype in ("F16", "BF16"):
+            halves.setdefault(dtype, group.first)
+    unlike = [types for types in (*held.values(), halves) if len(types) > 1]
     if not unlike:
         return []
     told = ", ".join(f"{one.header.name} in {source.files[one.file]} is {dtype}" for dtype, one in unlike[0].items())
     more = f", and {len(unlike) - 1} more kinds" if len(unlike) > 1 else ""
-    return [printable(f"element types differ between layers: {told}{more}; are all files from one run?")]
+    return [printable(f"element types differ where training has one: {told}{more}; are all files from one run?")]

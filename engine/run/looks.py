@@ -19,10 +19,11 @@ from engine.language.documents import grouped
 from engine.language.names import form
 
 _SMALL = 1 << 16  # bytes of a tensor of which every word is looked at
-_HOLE = 4096  # bytes: the least that a file system leaves out
 _ZERO, _WILD = b"01"  # kinds of a number's last byte, its sign and the top of its exponent
 _KINDS = bytes(_ZERO if not one else _WILD if one & 0x7F >= 0x7C else 0 for one in range(256))
 _ZEROS = bytes(1 << 20)
+_STEP = 8 * 61  # bytes of which one word is looked at in a large tensor
+_HOLE = 4096 // _STEP * _STEP  # bytes: as many are seen of the least that a file system leaves out
 _SPLIT = re.compile(r"([0-9]+)").split
 
 
@@ -53,7 +54,7 @@ class Look(NamedTuple):
         >>> Look(zeros=8).and_at(memoryview(b"1234567\x7f"), 16).and_at(memoryview(bytes(8)), 16)
         Look(zeros=16, wild=True)
         """
-        step = 8 if size < _SMALL else 8 * 61
+        step = 8 if size < _SMALL else _STEP
         kinds = bytes(data[7::step]).translate(_KINDS)
         zeros, wild = self.zeros, self.wild or _WILD in kinds
         if _ZERO in kinds:  # very rare, except in float16

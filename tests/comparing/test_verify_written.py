@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 import engine
 from engine.commands.main import cli
+from engine.run.looks import Look, suspicious
 from engine.run.written import extra_files
 from engine.storage.local import LocalStore
 from tests.support.depth import sampled
@@ -301,6 +303,19 @@ def save_changed(step: Path, change: Callable[[dict[str, torch.Tensor]], object]
         state = torch.load(step / f"model_tp{rank}_pp0.pt")
         change(state)
         torch.save(state, step / f"model_tp{rank}_pp0.pt")
+
+
+@pytest.mark.parametrize("rows", [100, 250, 4000])  # of 256 bytes: each word is looked at, or one of many
+def test_a_page_that_is_a_hole_is_told_wherever_it_begins(rows: int) -> None:
+    for begin in range(0, 4096, 89):
+        data = bytearray(b"\1") * (rows * 256)
+        data[begin : begin + 4096] = bytes(4096)
+        look = Look().and_at(memoryview(data), len(data))
+        assert suspicious([("w", "F16", (rows, 128), "digest", look)]), begin
+    zeros = xxhash.xxh3_128(bytes((1 << 20) + 6)).hexdigest()
+    assert suspicious([("w", "F16", (1, (1 << 19) + 3), zeros, Look())]) == ["nothing but zeros: w"]
+    few = Look().and_at(memoryview(bytes(2048) + b"\1" * (len(data) - 2048)), len(data))
+    assert not suspicious([("w", "F16", (4000, 128), "digest", few)])
 
 
 def test_a_few_zeros_are_not_told(tmp_path: Path) -> None:

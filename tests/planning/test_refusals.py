@@ -231,7 +231,7 @@ def test_types_that_differ_between_layers_are_reported(source: Path) -> None:
     for tp in range(2):
         edit(source / f"model_tp{tp}_pp1.pt", lambda s: s.update({name: s[name].bfloat16()}))
     plan = engine.plan(V1.mapping, source, settings=settings)
-    told = "element types differ between layers: blocks.0.norm1.weight in model_tp0_pp0.pt is F32, "
+    told = "element types differ where training has one: blocks.0.norm1.weight in model_tp0_pp0.pt is F32, "
     assert plan.notices == (f"{told}{name} in model_tp0_pp1.pt is BF16; are all files from one run?",)
     others = {one: name.replace("norm1", one) for one in ("norm2", "mlp.w2")}
     for tp in range(2):
@@ -239,6 +239,15 @@ def test_types_that_differ_between_layers_are_reported(source: Path) -> None:
         edit(source / f"model_tp{tp}_pp1.pt", lambda s: s.update({others["mlp.w2"]: s[others["mlp.w2"]].float()}))
     (told,) = engine.plan(V1.mapping, source, settings=settings).notices
     assert told.endswith(" is F32, and 2 more kinds; are all files from one run?")
+
+
+def test_both_types_of_16_bits_in_one_checkpoint_are_reported(source: Path) -> None:
+    """As of tensors whose type was read wrong; float32 beside one of them is usual."""
+    name = "embedding.weight"
+    for tp in range(2):
+        edit(source / f"model_tp{tp}_pp0.pt", lambda s: s.update({name: s[name].view(torch.float16)}))
+    (told,) = engine.plan(V1.mapping, source, settings={"mlp_letters": "w2_is_down"}).notices
+    assert f"{name} in model_tp0_pp0.pt is F16" in told and told.endswith(" is BF16; are all files from one run?")
 
 
 def test_a_value_too_large_for_float16_is_refused(source: Path) -> None:
