@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 import engine
-from engine.assets.releases import releases, untried
+from engine.assets.releases import _data, releases, untried
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
 from tests.support.depth import sampled
@@ -95,6 +96,14 @@ ROWS = [
     ("mt5", {"tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
     ("pegasus", {"tie_word_embeddings": False, "transformers_version": "5.23.0"}, ">=5"),
     ("pegasus", {"tie_word_embeddings": False, "transformers_version": "4.57.6"}, ""),
+    *[(kind, {"tie_word_embeddings": False, "transformers_version": "5.23.0"}, ">=5")
+      for kind in ("blenderbot", "blenderbot-small", "big_bird")],
+    *[(kind, angles("linear", factor=2.0), ">=4.45") for kind in ("falcon", "gpt_neox", "persimmon", "stablelm")],
+    *[(kind, angles("linear", factor=2.0), ">=4.48") for kind in ("gemma", "gemma2", "glm", "mixtral")],
+    ("olmo2", angles("linear", factor=2.0), ">=5"),
+    ("gemma3_text", {"rope_parameters": {"sliding_attention": {"rope_type": "linear"}}}, ">=5"),
+    ("cohere2", {"layer_types": SLIDING}, ">=4.53"),
+    ("llama", {"rope_scaling": {"rope_type": "linear"}, "rope_parameters": {"rope_type": "yarn"}}, ">=4.56"),
 ]  # fmt: skip
 
 
@@ -119,11 +128,17 @@ def test_what_a_mapping_says_narrows_them_further_until_none_is_left() -> None:
     assert releases({"model_type": "llama"}, ">=4.41,<4.52") == ">=4.41,<4.52"
     assert releases({"model_type": "llama", **NARROW}, ">=4.41,<4.52") == ">=4.45,<4.52"
     assert releases({"model_type": "qwen3"}, "<4.51") == "none"
+    assert (
+        releases({"model_type": "llama"}, "<5,<4.52") == releases({"model_type": "llama"}, "<4.52,<5") == ">=4.40,<4.52"
+    )
+    assert releases({"model_type": "llama"}, ">=5.3,>=5.18") == ">=5.18"
 
 
 def test_names_that_transformers_5_got_later_need_the_release_that_has_them() -> None:
     assert releases({"model_type": "gpt_neox"}, ">=5") == ">=5.18"
-    assert releases({"model_type": "gpt_neox"}, "") == ">=4.40"
+    assert releases({"model_type": "gpt_neox"}, "") == releases({"model_type": "gpt_neox"}, ">=4.40") == ">=4.40"
+    for kind in ("aria_text", "granitemoe", "granitemoehybrid", "granitemoeshared"):
+        assert releases({"model_type": kind}, ">=5") == ">=5.18"
     assert releases({"model_type": "mixtral"}, ">=5") == ">=5"
 
 
@@ -170,6 +185,12 @@ def test_a_card_names_the_element_types_of_all_tensors(tmp_path: Path) -> None:
     state = {name: one if "norm" in name else one.bfloat16() for name, one in model(LLAMA).items()}
     engine.convert("transformers", save(state, tmp_path / "step", LLAMA), tmp_path / "out")
     assert "| element type | `bfloat16`, `float32` of 5 tensors |\n" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_every_model_type_that_is_named_is_one_of_transformers() -> None:
+    first, based, named, rows = _data()
+    kinds = {*first, *based, *named, *(kind for row in rows for kind in row.of)}
+    assert (len(first), len(based)) == (66, 13) and kinds - {*CONFIG_MAPPING_NAMES, "internlm3"} == set()
 
 
 @sampled(3, "name")
