@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -90,6 +91,24 @@ def test_slices_of_queries_that_are_copied_in_pairs_are_no_repeated_heads(tmp_pa
         torch.save({**states[other], name: states[one][name].clone()}, folder / f"model_tp{other}_pp0.pt")
     error = refused(V2, folder)
     assert error.code == "E306" and "same slice" in str(error)
+
+
+@pytest.mark.parametrize("size", [3, 8, 12, 16])
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_bytes_are_compared_to_the_last_whatever_their_number(size: int, kind: Any) -> None:
+    one = memoryview(kind(range(size)))
+    for other in (bytes(range(size)), bytearray(b"-" + bytes(range(size)))):
+        assert slices.same(one, memoryview(other)[-size:])
+        changed = memoryview(bytearray(other))[-size:]
+        changed[-1] += 1
+        assert not slices.same(one, changed)
+
+
+def test_heads_that_repeat_are_compared_with_tensors_of_as_many_slices() -> None:
+    header = TensorHeader("w", "F32", (4, 4), (4, 1), 0)
+    cut = [slices.Slices(sources, name, 0) for name, sources in (("k", (0, 1)), ("moved", (2, 3, 4)), ("v", (5, 6)))]
+    plan: Any = SimpleNamespace(sources=[SimpleNamespace(header=header)] * 7, slices=cut)
+    assert [slices._next(plan, one).name for one in cut] == ["v", "moved", "k"]
 
 
 def test_slices_of_every_tensor_that_is_cut_are_compared(tmp_path: Path) -> None:

@@ -306,6 +306,8 @@ def test_a_name_of_the_other_side_is_recognised(pairs: Path) -> None:
 def test_spaces_and_trailing_commas_are_as_in_numpy() -> None:
     assert parse_selection(" a.b [ 0:4 , : ] ") == Selection("a.b", ("0:4", ":"))
     assert parse_selection("a.b[3,]") == Selection("a.b", ("3",))
+    assert parse_selection("f:a[3]") == Selection("f:a", ("3",))  # a name may hold a colon
+    assert parse_selection("f:a[3]", file=True) == Selection("a", ("3",), "f")
     assert Selection("a", (":", "2:")).window((3, 4, 5)) == ((0, 3), (2, 4), (0, 5))
 
 
