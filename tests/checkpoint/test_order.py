@@ -22,6 +22,8 @@ from engine.checkpoint.order import check_order
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.formats.rank_files import read_rank_file
+from engine.language.layout_file import load_layout
+from engine.planning import reading
 from engine.storage.local import LocalStore
 from engine.storage.store import File
 from tests.support.frameworks import FIXTURES
@@ -73,6 +75,26 @@ def test_tensors_of_equal_shapes_that_exchanged_names_are_refused(name: str, tmp
     with pytest.raises(EngineError, match=r"model_tp1_pp0.pt` have exchanged names") as caught:
         engine.plan("llama", step)
     assert caught.value.code == "E306"
+
+
+@pytest.mark.parametrize(
+    ("folder", "layout", "views"),
+    [
+        ("internevo/llama_tp2_pp1_default", "internevo", True),
+        ("megatron/torch-tp1pp1-tied/ckpt/iter_0000010", "megatron", True),
+        ("megatron/dist-tp2pp2/ckpt/iter_0000010", "megatron", False),
+        ("dcp/fsdp4-f32-hf/step-10", "torch-dcp", False),
+    ],
+)
+def test_only_tensors_of_rank_files_may_be_views_of_one_buffer(
+    folder: str, layout: str, views: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a safetensors file lie end to end whatever they were."""
+    seen: list[bool] = []
+    monkeypatch.setattr(reading, "check_order", lambda headers, *, buffers: seen.append(buffers) or ())
+    config = (FIXTURES / folder).parents[1 if "ckpt" in folder else 0] / "hf_config.json"
+    reading.read_checkpoint(FIXTURES / folder, load_layout(layout), config if config.exists() else None)
+    assert seen == [views]
 
 
 def test_the_message_names_both_and_how_many_more(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from engine.formats.safetensors import INDEX, index_json
 from engine.language.model import Expression
 from engine.planning.attempts import _count_numbers, _other_layers, claims
 from engine.planning.sizes import Contradiction, Fact, size_error
+from engine.planning.variants import _undecided
 from engine.run.written import check_index, extra_files
 from engine.storage.folders import one_of_two
 from engine.storage.local import LocalStore
@@ -62,6 +63,16 @@ def test_numbers_in_names_may_not_be_more_than_are_known(known: int, wrong: list
     groups: Any = {number: SimpleNamespace(fixed={"layer": 9, "expert": number}) for number in (2, 3, 0)}
     _count_numbers(sizes, [rule], groups)
     assert [one.got for one in sizes.contradictions] == wrong
+
+
+@pytest.mark.parametrize(
+    ("help", "told"), [("say it", "Say it."), ("rope_theta is not there", "rope_theta is not there.")]
+)
+def test_a_question_begins_with_a_capital_letter_unless_with_a_key(help: str, told: str) -> None:
+    variant: Any = SimpleNamespace(
+        name="v", help=help, place=PLACE, choices={"a": None, "b": None}, answers={"v": ["a"]}
+    )
+    assert str(_undecided(variant, "why", "otherwise").fix).startswith(told)
 
 
 @pytest.mark.parametrize(
