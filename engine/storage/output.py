@@ -142,8 +142,11 @@ class OutputFolder:
                 self._check_free()  # a run that held the lock may just have finished
                 if self._resume:
                     resumable = [path for path in found if _kind(path) == "partial" and is_folder(path)]
-                    if resumable:  # taken from a run that is still writing it, where there are no locks: that one fails
-                        os.rename(max(resumable, key=lambda path: path.lstat().st_mtime_ns), self.partial)
+                    newest = max(resumable, key=lambda path: path.lstat().st_mtime_ns, default=self.partial)
+                    if lock.locks or not resumable:
+                        self.partial = newest
+                    else:  # another run may still be writing it: that one fails
+                        os.rename(newest, self.partial)
                 for path in found:  # but parts, which other processes may be writing, as may a run without locks
                     if path != self.partial and _kind(path) != "parts" and lock.locks:
                         remove(path)
