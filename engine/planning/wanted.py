@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from engine.errors import EngineError
+from engine.language.documents import leaves
 from engine.language.layout_file import load_layout
 from engine.language.model import MappingFile
 from engine.planning.attempts import claims
@@ -47,11 +48,15 @@ class Wanted:
 def wanted_by_mapping(told: MappingFile, config: Mapping[str, Any]) -> Wanted | None:
     """The tensors of a model class from the mapping that lists them; None if it does not know the configuration.
 
-    It knows a configuration if it declares every key and every value fits.
+    It knows a configuration if it declares every key and every value fits; a null only if its type is null, since the
+    class itself may refuse it.
     """
-    layout = replace(load_layout(told.layout, told.layout_place), keys={})
+    side = source_side(told, replace(load_layout(told.layout, told.layout_place), keys={}))
+    nulls = {path for path, value in leaves(config) if value is None} & side.keys.keys()
+    if not all(side.keys[path].limits.fits(None) for path in nulls):
+        return None
     try:
-        read = read_config(config, source_side(told, layout))
+        read = read_config(config, side)
         decide(told.variants, {}, read.config)
         facts, unread = claims(told, dict(read.config), "config.json")
         pieces = match_pieces(instances(told))
