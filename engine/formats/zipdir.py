@@ -141,6 +141,7 @@ class TorchZip:
                     "its record of 64-bit numbers is not where its end says, or there is something else before"
                 )
             disks, here, count, length, at = struct.unpack("<5Q", record[16:])
+            disks = disks or locator[4:8] + locator[16:] != bytes((0, 0, 0, 0, 1, 0, 0, 0))
         if disks or here != count:
             raise self._damaged("a part of a zip of several")
         if count == 0:

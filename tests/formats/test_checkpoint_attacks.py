@@ -280,6 +280,15 @@ def test_a_number_too_large_to_be_shown_is_refused(number: bytes) -> None:
     assert load_pickle(pickle.dumps([1 << 4000, -1 << 4000, True], 2), "x") == [1 << 4000, -1 << 4000, True]
 
 
+@pytest.mark.parametrize("at", [4, 16], ids=["this disk", "all disks"])
+def test_a_zip_that_says_it_is_on_several_disks_is_refused(at: int, tmp_path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "model.pt")
+    data = bytearray((tmp_path / "model.pt").read_bytes())
+    data[data.rindex(b"PK\x06\x07") + at] ^= 2
+    (tmp_path / "model.pt").write_bytes(data)
+    assert "a zip of several" in str(refusal(read_rank_file, tmp_path / "model.pt"))
+
+
 def test_a_zip_whose_record_of_64_bit_numbers_is_elsewhere_than_it_says_is_refused(tmp_path: Path) -> None:
     torch.save({"weight": torch.ones(2)}, tmp_path / "model.pt")
     raw = bytearray((tmp_path / "model.pt").read_bytes())
