@@ -56,6 +56,8 @@ def read_grid(
     grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
     if not mode.files[0].boxes:  # else the boxes show what is missing
         _complete(grid, layout, folder)
+    if mode.format == "nested":
+        _one_state(grid.files, folder)
     return grid
 
 
@@ -117,6 +119,8 @@ def _no_weights(names: Sequence[str], layout: Layout, folder: str, beside: str) 
     fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
     fix += "Give the folder of one step, which holds the files under the names that training gave them; "
     fix += "`engine inspect DIR` says what DIR is."
+    alone = next((mode.files[0].name for mode in layout.modes if mode.format == "nested"), None)
+    fix += f" A state in one file is read if it is called {alone}." if alone is not None and not whole else ""
     kept = [one.file for one in layout.configs if one.file in names]
     if kept and not whole and not layout.config_of_target:  # any model may have the target's
         told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
@@ -206,6 +210,20 @@ def _complete(grid: RankGrid, layout: Layout, folder: str) -> None:
             got=f"{len(wanted) + len(foreign)} files",
             expected=f"{len(wanted)} files: {_sample(wanted)}",
             fix="Files of two checkpoints seem to be mixed; keep those of one.",
+        )
+
+
+def _one_state(files: Sequence[RankFile], folder: str) -> None:
+    """E304 for files that each hold a whole state: only numbered files of one pattern share one."""
+    states = {(f.pattern.name, *(rank for dim, rank in f.ranks.items() if dim != "file")): f.name for f in files}
+    if len(states) > 1:
+        raise EngineError(
+            "E304",
+            f"{len(states)} whole states lie in one folder",
+            place=Place(folder),
+            got=_sample([*states.values()]),
+            expected="one",
+            fix="Put the one that you want into a folder of its own. If one is a copy of another, either will do.",
         )
 
 

@@ -87,6 +87,30 @@ def test_a_whole_state_in_several_files_is_read_and_a_missing_one_told(saved: Pa
     assert caught.value.code == "E207" and not (tmp_path / "other").exists()
 
 
+TWO_STATES = {
+    "Lightning's last one, and its copy": ("last.ckpt", "epoch=1-step=10.ckpt"),
+    "two steps": ("epoch=0-step=5.ckpt", "epoch=1-step=10.ckpt"),
+    "two programs": ("model.pt", "checkpoint.pt"),
+    "a whole one and one in files": ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin"),
+    "one in two files and one in three": ("pytorch_model-00001-of-00002.bin", "pytorch_model-00001-of-00003.bin"),
+}
+
+
+@pytest.mark.parametrize("two", TWO_STATES)
+def test_of_several_whole_states_in_a_folder_one_must_be_taken_out(two: str, tmp_path: Path) -> None:
+    for name in TWO_STATES[two]:
+        torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / name)
+    with pytest.raises(EngineError, match="2 whole states lie in one folder") as caught:
+        convert(tmp_path, tmp_path / "out")
+    assert caught.value.code == "E304" and "a folder of its own" in str(caught.value)
+
+
+def test_a_state_under_a_name_that_is_not_known_is_told_how_to_call_it(tmp_path: Path) -> None:
+    torch.save({"model.norm.weight": torch.ones(3)}, tmp_path / "epoch=0-val_loss=2.31.ckpt")
+    with pytest.raises(EngineError, match=r"A state in one file is read if it is called model\.pt\."):
+        convert(tmp_path, tmp_path / "out")
+
+
 def test_a_whole_state_beside_the_ranks_files_is_an_unknown_file(saved: Path, tmp_path: Path) -> None:
     step = Path(shutil.copytree(GENUINE / "step-10", tmp_path / "step"))
     torch.save({"model.embed_tokens.weight": torch.ones(3)}, step / "model.pt")
