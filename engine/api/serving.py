@@ -128,8 +128,10 @@ def serve(
             compiled = plan(mapping, store, **options)
             return VirtualFolder(compiled, lambda: small_files(compiled, tokenizer, code), threads)
 
-        given = [_states(path) for path in (tokenizer, code, options.get("config")) if path]
-        salt = repr((__version__, mapping.digest, sorted(options.items()), str(tokenizer), str(code), given))
+        def salt() -> str:
+            given = [_states(path) for path in (tokenizer, code, options.get("config")) if path]
+            return repr((__version__, mapping.digest, sorted(options.items()), str(tokenizer), str(code), given))
+
         return Served(one.name, Revisions(store_at(one.src, "the checkpoint"), make, salt, told))
 
     return Server(Hub([served(one) for one in models], token), host, port, log, patience)

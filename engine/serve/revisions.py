@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
+from time import monotonic
 
 from engine.discover.steps import folders_of
 from engine.errors import EngineError, Place
@@ -22,6 +23,7 @@ MAIN = "main"
 _STEP = re.compile(r"(?:.*[^0-9])?0*([0-9]{1,12})")  # a folder whose name ends with the number of a step
 _OPEN = 8  # checkpoints whose plans are kept
 _REMEMBERED = 256  # refusals
+_AGAIN = 5.0  # seconds after which a refused state is planned again: a disk or network may have failed for a moment
 _MOST_FILES = 100_000  # files of one step that are examined
 
 
@@ -50,14 +52,14 @@ class Revisions:
         self,
         src: Store,
         make: Callable[[Store], VirtualFolder],
-        salt: str,
+        salt: Callable[[], str],
         told: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Find out whether `src` is a checkpoint or a folder of them.
 
         Args:
-            make: plans a checkpoint; called once for each state of a step.
-            salt: what else determines the bytes: mapping, settings, versions.
+            make: plans a checkpoint; called once for each state of a step, and after a while again if that was refused.
+            salt: tells what else determines the bytes now: mapping, settings, versions, files that were given.
             told: called once with a line of text about each state of a step.
 
         Raises:
@@ -67,7 +69,7 @@ class Revisions:
         self._told: Callable[[str], None] = lambda _: None  # silent if the first look fails
         self._lock = threading.Lock()
         self._folders: OrderedDict[str, tuple[Revision, VirtualFolder]] = OrderedDict()  # by commit
-        self._refused: OrderedDict[str, EngineError] = OrderedDict()  # by commit
+        self._refused: OrderedDict[str, tuple[EngineError, float]] = OrderedDict()  # by commit, and until when
         self._once = Once(self._plan)
         self._last: dict[str, str] = {}  # the last report about each step
         self._steps = False
@@ -128,16 +130,18 @@ class Revisions:
 
     def _revision(self, name: str, store: Store) -> Revision:
         states = [(path, state.size, dict(state.told())) for path, state in islice(walk(store), _MOST_FILES)]
-        found = hashlib.sha256(json.dumps([self._salt, name if self._steps else "", states]).encode()).hexdigest()[:40]
+        found = hashlib.sha256(json.dumps([self._salt(), name if self._steps else "", states]).encode()).hexdigest()[
+            :40
+        ]
         return Revision(name, store, found)
 
     def _open(self, one: Revision) -> tuple[Revision, VirtualFolder]:
         with self._lock:
-            known, refused = self._folders.get(one.commit), self._refused.get(one.commit)
+            known, (refused, until) = self._folders.get(one.commit), self._refused.get(one.commit, (None, 0.0))
             if known is not None:
                 self._folders.move_to_end(one.commit)
                 return known
-        if refused is not None:
+        if refused is not None and monotonic() < until:
             raise refused.with_traceback(None)
         folder = self._once(one)
         with self._lock:
@@ -158,7 +162,7 @@ class Revisions:
         except EngineError as error:
             self._tell(one.name, f"is not served: {_first_line(error)}")
             with self._lock:
-                self._refused[one.commit] = error
+                self._refused[one.commit] = error, monotonic() + _AGAIN
                 while len(self._refused) > _REMEMBERED:
                     self._refused.popitem(last=False)
             raise

@@ -80,7 +80,7 @@ def test_a_commit_is_another_when_anything_that_determines_bytes_is(tmp_path: Pa
     src, file = store_at(tmp_path / "step", "the checkpoint"), tmp_path / "step" / "model_tp0_pp0.pt"
 
     def commit(salt: str, make: Callable[[Any], Any] = lambda store: None) -> str:
-        (one,) = revisions.Revisions(src, make, salt).all()
+        (one,) = revisions.Revisions(src, make, lambda: salt).all()
         return one.commit
 
     first = commit("one mapping")
@@ -96,7 +96,7 @@ def test_a_commit_is_another_when_only_a_size_is(tmp_path: Path, monkeypatch: py
     commits = set()
     for size in (1, 2, 1):
         monkeypatch.setattr(revisions, "walk", lambda _, size=size: [("a", ObjectState(size, None, None, "12:00:00"))])
-        (one,) = revisions.Revisions(store_at(tmp_path, "the step"), lambda store: Any, "").all()
+        (one,) = revisions.Revisions(store_at(tmp_path, "the step"), lambda store: Any, lambda: "").all()
         commits.add(one.commit)
     assert len(commits) == 2
 
@@ -109,15 +109,38 @@ def test_a_commit_is_another_when_the_tokenizer_that_was_given_is(
     monkeypatch.setattr(serving, "small_files", lambda *_: Small({}))
     given = tmp_path / "tokenizer.json"
 
-    def commit() -> Any:
-        with serve([api.Model("a/b", MAPPING, STEP)], tokenizer=tmp_path / inside) as running:
-            return json.loads(running.ask("/api/models/a/b")[2])["sha"]
+    def commit(running: Running) -> Any:
+        return json.loads(running.ask("/api/models/a/b")[2])["sha"]
 
     given.write_text("{}")
-    first = commit()
-    assert first == commit()
-    given.write_text('{"model": {}}')
-    assert first != commit()
+    for _ in range(2):
+        with serve([api.Model("a/b", MAPPING, STEP)], tokenizer=tmp_path / inside) as running:
+            first = commit(running)
+            assert first == commit(running)
+            given.write_text(given.read_text() + " ")
+            assert first != (second := commit(running))
+    with serve([api.Model("a/b", MAPPING, STEP)], tokenizer=tmp_path / inside) as running:
+        assert second == commit(running)
+
+
+def test_a_step_that_could_not_be_read_for_a_moment_is_served_soon_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, failing = [100.0], {tmp_path.name, "200"}
+
+    def make(store: Store) -> Any:
+        if store.place().rpartition("/")[2] in failing:
+            raise EngineError("E305", "a file cannot be read")
+
+    monkeypatch.setattr(revisions, "monotonic", lambda: now[0])
+    for name in ("100", "200"):
+        (tmp_path / name).mkdir()
+    found = revisions.Revisions(store_at(tmp_path, "the run"), make, lambda: "")
+    assert found.find("main")[0].name == "100"
+    failing.clear()
+    assert found.find("main")[0].name == "100"  # planning may take long, so a refusal is kept for a moment
+    now[0] += 6
+    assert found.find("main")[0].name == "200"
 
 
 def test_a_commit_is_found_while_a_newer_step_is_being_removed(
