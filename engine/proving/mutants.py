@@ -175,7 +175,7 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
     Raises:
         EngineError: if the unchanged mapping does not load, as then loading shows nothing about mutants.
     """
-    rebuilt(mapping, plain(mapping.resolved))
+    whole = rebuilt(mapping, plain(mapping.resolved))  # as mutants are: what its parents need counts as its own
     then: Facts = {}
     for path, value in facts_of(mapping):
         then.setdefault(path[0], {})[path] = value
@@ -184,7 +184,7 @@ def try_mutants(mapping: MappingFile, changes: Sequence[Change] | None = None) -
         is_of = known is not None and read_meaning(known[1]) == dict(flat(meaning_of(mapping)))
     except EngineError:
         is_of = False
-    before = {(f.code, f.message) for f in lint(mapping)}
+    before = {(f.code, f.message) for one in (mapping, whole) for f in lint(one)}
     found: list[Mutant] = []
     for change in changes if changes is not None else mutants_of(mapping):
         caught, told = _caught(mapping, change, then, before)

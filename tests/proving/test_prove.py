@@ -302,6 +302,13 @@ def test_what_only_few_configurations_show_is_caught(family: str, mutants: list[
     assert [(m.where, m.what) for m in found if m.caught_by is None] == []
 
 
+def test_what_lint_says_of_every_mutant_catches_none() -> None:
+    """A mutant is written out whole, where what only its parent needs is missing: InternLM3's has no such head."""
+    mapping = load_mapping("families/internlm3.yaml")
+    change = next(one for one in mutants_of(mapping) if one.what == "type `number`")
+    assert [one.caught_by for one in try_mutants(mapping, [change])] == ["the committed meaning"]
+
+
 def test_without_a_committed_meaning_mutants_are_told_from_what_the_mapping_meant_before(tmp_path: Path) -> None:
     path = tmp_path / "alone.yaml"
     path.write_text((ROOT / META).read_text().replace("name: meta-llama\n", "name: alone\n"))
