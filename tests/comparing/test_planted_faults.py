@@ -26,7 +26,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {source: convert(source, folder / source) for source in SOURCES}
 
 
-@sampled(6, "fault.kind")
+@sampled(12, "fault.kind")
 @pytest.mark.parametrize("fault", FAULTS, ids=[fault.what for fault in FAULTS])
 def test_a_planted_fault_is_named_and_the_page_says_so(
     fault: Fault, references: dict[str, Path], tmp_path: Path

@@ -83,6 +83,7 @@ def test_an_output_is_compared_with_training_as_these_models_compute(fixture: st
     assert found.logits is not None and found.problems == ()
 
 
+@sampled(3)
 @pytest.mark.parametrize("scaling", ["dynamic", "yarn"])
 @CASES
 def test_transformers_scales_the_angles_that_are_asked_for(
