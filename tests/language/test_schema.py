@@ -151,8 +151,8 @@ NEEDED = {
         "config config.file config.format config.or.*.file config.or.*.format layers layers.stage "
         "layers.variants.*.choices layout modes modes.*.beside.*.file modes.*.files modes.*.files.*.mesh.dp "
         "modes.*.files.*.name modes.*.files.*.ranks.count modes.*.files.*.ranks.tp modes.*.files.*.ranks.wp name "
-        "options.*.type prefixes prefixes.*.prefix refuse.*.file refuse.*.fix refuse.*.why training.file "
-        "training.format version",
+        "options.*.type prefixes prefixes.*.prefix refuse.*.file refuse.*.fix refuse.*.tensor refuse.*.why "
+        "training.file training.format version",
     ),
     "mapping": (
         ["families/internlm", "families/internlm2", "families/internlm-moe", "families/transformers", "internlm2-1_8b"],
