@@ -13,7 +13,7 @@ from engine.checkpoint.hf_folder import is_whole
 from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, expected_files, rank_dims, stage_dims
 from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
-from engine.language.expressions import evaluate
+from engine.language.expressions import evaluate, names_in
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
 
@@ -136,7 +136,7 @@ def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: 
     From the files alone, it cannot be seen that all files of the last ranks are missing.
 
     Args:
-        said: the configuration, with the training configuration as `training`; `file` is the file that claims them.
+        said: the configuration, in `file`, with the training configuration as `training`.
 
     Raises:
         EngineError: E201 naming the first rank that has no file.
@@ -148,13 +148,13 @@ def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: 
         if claimed != grid.sizes[dim]:
             some = {**dict.fromkeys(grid.sizes, 0), dim: min(claimed, grid.sizes[dim])}
             name = pattern(grid.mode.files[0].name).format(some)
-            more = claimed > grid.sizes[dim]
+            more, read = claimed > grid.sizes[dim], "training" in names_in(expression)
             raise EngineError(
                 "E201",
                 f"rank file `{name}` is missing" if more else f"`{name}` does not belong to this training run",
                 place=Place(folder),
                 got=f"{dim} {grid.sizes[dim]}, counted over the files",
-                expected=f"{dim} {claimed}: `{expression.text}` in {file}",
+                expected=f"{dim} {claimed}: `{expression.text}` in {layout.training_file if read else file}",
                 fix="Copy the missing files from the training run; every rank holds a different slice."
                 if more
                 else "Files of two checkpoints seem to be mixed; keep those of one.",

@@ -68,7 +68,7 @@ def read_checkpoint(
     if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):
         raise no_configuration(folder, layout)  # files with these names alone may be another framework's
     configured = {**configuration, "training": training}
-    check_claims(grid, layout, configured, layout.training_file or name, folder.place())
+    check_claims(grid, layout, configured, name, folder.place())
     names = [f.name for f in grid.files]
     headers = read_headers(folder, names, grid.mode, layout.skip_tensors, told_by(layout), layout.wrappers)
     with_tensors = {header.name for header in headers} | {".metadata"}  # their states are known

@@ -500,16 +500,21 @@ def test_an_old_order_of_queries_keys_and_values_is_refused(copy: Callable[[str]
 
 
 @pytest.mark.parametrize(
-    ("name", "lost"),
-    [("torch-tp2pp2-vpp2", "mp_rank_01_000"), ("torch-ep2-moe", "mp_rank_00_001"), ("leg_t4_g2", "mp_rank_03")],
+    ("name", "lost", "claim"),
+    [
+        ("torch-tp2pp2-vpp2", "mp_rank_01_000", "of a grid of tp 2 × pp 2"),
+        ("torch-ep2-moe", "mp_rank_00_001", "in mp_rank_00_000/model_optim_rng.pt"),
+        ("leg_t4_g2", "mp_rank_03", "in mp_rank_00/model_optim_rng.pt"),
+    ],
 )
-def test_a_missing_rank_is_refused_by_its_name(
-    name: str, lost: str, copy: Callable[[str], Path], tmp_path: Path
+def test_a_missing_rank_is_refused_by_its_name_and_with_what_claims_it(
+    name: str, lost: str, claim: str, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = copy(name)
     shutil.rmtree(folder / lost)
     with pytest.raises(EngineError, match=lost) as caught:
         convert(name, tmp_path / "out", folder)
+    assert claim in str(caught.value)
     assert caught.value.code == "E201"
 
 
