@@ -85,6 +85,15 @@ def rules_of(
     dims: dict[str, int] = {}
     seen = False
     for family in families:
+        if 0 in family.kind.shape:
+            raise EngineError(
+                "E218",
+                f"`{family.name}` of the model class would have no elements",
+                place=Place("config.json"),
+                got=f"the shape {' × '.join(map(str, family.kind.shape))}",
+                expected="1 or more of each dimension",
+                fix="A size in config.json is 0: give this model's config.json with --config FILE.",
+            )
         dims |= family.counts
         dims |= {f"n{size}": size for size in family.kind.shape}
         axes = Axes(tuple(map(Axis, _axes(family.kind.shape, dims))))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from engine.assets.apart import call_apart
-from engine.errors import EngineError, shape_text
+from engine.errors import EngineError, Place, shape_text
 from engine.language.documents import grouped
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -79,7 +79,12 @@ def _wanted_apart(config: Mapping[str, Any]) -> Wanted:
 
 
 def _wanted_here(config: Mapping[str, Any]) -> Wanted:
-    found = wanted(config)
+    try:
+        found = wanted(config)
+    except EngineError as error:  # told of a mapping's `config`
+        error.place, own = Place("config.json"), "Correct config.json, or give this model's with --config FILE."
+        error.fix = error.fix and error.fix.replace("Correct `config`.", own)
+        raise
     if isinstance(found, str):
         raise EngineError(
             "E209",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import transformers
 from transformers import AutoConfig
 
 import engine
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
 from engine.language.expressions import OMIT, render_tree
 from engine.language.mapping_file import load_mapping
 from engine.proving.meta_model import asked
@@ -180,6 +181,25 @@ def test_angles_that_transformers_4_has_under_a_models_own_names_are_written_so_
     with pytest.raises(EngineError, match=min(own)) as caught:
         engine.convert("transformers", folder, tmp_path / "no")
     assert caught.value.code == "E218"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "code", "told"),
+    [
+        ("vocab_size", 0, "E218", "`model.embed_tokens.weight` of the model class would have no elements"),
+        ("intermediate_size", 0, "E218", "got       the shape 0 × "),
+        ("hidden_size", -4, "E502", "give this model's with --config FILE"),
+        ("num_key_value_heads", 0, "E502", "Correct config.json"),
+        ("architectures", ["BertModel"], "E502", "counts. Correct config.json"),
+    ],
+)
+def test_a_size_that_no_model_has_is_told_of_its_config(
+    key: str, value: Any, code: str, told: str, tmp_path: Path
+) -> None:
+    folder = save(model(LLAMA), tmp_path / "step", LLAMA | {key: value})
+    with pytest.raises(EngineError, match=re.escape(told)) as caught:
+        engine.convert("transformers", folder, tmp_path / "out")
+    assert caught.value.code == code and caught.value.place == Place("config.json")
 
 
 def test_a_model_without_a_line_of_layers_is_written_for_ranks_too(tmp_path: Path) -> None:
