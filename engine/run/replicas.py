@@ -13,7 +13,7 @@ from engine.move.moves import Gatherer
 from engine.move.values import elements, float_type
 from engine.planning.model import Replicas, Slices, Tied, Work
 from engine.run.meter import Meter
-from engine.run.slices import compare_slices, ends_of, same, whole
+from engine.run.slices import Others, compare_slices, ends_of, same, whole
 from engine.storage.sources import SourceFiles
 from engine.storage.store import Range
 
@@ -28,7 +28,11 @@ def checks(plan: Work) -> tuple[Check, ...]:
 
 
 def compare_replicas(
-    plan: Work, meter: Meter | None = None, some: Sequence[Check] | None = None, users: int = 1
+    plan: Work,
+    meter: Meter | None = None,
+    some: Sequence[Check] | None = None,
+    users: int = 1,
+    others: Others | None = None,
 ) -> None:
     """Compare each replica block by block with the first of its set.
 
@@ -36,11 +40,12 @@ def compare_replicas(
         meter: advances by `replica_bytes` in all; its flag stops the comparison early, without a result.
         some: of the plan's `checks`; default: all.
         users: how many threads compare at the same time.
+        others: what they share of slices, so that those of different tensors are compared too.
 
     Raises:
         EngineError: E402 with the ranks that differ and the largest deviation, E306 for equal slices.
     """
-    meter = meter or Meter(0, None)
+    meter, others = meter or Meter(0, None), {} if others is None else others
     with SourceFiles(plan.files, users) as files:
         first, other = Gatherer(files, plan.sources), Gatherer(files, plan.sources)
         for batch in files.ahead(_batches(plan, checks(plan) if some is None else some, files.block)):
@@ -48,7 +53,7 @@ def compare_replicas(
                 if isinstance(check, Tied):
                     _compare_tied(plan, check, first, other, meter)
                 elif isinstance(check, Slices):
-                    compare_slices(plan, check, first, other, meter)
+                    compare_slices(plan, check, first, other, meter, others)
                 else:
                     _compare(plan, check, first, other, meter)
 
@@ -134,8 +139,9 @@ def _deviation(x: memoryview, y: memoryview, dtype: str) -> tuple[int, float]:
     unlike = int((one != two).sum())
     if dtype not in FLOATS:
         return unlike, 0.0
-    u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (one, two))
-    return unlike, float(np.nanmax(np.abs(u - v), initial=0.0))
+    with np.errstate(invalid="ignore"):
+        u, v = (z.view(float_type(dtype)).astype(np.float64) for z in (one, two))
+        return unlike, float(np.nanmax(np.abs(u - v), initial=0.0))
 
 
 def _differ(plan: Work, replicas: Replicas, source: int, told: str) -> EngineError:

@@ -130,7 +130,7 @@ def _write(
                 meter.begin("checking what is kept")
             _run(pool, meter, before)
             dealt = [compared[first::count] for first in range(count)]
-            comparing = partial(compare_replicas, work, meter, users=count)
+            comparing = partial(compare_replicas, work, meter, users=count, others={})
             if any(dealt):
                 meter.begin("comparing replicas")
             _run(pool, meter, [partial(comparing, some) for some in dealt if some])

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import xxhash
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FLOATS, ITEM_SIZES, TensorHeader
@@ -26,8 +29,12 @@ def ends_of(header: TensorHeader) -> Iterator[Range]:
         yield high - _SAMPLE, high
 
 
-def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter) -> None:
-    """E306 for two slices that are bit-identical, or begin or end alike, except those of few values or elements."""
+def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer, meter: Meter, others: Others) -> None:
+    """E306 for two slices that are bit-identical, or begin or end alike, except those of few values or elements.
+
+    Args:
+        others: of the tensors that were compared before; this one is added.
+    """
     held = _Held(plan, slices, first, other)
     begins: dict[int, bytes] = {}
     seen: dict[bytes, int] = {}
@@ -44,6 +51,7 @@ def compare_slices(plan: Work, slices: Slices, first: Gatherer, other: Gatherer,
     if not equal:
         if slices.repeats <= 1 and held.dtype in FLOATS:  # of experts, training may have changed a part
             _check_parts(held, begins)
+        _check_others(held, begins, others)
         return
     got = f"bit-identical slices of {' × '.join(map(str, plan.sources[slices.sources[0]].header.shape))}"
     if _in_rows(slices, {twin: one for one, twin in equal}):
@@ -63,6 +71,31 @@ def _check_parts(held: _Held, begins: Mapping[int, bytes]) -> None:
             if not held.regular((one, source), start + place, some):
                 got = f"{_FEW} elements or more that are bit-identical, from element {start + place} on"
                 raise _copied(held.plan, held.slices, one, source, got, "a part of ")
+
+
+def _check_others(held: _Held, begins: Mapping[int, bytes], others: Others) -> None:
+    """E306 for a slice that another tensor has too, if it has not all: after upcycling, layers are equal on all ranks.
+
+    Vectors of a few ranks may well have stayed equal since then.
+    """
+    header = held.plan.sources[held.slices.sources[0]].header
+    if len(header.shape) < 2 or held.dtype not in FLOATS:
+        return
+    ours = _Begins(held.slices, tuple(map(xxhash.xxh3_128_digest, begins.values())))
+    for (source, sample), digest in zip(begins.items(), ours.digests, strict=True):
+        one, theirs = others.setdefault((header.shape, held.dtype, digest), (source, ours))
+        if theirs.digests != ours.digests and not _few_values(sample, held.item) and held.alike(one, source):
+            raise _copied_within(held.plan, {one: theirs.slices, source: held.slices})
+
+
+class _Begins(NamedTuple):
+    """A tensor, and how each of its slices begins."""
+
+    slices: Slices
+    digests: tuple[bytes, ...]
+
+
+Others = dict[tuple[tuple[int, ...], str, bytes], tuple[int, _Begins]]  # by shape, type and how a slice begins
 
 
 class _Held:
@@ -129,6 +162,21 @@ def _copied(plan: Work, slices: Slices, one: int, source: int, got: str, what: s
         got=got,
         expected="another slice on each rank: this tensor is cut",
         fix="The tensor, or its file, was copied from the other rank: copy the file again from the training run.",
+    )
+
+
+def _copied_within(plan: Work, held: Mapping[int, Slices]) -> EngineError:
+    (one, first), (two, second) = sorted(held.items())
+    name, twin = (plan.files[plan.sources[source].file].name for source in (one, two))
+    return EngineError(
+        "E306",
+        f"`{twin}` holds the same slice of `{second.name}` as "
+        + (f"`{name}` of `{first.name}`" if name != twin else f"of `{first.name}`"),
+        place=Place(twin, tensor=plan.sources[two].header.name),
+        got=f"bit-identical slices of {' × '.join(map(str, plan.sources[two].header.shape))}, only on some ranks",
+        expected="different ones, as on other ranks, or equal ones on all ranks, as after upcycling",
+        fix="One was copied from the other: copy the " + ("file" if name == twin else "files") + " again from the "
+        "training run.",
     )
 
 

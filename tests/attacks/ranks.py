@@ -178,6 +178,38 @@ for _part in ("w1", "w2", "qkv", "embedding"):
         add(f"a rank with the {_what} rows of {_part} of another", "training",
             copied_with(_rows(_part, _some)), "E306", "a part of the same slice")  # fmt: skip
 
+
+def _of_another_layer(part: str) -> Callable[[dict[str, torch.Tensor], dict[str, torch.Tensor]], object]:
+    def change(own: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+        first, second = (name for name in own if part in name and own[name].dim() == 2)
+        own[second].copy_(own[first])
+
+    return change
+
+
+for _part in ("w1", "w2", "qkv"):
+    add(f"a rank whose {_part} is that of another layer", "training",
+        copied_with(_of_another_layer(_part)), "E306", "only on some ranks")  # fmt: skip
+
+
+@attack("training", "E306", "model_tp1_pp1.pt` holds the same slice of `blocks.0.mlp.w1.weight` as")
+def a_rank_whose_slice_is_that_of_a_layer_of_another_stage_and_rank(folder: Path) -> None:
+    first = torch.load(folder / FIRST, weights_only=True)
+    edit(folder / LATER, lambda own: own["blocks.0.mlp.w1.weight"].copy_(first["blocks.1.mlp.w1.weight"]))
+
+
+@attack("training", "E306", "of `blocks.0.mlp.w1.weight`")
+def a_rank_whose_gate_is_its_up_projection(folder: Path) -> None:
+    edit(folder / RANK, lambda own: own["blocks.0.mlp.w3.weight"].copy_(own["blocks.0.mlp.w1.weight"]))
+
+
+@attack("training", None)
+def a_layer_that_is_a_copy_of_another_on_all_ranks(folder: Path) -> None:
+    """As after upcycling."""
+    for name in (FIRST, RANK):
+        edit(folder / name, lambda own: [own[one.replace(".0.", ".1.")].copy_(own[one]) for one in own if ".0." in one])
+
+
 COPIED = {"all of it but one element": _but_one_element}
 COPIED |= {f"its {part}": _one_tensor(part) for part in ("w1", "w2", "qkv", "embedding")}
 for _how, (_wrap, *_) in MADE.items():

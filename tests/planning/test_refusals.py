@@ -189,6 +189,23 @@ def test_replicas_that_differ_name_both_files_and_the_deviation(source: Path) ->
     refuse(source, "E402", "norm.weight", "model_tp1_pp1.pt", "model_tp0_pp1.pt", "1 of 16 elements")
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), "a signalling NaN"])
+def test_the_deviation_of_replicas_that_are_no_numbers_is_told_without_a_warning(
+    source: Path, value: float | str
+) -> None:
+    def change(state: dict[str, torch.Tensor], one: float) -> None:
+        state["norm.weight"] = state["norm.weight"].float()
+        state["norm.weight"].view(torch.int32)[1] = 0x7F800001 if isinstance(value, str) else 0
+        if not isinstance(value, str):
+            state["norm.weight"][1] = value
+        state["norm.weight"][2] = one
+
+    for rank in range(2):
+        edit(source / f"model_tp{rank}_pp1.pt", lambda state, one=float(rank): change(state, one))
+    refuse(source, "E402", "1 of 16 elements, by up to 1\n")
+
+
 def test_the_deviation_of_replicas_is_that_of_all_their_blocks(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replicas, "BLOCK_BYTES", 16)
     for tp, values in enumerate(([1, 1, 1], [4, 1, 1.5])):
