@@ -1,4 +1,4 @@
-"""What is odd in the values of tensors although nothing is wrong with the files: zeros, no numbers, equal matrices.
+"""What is odd in the values of tensors although nothing is wrong with the files: zeros, no numbers, equal tensors.
 
 A run looks at a sample while bytes are in cache, since looking at all of them would take longer than copying them.
 """
@@ -21,17 +21,20 @@ from engine.language.names import form
 _SMALL = 1 << 16  # bytes of a tensor of which every word is looked at
 _ZERO, _WILD = b"01"  # kinds of a number's last byte, its sign and the top of its exponent
 _KINDS = bytes(_ZERO if not one else _WILD if one & 0x7F >= 0x7C else 0 for one in range(256))
-_ZEROS = bytes(1 << 20)
+_ZEROS = bytes(8)
+_WORDS = 1 << 17  # of which digests are computed at a time
 _STEP = 8 * 61  # bytes of which one word is looked at in a large tensor
 _HOLE = 4096 // _STEP * _STEP  # bytes: as many are seen of the least that a file system leaves out
+_FEW = 32  # elements that may be equal by chance
 _SPLIT = re.compile(r"([0-9]+)").split
 
 
 @cache
-def _of_zeros(nbytes: int) -> str:
-    total = xxhash.xxh3_128()
-    for at in range(0, nbytes, len(_ZEROS)):
-        total.update(memoryview(_ZEROS)[: nbytes - at])
+def _of_one(word: bytes, nbytes: int) -> str:
+    """The digest of one word of eight bytes, again and again."""
+    total, block = xxhash.xxh3_128(), memoryview(word * _WORDS)
+    for at in range(0, nbytes, len(block)):
+        total.update(block[: nbytes - at])
     return total.hexdigest()
 
 
@@ -39,36 +42,46 @@ class Look(NamedTuple):
     """What a sample of a tensor's bytes shows: about how many are zero, and whether a number is none, or far too large.
 
     Of a float type: other numbers may well have such bytes.
+
+    Attributes:
+        word: its first eight bytes, and about how many bytes are in `others`.
     """
 
     zeros: int = 0
     wild: bool = False
+    word: bytes = b""
+    others: int = 0
 
     def and_at(self, data: memoryview, size: int) -> Look:
         """With more bytes of a tensor of `size` bytes: of each word of eight, or of one in 61 of a large tensor.
 
         61 is odd, so that rows of equal lengths hide nothing. Trained weights have no zeros in a row.
 
-        >>> Look().and_at(memoryview(bytes(4880)), 1 << 20), Look().and_at(memoryview(bytes([0, 1] * 2440)), 4880)
-        (Look(zeros=4880, wild=False), Look(zeros=0, wild=False))
-        >>> Look(zeros=8).and_at(memoryview(b"1234567\x7f"), 16).and_at(memoryview(bytes(8)), 16)
-        Look(zeros=16, wild=True)
+        >>> seen = [Look().and_at(memoryview(one), size) for one, size in ((bytes(4880), 1 << 20), (b"1" * 8, 16))]
+        >>> seen += [seen[1].and_at(memoryview(b"1234567" + bytes([0x7F])), 16)]
+        >>> [(look.zeros, look.wild, look.word[:1], look.others) for look in seen]
+        [(4880, False, b'\\x00', 0), (0, False, b'1', 0), (0, True, b'1', 8)]
         """
         step = 8 if size < _SMALL else _STEP
-        kinds = bytes(data[7::step]).translate(_KINDS)
+        tops = bytes(data[7::step])
+        kinds = tops.translate(_KINDS)
         zeros, wild = self.zeros, self.wild or _WILD in kinds
-        if _ZERO in kinds:  # very rare, except in float16
+        word = self.word or bytes(data[: 8 * bool(tops)])
+        alike = tops.count(word[7:8]) if tops else 0
+        if _ZERO in kinds or 2 * alike > len(tops):  # very rare, except in float16, and of norms
             import numpy as np
 
             words = np.frombuffer(data, "u8", len(data) // 8)[:: step // 8]
             zeros += int(len(words) - np.count_nonzero(words)) * step
-        return Look(zeros, wild)
+            alike = int(np.count_nonzero(words == np.frombuffer(word, "u8")))
+        return Look(zeros, wild, word, self.others + (len(tops) - alike) * step)
 
 
 def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *, whole: bool = True) -> list[str]:
     """What is odd in tensors, in words: no numbers, nothing but zeros or many of them, equal layers or experts.
 
-    Biases may well be zeros, and norms ones. A model may have been built by copying layers, so nothing is refused.
+    Biases may well be zeros, and norms ones, or nearly all of them.
+    A model may have been built by copying layers, so nothing is refused.
 
     Args:
         tensors: the name, type, shape, digest and look of each.
@@ -85,6 +98,7 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     []
     """
     zeros: list[str] = []
+    constant: list[str] = []
     partly: list[str] = []
     wild: list[str] = []
     alike: dict[str, list[str]] = {}
@@ -94,10 +108,16 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
             wild.append(name)
         if not digest or (len(shape) < 2 and not name.endswith(".weight")):
             continue
-        if digest == _of_zeros(nbytes):
+        if digest == _of_one(_ZEROS, nbytes):
             zeros.append(name)
             continue
         if len(shape) < 2:
+            if whole and 2 * look.others > nbytes >= _FEW * ITEM_SIZES[dtype]:
+                alike.setdefault(digest, []).append(name)
+            continue
+        one = look.word[: ITEM_SIZES[dtype]]
+        if one and not look.others and look.word == one * (8 // len(one)) and digest == _of_one(look.word, nbytes):
+            constant.append(name)
             continue
         if look.zeros >= min(_HOLE, nbytes // 16) > 0:
             partly.append(f"{name} ({max(min(look.zeros * 100 // nbytes, 99), 1)}%)")
@@ -109,6 +129,7 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     return [
         *listed("NaN, infinity or far too large numbers", wild),
         *listed("nothing but zeros", zeros),
+        *listed("nothing but one number", constant),
         *holes,
         *listed(told, copies),
     ]

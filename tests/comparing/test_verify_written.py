@@ -296,6 +296,42 @@ def test_the_slice_of_one_rank_that_is_zeros_or_no_numbers_is_told(
     assert any(told.split(":")[0] in one for one in back.notices)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_matrix_of_one_number_and_a_norm_that_another_layer_has_too_are_told(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = Model("v2", layers=2, hidden=32, bias=False)
+    save(model, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = {name: tensor.to(dtype) for name, tensor in torch.load(path).items()}
+        state["layers.1.feed_forward.w1.weight"].fill_(0.02)
+        state["layers.1.attention_norm.weight"] = state["layers.0.ffn_norm.weight"].clone()
+        torch.save(state, path)
+    told = (
+        "nothing but one number: model.layers.1.mlp.gate_proj.weight",
+        "equal to the last bit, as after upcycling, or if a file was copied: "
+        "model.layers.0.post_attention_layernorm.weight and model.layers.1.input_layernorm.weight",
+    )
+    report = engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf")
+    assert report.notices[-2:] == told
+    assert engine.api.verify(tmp_path / "hf").values == told
+
+
+def test_norms_that_training_has_hardly_changed_may_be_equal(tmp_path: Path) -> None:
+    """In bfloat16 most stay at one for long, and the same few of all layers change."""
+    model = Model("v2", layers=2, hidden=32, bias=False)
+    save(model, tmp_path / "step", tp=2)
+    for rank in range(2):
+        path = tmp_path / "step" / f"model_tp{rank}_pp0.pt"
+        state = torch.load(path)
+        for norm in (one for name, one in state.items() if "norm" in name):
+            norm.fill_(1)
+            norm[5], norm[11] = 0.375, 1.0078125
+        torch.save(state, path)
+    assert not any("equal" in one for one in engine.convert(MODEL.mapping, tmp_path / "step", tmp_path / "hf").notices)
+
+
 def save_changed(step: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """The model on two ranks, each with a change of its tensors."""
     save(MODEL, step, tp=2)
