@@ -124,15 +124,26 @@ class Upload:
     folder: Path | None = None
     positioned = False
 
-    def __init__(self, store: ObjectStore, work: str, there: set[str], *, mark: str, replaces: bool = False) -> None:
+    def __init__(
+        self,
+        store: ObjectStore,
+        work: str,
+        there: set[str],
+        *,
+        mark: str,
+        replaces: bool = False,
+        beside: Callable[[], None] = lambda: None,
+    ) -> None:
         """
         Args:
             work: the mark that is stored with each object, which says what it was made from.
             there: objects that an interrupted run may have left whole.
             mark: the file that marks a whole output.
             replaces: whether objects of other runs may be replaced.
+            beside: raises when objects of another run are becoming visible at the same place.
         """
         self._store, self._work, self._there, self._mark, self._replaces = store, work, there, mark, replaces
+        self._beside = beside
         if store.block < WINDOW:  # give large buffers back once freed, which takes time: they would leave gaps
             allocate(MMAP_THRESHOLD, GIVEN_BACK)
         self.writers: dict[str, InOrder] = {}
@@ -206,6 +217,7 @@ class Upload:
         """
         if last != self._mark and self._store.attribute(self._mark, MARK) is not None:
             raise exists(self._store.place(), "Choose another --out.", "an output that was made whole in the meantime")
+        self._beside()
         visible: list[str] = []
         try:
             for name, writer in reversed(self.writers.items()):  # the last parts of the newest uploads may fail

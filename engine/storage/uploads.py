@@ -48,14 +48,22 @@ class ObjectLock:
         """Put the object; E408 when another run has put one."""
         if self._store.write(LOCK, self._told, new=True) or self.held:  # put, but the response was lost
             return
-        there = (self._store.content(LOCK) or b"").partition(b" ")[0].decode("utf-8", "replace")
-        if not resume or there != self._work:
+        self._check(self._store.content(LOCK) or b"", resume=resume)
+        self._store.write(LOCK, self._told)
+
+    def check(self) -> None:
+        """E408 when a run of other work has put one: a part is written beside others, but not beside that."""
+        there = self._store.content(LOCK)
+        if there is not None:
+            self._check(there, resume=True)
+
+    def _check(self, there: bytes, *, resume: bool) -> None:
+        if not resume or there.partition(b" ")[0].decode("utf-8", "replace") != self._work:
             raise held(
                 self._store.place(),
                 "Wait for it to end, or choose another --out. If it was killed, repeat it with --resume, or remove "
                 "what it left with `engine clean`.",
             )
-        self._store.write(LOCK, self._told)
 
     @property
     def held(self) -> bool:
@@ -137,7 +145,8 @@ class Uploads:
         """The upload of a part; `complete` makes its files visible, before the whole output is marked."""
         if self._overwrite and self._before:
             raise exists(self._store.place(), "Choose an --out where nothing is: parts cannot replace an output.")
-        return Upload(self._store, self._work, self._before, mark=self._name)
+        self._lock.check()
+        return Upload(self._store, self._work, self._before, mark=self._name, beside=self._lock.check)
 
     def __enter__(self) -> Upload:
         replaces = self._overwrite and bool(self._before)

@@ -194,6 +194,22 @@ def test_a_run_goes_on_from_what_was_left_by_one_like_it_and_not_from_a_whole_ou
         assert upload.whole("model.safetensors", 0) is not whole
 
 
+def test_no_part_is_written_where_a_run_writes_unless_it_commits_that_part() -> None:
+    """The run marked the part's weights among its own as whole."""
+    store, closed, last = Shelf(), list[str](), ".part-00001-of-00001"
+    for work, free in (("another", False), ("this", True)):
+        part = uploads_to(store, resume=True).join()  # before the run began
+        part.writers["model.safetensors"] = types.SimpleNamespace(close=lambda: closed.append("now"))  # type: ignore[assignment]
+        with uploads_to(store, work=work):
+            if free:
+                uploads_to(store, resume=True).join()
+                part.complete(last=last)
+            else:
+                refused("E408", lambda: uploads_to(store, resume=True).join())
+                refused("E408", lambda part=part: part.complete(last=last))
+        assert bool(closed) == free
+
+
 def test_nothing_is_made_visible_once_another_run_has_the_output() -> None:
     store = Shelf()
 
