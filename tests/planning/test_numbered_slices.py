@@ -100,11 +100,13 @@ def test_gate_and_up_of_slices_are_columns_of_one_matrix_where_they_are_fused(tm
     same(converted(step, tmp_path / "hf"), experts_of(ROWS))
 
 
-@pytest.mark.parametrize("count", [1, 2, 4])
-@pytest.mark.parametrize(("source", "how"), [(STACKED, {"tp": 2}), (ROWS, {"mode": "isp_wp", "wp": 2})])
+@pytest.mark.parametrize(
+    ("count", "kept"), crossed([1, 2, 4], [(STACKED, {"tp": 2}), (ROWS, {"mode": "isp_wp", "wp": 2})])
+)
 def test_experts_are_written_in_as_many_slices_as_are_asked_for(
-    source: Path, how: dict[str, Any], count: int, tmp_path: Path
+    count: int, kept: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
+    source, how = kept
     whole = converted(source, tmp_path / "hf")
     for number, job in enumerate((engine.reverse, engine.reshard)):
         job(MAPPING, source if number else tmp_path / "hf", tmp_path / f"back{number}", ranks={"expert": count}, **how)

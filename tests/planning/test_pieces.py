@@ -20,7 +20,7 @@ from engine.formats.configs import read_pickled_mapping
 from engine.language.mapping_file import load_mapping
 from engine.storage.local import LocalStore
 from engine.storage.store import File
-from tests.support.depth import sampled
+from tests.support.depth import crossed, sampled
 from tests.support.frameworks import FIXTURES, logits_off
 from tests.support.shards import Model, same, save
 
@@ -150,8 +150,9 @@ def test_llama_is_written_with_its_own_linears_or_with_one_if_asked(tmp_path: Pa
         same(one, two)
 
 
-@pytest.mark.parametrize("rotary", ["halves", "pairs"])
-@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"mode": "isp_wp", "wp": 2}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "rotary"), crossed([{"tp": 2, "pp": 2}, {"mode": "isp_wp", "wp": 2}], ["halves", "pairs"]), ids=str
+)
 def test_internlm2s_own_linears_are_converted_and_written_back(
     layout: dict[str, Any], rotary: str, tmp_path: Path
 ) -> None:
@@ -201,13 +202,13 @@ def test_internlms_own_linears_with_biases_are_converted_and_written_back(rotary
 
 
 @pytest.mark.parametrize(
-    ("layout", "biases"), [({"mode": "isp", "wp": 2}, True), ({"mode": "isp_wp", "wp": 4}, False)], ids=str
+    ("kind", "cut"), crossed(["v1", "v2"], [({"mode": "isp", "wp": 2}, True), ({"mode": "isp_wp", "wp": 4}, False)])
 )
-@pytest.mark.parametrize("kind", ["v1", "v2"])
 def test_gate_and_up_as_halves_of_each_ranks_rows_are_told_apart(
-    kind: str, layout: dict[str, Any], biases: bool, tmp_path: Path
+    kind: str, cut: tuple[dict[str, Any], bool], tmp_path: Path
 ) -> None:
     """Under isp, a rank of `mlp_layer_fusion` has rows of one linear, which it saves as two by lengths alone."""
+    layout, biases = cut
     step, hf, back = tmp_path / "step", tmp_path / "hf", tmp_path / "back"
     model = Model(kind, heads=8, groups={"v1": 8, "v2": 4}[kind], hidden=32, bias=False)
     expected = save(model, step, **layout)

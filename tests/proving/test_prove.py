@@ -417,8 +417,8 @@ def test_two_numbers_that_a_mapping_compares_are_tried_where_they_are_equal_and_
 
 def test_what_each_rank_holds_is_part_of_it(edited: Callable[..., Path]) -> None:
     """Right on one rank, wrong on two."""
-    axes = ("axes: hidden | (groups queries head_dim)", "axes: hidden | (queries groups head_dim)")
-    found = told(check_meaning(load_mapping(edited("internlm2", axes))))
+    axes = ("axes: hidden (groups queries head_dim)", "axes: hidden (queries groups head_dim)")
+    found = told(check_meaning(load_mapping(edited("internevo-qwen2", axes))))
     assert "self_attn.o_proj.weight is cut differently over ranks" in found
     assert "tensor tp2 pp2: tp0 pp0 [:, 0:12+24:36]" in found
     assert "tensor tp2 pp2: tp0 pp0 [:, 0:24]; tp1 pp0 [:, 24:48]" in found
@@ -573,7 +573,7 @@ def test_what_is_committed_of_a_layout_is_written_with_its_mapping_s(
 def test_a_class_whose_file_is_missing_fails_the_proof_of_its_mapping_alone(tmp_path: Path) -> None:
     text = (ROOT / "mappings" / "families" / "transformers.yaml").read_text()
     (tmp_path / "mine.yaml").write_text(text.replace("classes/mistral", "classes/mistrall"))
-    mine, other = engine.prove([tmp_path / "mine.yaml", "families/torchtitan-llama.yaml"])
+    mine, other = engine.prove([tmp_path / "mine.yaml", "families/meta-llama.yaml"])
     assert not mine.holds and "mistrall" in told(mine)
     assert other.holds
 
