@@ -68,12 +68,14 @@ def make_assets(plan: Plan, tokenizer: Path | None, code: Path | None = None) ->
     elif plan.mapping.remote_code is not None:
         missing = f"model type `{plan.mapping.model_type}` is remote code, which is missing; add it with --code DIR"
         notices.insert(0, f"no program loads it as it is: {missing}")
-    versions, unknown = render_tree(plan.mapping.transformers, plan.names) or "", False
-    if plan.mapping.remote_code is None:  # whose keys are not those of transformers' own classes
-        versions, unknown = releases(plan.config, versions), untried(plan.config)
-    has_tokenizer = made.later is not None or "tokenizer.json" in files
-    facts = {"tokenizer": has_tokenizer, "remote": remote_facts(plan, remote), "transformers": versions}
-    facts["untried"] = unknown
+    versions = render_tree(plan.mapping.transformers, plan.names) or ""
+    own = plan.mapping.remote_code is None  # else the keys are not those of transformers' own classes
+    facts = {
+        "tokenizer": made.later is not None or "tokenizer.json" in files,
+        "remote": remote_facts(plan, remote),
+        "transformers": releases(plan.config, versions) if own else versions,
+        "untried": own and untried(plan.config),
+    }
     files["README.md"] = model_card({**card_facts(plan, notices), **facts})
     return replace(made, files=files, notices=tuple(notices))
 

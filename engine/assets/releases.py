@@ -23,12 +23,19 @@ class _Row(NamedTuple):
     before: str
 
 
+class _Data(NamedTuple):
+    """What `schemas/releases.yaml` says: a first release by model type, in three parts, and the rows."""
+
+    types: Mapping[str, str]
+    bases: Mapping[str, str]
+    names: Mapping[str, str]
+    rows: tuple[_Row, ...]
+
+
 @lru_cache(maxsize=1)
-def _data() -> tuple[Mapping[str, str], Mapping[str, str], Mapping[str, str], tuple[_Row, ...]]:
-    """The first release by model type, of those that were tried with all words, with one model, and of those whose
-    names are newer; and the rows."""
+def _data() -> _Data:
     read = load_yaml(bundled("schemas") / "releases.yaml")
-    first, based, named = (
+    types, bases, names = (
         {name: since for since, names in read.data[part].items() for name in names}
         for part in ("types", "bases", "names")
     )
@@ -41,7 +48,7 @@ def _data() -> tuple[Mapping[str, str], Mapping[str, str], Mapping[str, str], tu
         )
         for part in read.parts("rows").values()
     )
-    return first, based, named, rows
+    return _Data(types, bases, names, rows)
 
 
 def releases(config: Mapping[str, Any], told: str) -> str:
@@ -60,21 +67,21 @@ def releases(config: Mapping[str, Any], told: str) -> str:
 
 
 def untried(config: Mapping[str, Any]) -> bool:
-    """Whether no releases were tried with its model type: words alone bound them, and not all words are known.
+    """Whether its model type is none that was tried in all releases with every word of its configuration.
 
     >>> untried({"model_type": "llama"}), untried({"model_type": "other"})
     (False, True)
     """
-    return str(config.get("model_type")) not in _data()[0]
+    return str(config.get("model_type")) not in _data().types
 
 
 def _bounds(config: Mapping[str, Any], told: str) -> Iterator[str]:
-    kind, (first, based, named, rows) = str(config.get("model_type")), _data()
-    yield from (f">={since[kind]}" for since in (first, based) if kind in since)
-    if kind in named and told == ">=5":
-        yield f">={named[kind]}"
+    kind, data = str(config.get("model_type")), _data()
+    yield from (f">={since[kind]}" for since in (data.types, data.bases) if kind in since)
+    if kind in data.names and told == ">=5":
+        yield f">={data.names[kind]}"
     names = {**config, "rope_parameters": _angles(config)}
-    for row in rows:
+    for row in data.rows:
         if (not row.of or kind in row.of) and _holds(row, names):
             yield f">={row.since}" if row.since else f"<{row.before}"
 

@@ -63,8 +63,8 @@ def read_grid(
 
 def check_refused(files: Sequence[FileHeader], layout: Layout, config: Callable[[], Mapping[str, Any]]) -> None:
     """E303 for the first tensor whose name the layout refuses."""
-    for refused in layout.refuse:
-        listed = re.compile("|".join(map(translate, refused.tensors)) or "(?!)")
+    for refused in (one for one in layout.refuse if one.tensors):
+        listed = re.compile("|".join(map(translate, refused.tensors)))
         hits = ((file.name, one.name) for file in files for one in file.tensors if listed.match(one.name))
         hit = next(hits, None)
         if hit is not None and (refused.when is None or evaluate(refused.when, config())):

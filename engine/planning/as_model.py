@@ -252,7 +252,8 @@ def _prefix(wanted: Wanted, names: Collection[str]) -> tuple[str, str]:
 
 
 def _key(prefixes: Sequence[str]) -> str:
-    """
+    """The last one as it stands between `["` and `"]` of Python.
+
     >>> _key(["ema.", "model."]), _key(["", "ema."]), _key(["app.ema.", "app.model."])
     ('model', 'ema', 'app"]["model')
     """

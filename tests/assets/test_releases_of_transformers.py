@@ -190,9 +190,9 @@ def test_a_card_names_the_element_types_of_all_tensors(tmp_path: Path) -> None:
 
 
 def test_every_model_type_that_is_named_is_one_of_transformers() -> None:
-    first, based, named, rows = _data()
-    kinds = {*first, *based, *named, *(kind for row in rows for kind in row.of)}
-    assert (len(first), len(based)) == (66, 13) and kinds - {*CONFIG_MAPPING_NAMES, "internlm3"} == set()
+    data = _data()
+    kinds = {*data.types, *data.bases, *data.names, *(kind for row in data.rows for kind in row.of)}
+    assert (len(data.types), len(data.bases)) == (66, 13) and kinds - {*CONFIG_MAPPING_NAMES, "internlm3"} == set()
 
 
 @sampled(3, "name")

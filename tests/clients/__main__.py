@@ -55,7 +55,8 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
 - transformers before 4.47 gives no assistant masks: it reads the template in `tokenizer_config.json`, which has no
   `generation` tags, since a program that does not know them refuses the whole template. It warns.
 
-These were read in the programs' sources and not run. Each program says nothing, and no key of `config.json` helps:
+These were read in the programs' sources and not run. The programs say nothing of them, and no key of `config.json`
+helps:
 
 - Whether weights of chosen experts are made to sum to one (`norm_topk_prob`) llama.cpp does not read: it does so in
   mixtures of Qwen3 and not in those of Qwen2, which InternEvo trains with it. mlx-lm 0.32.2 and TensorRT-LLM do not do
