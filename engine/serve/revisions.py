@@ -130,9 +130,8 @@ class Revisions:
 
     def _revision(self, name: str, store: Store) -> Revision:
         states = [(path, state.size, dict(state.told())) for path, state in islice(walk(store), _MOST_FILES)]
-        found = hashlib.sha256(json.dumps([self._salt(), name if self._steps else "", states]).encode()).hexdigest()[
-            :40
-        ]
+        told = json.dumps([self._salt(), name if self._steps else "", states])
+        found = hashlib.sha256(told.encode()).hexdigest()[:40]
         return Revision(name, store, found)
 
     def _open(self, one: Revision) -> tuple[Revision, VirtualFolder]:
