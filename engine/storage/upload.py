@@ -215,9 +215,14 @@ class Upload:
         Raises:
             EngineError: E401 when the output that a part belongs to is already whole.
         """
-        if last != self._mark and self._store.attribute(self._mark, MARK) is not None:
-            raise exists(self._store.place(), "Choose another --out.", "an output that was made whole in the meantime")
-        self._beside()
+        try:
+            if last != self._mark and self._store.attribute(self._mark, MARK) is not None:
+                told = "an output that was made whole in the meantime"
+                raise exists(self._store.place(), "Choose another --out.", told)
+            self._beside()
+        except EngineError:
+            self._take_back(sorted(self._whole), last)
+            raise
         visible: list[str] = []
         try:
             for name, writer in reversed(self.writers.items()):  # the last parts of the newest uploads may fail

@@ -210,6 +210,19 @@ def test_no_part_is_written_where_a_run_writes_unless_it_commits_that_part() -> 
         assert bool(closed) == free
 
 
+def test_a_part_whose_prefix_another_run_took_meanwhile_leaves_nothing_there() -> None:
+    """Its weights once stayed among those of an output that was whole."""
+    store = Shelf()
+    part = uploads_to(store, resume=True).join()
+    shown = types.SimpleNamespace(close=lambda: store.objects.update({"model.safetensors": (b"", "this")}))
+    part.writers["model.safetensors"] = shown  # type: ignore[assignment]
+    part.complete(last=".part-00001-of-00001")
+    store.objects |= {"conversion.json": (b"{}", "another"), "model_tp0_pp0.pt": (b"", "another")}
+    part.put(".part-00001-of-00001", b"{}")
+    refused("E401", part.complete)
+    assert store.objects.keys() == {"conversion.json", "model_tp0_pp0.pt"}
+
+
 def test_nothing_is_made_visible_once_another_run_has_the_output() -> None:
     store = Shelf()
 
