@@ -212,7 +212,7 @@ EQUAL = (
         "norms' names, with arguments that say nothing of them, are not among what is tried; tests try each",
     ),
     (
-        r"internlm2",
+        r"internlm2(-official)?",
         r"fusion",
         r"^apart: not \(enable_qkv_fusion \| default\(false\)\) and not present",
         "linears apart of which no key says what they are are not among what is tried; a test of the family tries them",
@@ -234,11 +234,6 @@ SILENT = (
         r"torchtitan-llama",
         r"variants: (`'linear'` for `'llama3'`|`4096` for `8192`)",
         "red; the comment compares what is tried of both, and of either another constant is",
-    ),
-    (
-        r"internlm3",
-        r"training_config: norm_head left out",
-        "it has no head that is normalised, so nothing is written",
     ),
     (
         r"torchtitan-.*|xtuner-moe",
