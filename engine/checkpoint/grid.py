@@ -17,6 +17,8 @@ from engine.language.expressions import evaluate, names_in
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
 
+NO_WEIGHTS = "no weights files"  # begins the message of a folder in which a layout knows no file
+
 
 def folders_in(layout: Layout) -> list[str]:
     """Patterns of the subfolders in which a layout has files."""
@@ -115,7 +117,7 @@ def _no_weights(names: Sequence[str], layout: Layout, folder: str, beside: str) 
     """
     wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
     whole = is_whole(names)
-    told = f"no weights files of layout `{layout.name}` in this folder"
+    told = f"{NO_WEIGHTS} of layout `{layout.name}` in this folder"
     fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
     fix += "Give the folder of one step, which holds the files under the names that training gave them; "
     fix += "`engine inspect DIR` says what DIR is."

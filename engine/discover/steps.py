@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder
+from engine.checkpoint.grid import NO_WEIGHTS
 from engine.checkpoint.hf_folder import is_whole, read_hf_folder
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
@@ -49,7 +50,7 @@ def read_any(
 
 def has_weights(error: EngineError) -> bool:
     """Whether a layout knew files of the folder despite an E304: two modes in one folder, or no configuration."""
-    return not error.message.startswith("no weights files")
+    return not error.message.startswith(NO_WEIGHTS)
 
 
 def find_steps(
@@ -124,7 +125,8 @@ def _step(folder: Store, config: str | Path | None, layouts: Sequence[str]) -> d
 
 
 def _order(name: str) -> tuple[int, str]:
-    """
+    """The last number in a name, by which steps are sorted; names without one come first.
+
     >>> sorted(["1000", "iter_0000020", "500"], key=_order)
     ['iter_0000020', '500', '1000']
     """
