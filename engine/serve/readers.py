@@ -86,7 +86,7 @@ class Readers:
             self._opened.append(SourceFiles(work.files))
             self._idle.put(Reader(work, self._opened[-1]))
         self._closing = weakref.finalize(self, _close, self._opened)
-        self._users, self._open = 0, True
+        self._users, self._open = set[object](), True
         self._process = 0  # id of the process whose threads read: the first to read
         self._changed = threading.Condition()
         self._compared, self._ready = Once(self._compare), Once(self._prepare)
@@ -147,20 +147,21 @@ class Readers:
     def _using(self) -> Iterator[None]:
         self._process = self._process or os.getpid()
         check_process(self._process, "tensors")
-        with self._changed:
-            if not self._open:
-                raise EngineError(
-                    "E001",
-                    "the checkpoint is closed",
-                    place=Place(self.work.folder),
-                    fix="Read it before it is closed, inside its `with` block.",
-                )
-            self._users += 1
-        try:
+        user = object()
+        try:  # around all of it: an interrupt comes anywhere
+            with self._changed:
+                if not self._open:
+                    raise EngineError(
+                        "E001",
+                        "the checkpoint is closed",
+                        place=Place(self.work.folder),
+                        fix="Read it before it is closed, inside its `with` block.",
+                    )
+                self._users.add(user)
             yield
         finally:
             with self._changed:
-                self._users -= 1
+                self._users.discard(user)
                 self._changed.notify_all()
 
     def _fill(self, output: int, start: int, target: memoryview) -> None:

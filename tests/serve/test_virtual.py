@@ -259,6 +259,28 @@ def test_files_are_closed_once_who_reads_has_ended() -> None:
     assert order == ["read", "closed"]
 
 
+def test_what_was_interrupted_as_a_read_began_can_be_closed() -> None:
+    """It once waited without end for a reader that had never begun."""
+
+    class Interrupted(threading.Condition):
+        times = 1
+
+        def __exit__(self, *raised: Any) -> None:
+            super().__exit__(*raised)
+            if self.times:
+                self.times = 0
+                raise KeyboardInterrupt
+
+    readers = Readers(engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2"))
+    readers._changed = Interrupted()
+    with pytest.raises(KeyboardInterrupt), readers._using():
+        pass
+    closing = threading.Thread(target=readers.close, daemon=True)
+    closing.start()
+    closing.join(3)
+    assert not closing.is_alive()
+
+
 def test_what_one_of_several_threads_cannot_read_is_not_handed_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving_readers, "PART_BYTES", 64)
     readers = Readers(engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2"))
