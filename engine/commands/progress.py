@@ -181,12 +181,12 @@ class Log:
         except OSError as error:
             raise self._failed(error) from error
         self._clock = clock
-        self._started = self._told = clock()
+        self._started = self._told = time.monotonic()  # the clock may be set meanwhile
 
     def event(self, name: str, **facts: Any) -> None:
         """Write one line; E403 when it cannot be written."""
-        now = self._clock()
-        line = {"event": name, "time": round(now, 3), "elapsed": round(now - self._started, 3), **facts}
+        elapsed = time.monotonic() - self._started
+        line = {"event": name, "time": round(self._clock(), 3), "elapsed": round(elapsed, 3), **facts}
         try:
             os.write(self._file, escaped_json(json.dumps(line, ensure_ascii=False, default=str)).encode() + b"\n")
         except OSError as error:
@@ -203,7 +203,7 @@ class Log:
 
     def progress(self, state: Progress) -> None:
         """Log the bytes moved, every few seconds and at the end."""
-        now = self._clock()
+        now = time.monotonic()
         if now - self._told >= _EVERY or state.done == state.total:
             self._told = now
             self.event("progress", phase=state.phase, done=state.done, total=state.total, unit=state.unit)

@@ -593,6 +593,15 @@ def test_a_log_has_one_json_line_per_event(tmp_path: Path) -> None:
     assert events[4]["errors"][0]["code"] == "E401"
 
 
+def test_a_log_measures_time_where_the_clock_is_set_back(tmp_path: Path) -> None:
+    hours = iter(range(2 * 10**9, 0, -3600))
+    log = progress.Log(str(tmp_path / "log.jsonl"), clock=lambda: float(next(hours)))
+    log.event("started")
+    log.event("finished")
+    log.close()
+    assert all(0 <= json.loads(line)["elapsed"] < 60 for line in (tmp_path / "log.jsonl").read_text().splitlines())
+
+
 def test_a_log_that_cannot_be_written_is_told_before_anything_is_done(tmp_path: Path) -> None:
     done = invoke("run", "-m", MAPPING, "-s", str(CHECKPOINT), "-o", str(tmp_path / "hf"), "--log-file", str(tmp_path))
     assert done.exit_code == 1 and "E403" in done.stderr
