@@ -191,9 +191,13 @@ def test_angles_that_transformers_4_has_under_a_models_own_names_are_written_so_
         ("hidden_size", -4, "E502", "give this model's with --config FILE"),
         ("num_key_value_heads", 0, "E502", "Correct config.json"),
         ("architectures", ["BertModel"], "E502", "counts. Correct config.json"),
+        ("rms_norm_eps", -1e-5, "E218", "`rms_norm_eps` of config.json cannot be -1e-05"),
+        ("rms_norm_eps", 1e9, "E218", "`rms_norm_eps` of config.json cannot be 1000000000"),
+        ("rope_theta", 0, "E218", "`rope_theta` of config.json cannot be 0"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": -1.0}, "E218", "rope_theta` of config.json cannot"),
     ],
 )
-def test_a_size_that_no_model_has_is_told_of_its_config(
+def test_a_size_or_number_that_no_model_has_is_told_of_its_config(
     key: str, value: Any, code: str, told: str, tmp_path: Path
 ) -> None:
     folder = save(model(LLAMA), tmp_path / "step", LLAMA | {key: value})
