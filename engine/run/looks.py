@@ -93,6 +93,8 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
     ['nothing but zeros: w', 'zeros in a part, as of padding tokens, or if a file was not copied completely: x (50%)']
     >>> suspicious([(f"l.{n}.w", "F16", (2, 4), other, Look()) for n in range(3)])
     ['equal to the last bit, as after upcycling, or if a file was copied: l.{0…2}.w']
+    >>> suspicious([(f"l.{n}.bias", "F32", (32,), other, Look(others=120)) for n in range(2)])
+    ['equal to the last bit, as after upcycling, or if a file was copied: l.{0…1}.bias']
     >>> norm, tiny = ("F32", (4,), other, Look(9)), ("F16", (1, 2), other, Look())
     >>> suspicious([("n.0.weight", *norm), ("n.1.weight", *norm), ("i", "I32", (4,), "", Look(0, True)), ("t", *tiny)])
     []
@@ -106,12 +108,13 @@ def suspicious(tensors: Iterable[tuple[str, str, tuple[int, ...], str, Look]], *
         nbytes = prod(shape) * ITEM_SIZES[dtype]
         if look.wild and dtype in FLOATS:
             wild.append(name)
-        if not digest or (len(shape) < 2 and not name.endswith(".weight")):
+        vector = len(shape) < 2
+        if not digest or (vector and not name.endswith((".weight", ".bias"))):
             continue
         if digest == _of_one(_ZEROS, nbytes):
-            zeros.append(name)
+            zeros += [name] if not vector or name.endswith(".weight") else []
             continue
-        if len(shape) < 2:
+        if vector:
             if whole and 2 * look.others > nbytes >= _FEW * ITEM_SIZES[dtype]:
                 alike.setdefault(digest, []).append(name)
             continue
