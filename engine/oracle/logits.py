@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # is off by tens of units in the last place, and layers add up; a wrong tensor is off by its full size.
 _EXACT = 4096 * 2.0**-23
 _EMBEDDED = 4096  # rows of the embedding that are compared together
-_ROUNDED = 16  # units in the last place of the type that weights were rounded to
+_ROUNDED = 8  # units in the last place of the type that weights were rounded to
 _PRECISION = {"BF16": 2.0**-7, "F16": 2.0**-10, "F32": 2.0**-23, "F64": 2.0**-52}
 
 

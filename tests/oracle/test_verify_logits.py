@@ -238,6 +238,14 @@ def test_one_wrong_tensor_is_named_alone_though_all_later_states_differ(kind: st
         assert differing == [*after, "logits"]
 
 
+def test_a_head_that_is_a_tenth_too_large_is_told_also_where_training_divides_its_rows(tmp_path: Path) -> None:
+    """The output holds the divided rows, rounded: each is off by less than one unit in the last place."""
+    engine.convert("internlm2", FOLDER / "v2_tp2_pp1_normhead", tmp_path / "hf")
+    change(tmp_path / "hf", lambda state: state["lm_head.weight"].mul_(1.1))
+    (wrong,) = logits_of(tmp_path / "hf", FOLDER / "v2_tp2_pp1_normhead")["wrong"]
+    assert wrong["why"] == "lm_head or score is wrong"
+
+
 @pytest.mark.parametrize(
     ("values", "why"),
     [
