@@ -321,6 +321,7 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
         {"attention_bias": True}, {"mlp_bias": True}, {"num_experts": 4}, {"hidden_size": 18}, {"hidden_act": "swoosh"},
         {"vocab_size": "40"}, {"rope_scaling": {"rope_type": "llama3"}}, {"quantization_config": {}},
         {"pad_token_id": 40}, {"rms_norm_eps": None}, {"max_position_embeddings": None}, {"attention_dropout": None},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": None}},
     ]  # fmt: skip
     assert {wanted_by_mapping(told, {**plain, **one}) for one in unknown} == {None}
 

@@ -346,6 +346,7 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
         ({"apply_layernorm_1p": True}, "E202"), ({"heterogeneous_layers_config_encoded_json": "{}"}, "E209"),
         ({"normalization": "LayerNorm"}, "E209"), ({"swiglu": False}, "E209"),
         ({"multi_latent_attention": True}, "E209"), ({"rotary_percent": 0.5}, "E209"), ({"num_layers": 5}, "E203"),
+        ({"make_vocab_size_divisible_by": 0}, "E218"),
         ({"hidden_size": 32}, "E203"), ({"padded_vocab_size": 128}, "E202"), ({"add_bias_linear": True}, "E209"),
     ],
 )  # fmt: skip

@@ -375,6 +375,7 @@ HOMEGROWN: list[tuple[dict[str, Any], str, str]] = [
     ({"rope_theta": 1e6}, "E209", "rope_theta"),
     ({"causal": False}, "E209", "causal"),
     ({"embed_scale": 8.0}, "E209", "embed_scale"),
+    ({"add_unit_offset": True}, "E209", "add_unit_offset"),
     ({"moe_kwargs": {"top_k": 2}}, "E209", "moe_kwargs"),
     ({"norm_topk_prob": True}, "E209", "norm_topk_prob"),
     ({"routed_scaling_factor": 2.5}, "E209", "routed_scaling_factor"),
