@@ -12,15 +12,21 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
+import engine
+from engine.serve import revisions
+from engine.serve.virtual import VirtualFolder
 from engine.storage import output
+from engine.storage.places import store_at
 from tests.support.cases import rank_files, same_files
 from tests.support.depth import SOAK
 from tests.support.disk import tree
@@ -211,3 +217,83 @@ def test_a_sequence_of_commands_and_faults_gives_right_outputs_or_refusals(first
             error.add_note("\n".join(world.log))
             raise
         shutil.rmtree(tmp_path / str(seed))
+
+
+class Run:
+    """A run's folder that is served while its steps are saved, damaged, removed, and while the disk fails for once."""
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.draw, self.folder, self.log = random.Random(seed), folder, list[str]()
+        self.holds: dict[str, int | None] = {}
+        self.bytes: dict[str, bytes] = {}  # by commit
+        self.save("100")
+
+        def make(store: Any) -> VirtualFolder:
+            return engine.virtual(engine.plan(MODEL.mapping, store, settings={"mlp_letters": "w2_is_down"}))
+
+        self.revisions = revisions.Revisions(store_at(folder, "the run"), make, lambda: "")
+
+    def save(self, name: str) -> None:
+        time.sleep(0.005)  # a file system's clock ticks that often
+        shutil.rmtree(self.folder / name, ignore_errors=True)
+        self.holds[name] = self.draw.randint(0, 3)
+        save(replace(MODEL, seed=self.holds[name]), self.folder / name, tp=self.draw.choice([1, 2]))
+
+    def deed(self) -> None:
+        name, what = self.draw.choice(sorted(self.holds) or ["100"]), self.draw.randint(0, 4)
+        self.log.append(f"deed {what} in {name}")
+        if what <= 2 or not (self.folder / name).exists():
+            self.save(name if what == 0 else str(100 * self.draw.randint(1, 12)))
+        elif what == 3:
+            shutil.rmtree(self.folder / name)
+            del self.holds[name]
+        else:
+            time.sleep(0.005)
+            (self.folder / name / "model_tp0_pp0.pt").unlink(missing_ok=True)
+            self.holds[name] = None
+
+    def fail(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Ask for something new, while one call of the system fails."""
+        self.deed()
+        left, called = [self.draw.randint(1, 60)], self.draw.choice(["preadv", "scandir", "stat", "open"])
+        call = getattr(os, called)
+
+        def failing(*given: Any, **more: Any) -> Any:
+            left[0] -= 1
+            if left[0] == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return call(*given, **more)
+
+        self.log.append(f"{called} fails at {left[0]}")
+        with monkeypatch.context() as patched:
+            patched.setattr(os, called, failing)
+            with suppress(AssertionError, OSError, engine.EngineError, revisions.NoRevision):
+                self.look()
+
+    def look(self) -> None:
+        whole = [name for name, seed in self.holds.items() if seed is not None]
+        if not whole:
+            with pytest.raises(revisions.NoRevision):
+                self.revisions.find("main")
+            return
+        revision, folder = self.revisions.find("main")
+        data = folder["model.safetensors"].read()
+        assert revision.name == max(whole, key=int) and self.bytes.setdefault(revision.commit, data) == data
+        same(load(data), build(replace(MODEL, seed=self.holds[revision.name] or 0))[3])
+
+
+@pytest.mark.parametrize("first", range(0, 800 if SOAK else 4, 4))
+def test_what_is_served_is_what_the_newest_whole_step_holds_now(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10**9, 60))
+    monkeypatch.setattr(revisions, "monotonic", lambda: next(clock))
+    for seed in range(first, first + 4):
+        run = Run(tmp_path / str(seed), seed)
+        try:
+            for _ in range(run.draw.randint(2, 10 if SOAK else 5)):
+                run.draw.choice([run.deed, run.deed, lambda run=run: run.fail(monkeypatch)])()
+                run.look()
+        except (AssertionError, engine.EngineError, revisions.NoRevision) as error:
+            error.add_note("\n".join(run.log))
+            raise
