@@ -49,19 +49,19 @@ class Once(Generic[Key, Value]):
 
     def __call__(self, key: Key) -> Value:
         """The result for a key; callers that ask while it is computed wait for it, and get its error too."""
-        with self._lock:
-            found = self._known.get(key)
-            mine = found is None
-            if found is None:
-                found = self._known[key] = Future()
-        if mine:
-            try:
-                found.set_result(self._compute(key))
-            except BaseException as error:
+        mine: Future[Value] = Future()
+        try:  # around all of it: an interrupt comes anywhere
+            with self._lock:
+                found = self._known.setdefault(key, mine)
+            if found is mine:
+                mine.set_result(self._compute(key))
+        except BaseException as error:
+            if not mine.done():
                 with self._lock:
-                    self._known.pop(key, None)
-                found.set_exception(error)
-                raise
+                    if self._known.get(key) is mine:
+                        del self._known[key]
+                mine.set_exception(error)
+            raise
         return found.result()
 
     def forget(self, key: Key) -> None:

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import engine
 from engine.formats.headers import ITEM_SIZES
+from engine.serve import readers as reading
 from engine.serve import tensors as lazy_tensors
 from engine.serve.readers import Once
 from engine.serve.tensors import Tensors, torch_types
@@ -238,6 +239,21 @@ def test_who_waits_for_a_result_that_fails_gets_the_error_and_the_next_one_tries
         once("a")
     assert isinstance(awaited[0].exception(0), ValueError)
     assert once("a") == once("a") == "a" and len(awaited) == 2
+
+
+def test_an_interrupt_as_a_result_is_kept_stays_one_and_the_result_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It once became an error of the standard library, about the state of a future."""
+
+    class Interrupted(reading.Future[Any]):
+        def set_result(self, result: Any) -> None:
+            super().set_result(result)
+            raise KeyboardInterrupt
+
+    once = Once[int, int](lambda key: key)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(reading, "Future", Interrupted)
+        once(1)
+    assert once(1) == 1
 
 
 def test_every_element_type_has_torchs() -> None:
