@@ -206,7 +206,7 @@ class World:
             shutil.rmtree(self.folder.parent / "wanted")
 
 
-@pytest.mark.parametrize("first", range(0, 4800 if SOAK else 12, 12))
+@pytest.mark.parametrize("first", range(0, 1200 if SOAK else 12, 12))
 def test_a_sequence_of_commands_and_faults_gives_right_outputs_or_refusals(first: int, tmp_path: Path) -> None:
     for seed in range(first, first + 12):
         world = World(tmp_path / str(seed) / "here", seed)
@@ -282,7 +282,7 @@ class Run:
         same(load(data), build(replace(MODEL, seed=self.holds[revision.name] or 0))[3])
 
 
-@pytest.mark.parametrize("first", range(0, 800 if SOAK else 4, 4))
+@pytest.mark.parametrize("first", range(0, 200 if SOAK else 4, 4))
 def test_what_is_served_is_what_the_newest_whole_step_holds_now(
     first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
