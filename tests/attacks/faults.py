@@ -216,9 +216,10 @@ def a_weight_that_is_given_other_data_when_it_is_loaded(folder: Path) -> None:
 
 @attack("training", None)
 def weights_that_share_their_storage(folder: Path) -> None:
-    state = torch.load(folder / RANK, weights_only=True)
-    state["blocks.0.mlp.w3.weight"] = state["blocks.0.mlp.w1.weight"]
-    torch.save(state, folder / RANK)
+    for path in folder.glob("model_tp*_pp0.pt"):  # on one rank alone it would be a copy
+        state = torch.load(path, weights_only=True)
+        state["blocks.0.mlp.w3.weight"] = state["blocks.0.mlp.w1.weight"]
+        torch.save(state, path)
 
 
 @attack("training", None)

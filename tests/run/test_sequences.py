@@ -49,6 +49,7 @@ class World:
         self.written: set[Path] = set()  # outputs as the engine wrote them
         self.plans: dict[Path, list[str]] = {}
         self.save(folder / "step", 0)
+        self.first = 0  # the seed of its first rank
         (folder / "thesis.txt").write_text("mine")
 
     def save(self, to: Path, seed: int) -> None:
@@ -133,10 +134,10 @@ class World:
             self.save(self.folder / "new", seed)
             for name in ["model_tp1_pp0.pt"] if what == 2 else names:
                 self.put(step / name, (self.folder / "new" / name).read_bytes())
-            whole = what < 2 or self.holds[step] == seed
+            self.first = self.first if what == 2 else seed
             shutil.rmtree(self.folder / "new")
             del self.holds[self.folder / "new"]
-            self.holds[step] = seed if whole else None
+            self.holds[step] = seed if seed == self.first else None
         elif what == 3 and out in self.holds and not (self.folder / "moved").exists():
             out.rename(self.folder / "moved")
             self.holds[self.folder / "moved"] = self.holds.pop(out)
