@@ -71,6 +71,9 @@ def asked(config: Mapping[str, Any]) -> Wanted:
     return call_apart(_wanted_apart, dict(config)) or _wanted_here(config)
 
 
+_CORRECT = "Correct it in config.json, or give this model's with --config FILE; in a mapping, under `config`."
+
+
 def _wanted_apart(config: Mapping[str, Any]) -> Wanted:
     from torch import distributed
 
@@ -81,9 +84,8 @@ def _wanted_apart(config: Mapping[str, Any]) -> Wanted:
 def _wanted_here(config: Mapping[str, Any]) -> Wanted:
     try:
         found = wanted(config)
-    except EngineError as error:  # told of a mapping's `config`
-        error.place, own = Place("config.json"), "Correct config.json, or give this model's with --config FILE."
-        error.fix = error.fix and error.fix.replace("Correct `config`.", own)
+    except EngineError as error:
+        error.place = Place("config.json")
         raise
     if isinstance(found, str):
         raise EngineError(
@@ -142,7 +144,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
             f"`architectures` and `model_type` name two models: {named} is not a class of {kind}",
             got=f"{named}, whose type is {getattr(made.config_class, 'model_type', 'unknown')}",
             expected=f"a class of {kind}",
-            fix="Programs disagree about which of the two counts. Correct `config`.",
+            fix=f"Programs disagree about which of the two counts. {_CORRECT}",
         )
     quiet = logging.getLogger("transformers")
     level, quiet.level = quiet.level, logging.ERROR
@@ -155,7 +157,7 @@ def built(config: Mapping[str, Any], architecture: str) -> tuple[Any, bool] | st
             "E502",
             "transformers refuses the configuration",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            fix="Correct `config`.",
+            fix=_CORRECT,
         ) from error
     finally:
         quiet.setLevel(level)
