@@ -12,7 +12,7 @@ from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
 from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_config, read_hf_folder
 from engine.discover.fits import Fit, find_fits
-from engine.discover.steps import MOST_STEPS, find_steps, has_weights, read_any
+from engine.discover.steps import HUGGING_FACE, MOST_STEPS, find_steps, has_weights, read_any
 from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
 from engine.language.documents import grouped
@@ -254,15 +254,22 @@ def find_mapping(src: str | Path = ".", config: str | Path | None = None) -> Fit
 def _not_one(found: Inspection) -> EngineError:
     """E304 for a folder of steps or a Hugging Face checkpoint, if one step of a training run is needed."""
     place = Place(found.folder)
-    if found.kind != "steps":
-        told, fix = "this is a Hugging Face checkpoint", "`engine reverse` writes it as training files."
+    steps = [one for one in found.facts.get("steps", ()) if one["layout"] != HUGGING_FACE]
+    if not steps:
+        told = (
+            "this is a Hugging Face checkpoint"
+            if found.kind != "steps"
+            else "this folder holds Hugging Face checkpoints"
+        )
+        fix = "`engine reverse` writes one as training files."
         return EngineError("E304", told, place=place, expected="a training checkpoint", fix=fix)
-    names = [one["name"] for one in found.facts["steps"]]
+    names = [one["name"] for one in steps]
+    whole = [one["name"] for one in steps if one["complete"]]
     return EngineError(
         "E304",
         "this folder holds checkpoints and is none itself",
         place=place,
         got=", ".join(names[-6:]),
         expected="the folder of one step",
-        fix=f"Give one of them to --src, like {found.folder.rstrip('/')}/{found.facts['newest'] or names[-1]}.",
+        fix=f"Give one of them to --src, like {found.folder.rstrip('/')}/{(whole or names)[-1]}.",
     )

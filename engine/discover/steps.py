@@ -20,6 +20,7 @@ from engine.planning.reading import read_checkpoint
 from engine.storage.places import Source
 from engine.storage.store import Store
 
+HUGGING_FACE = "Hugging Face"  # the layout of a finished model among steps
 MOST_STEPS = 20  # steps whose files are read, the newest first
 
 
@@ -114,7 +115,7 @@ def _step(folder: Store, config: str | Path | None, layouts: Sequence[str]) -> d
             return {"complete": False, "why": error.message, "bytes": None, "layout": ""}
         if layouts or not is_whole(list_folder(folder)):
             return None
-        name = "Hugging Face"
+        name = HUGGING_FACE
         try:
             files = read_hf_folder(folder)
         except EngineError as damaged:

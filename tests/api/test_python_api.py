@@ -119,11 +119,15 @@ def test_what_is_not_one_step_is_said_where_no_mapping_names_a_layout(tmp_path: 
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "1000").symlink_to(STEP)
     engine.convert("internlm", STEP, tmp_path / "hf")
-    for folder, told in (("run", "none itself"), ("hf", "is a Hugging Face checkpoint")):
+    for finished in ("run/2000-hf", "outputs/3000"):  # which `run` does not read, beside a step or alone
+        (tmp_path / finished).parent.mkdir(exist_ok=True)
+        (tmp_path / finished).symlink_to(tmp_path / "hf")
+    for folder, told, fix in (("run", "none itself", "run/1000"), ("hf", "is a Hugging Face checkpoint", "reverse"),
+                              ("outputs", "holds Hugging Face checkpoints", "reverse")):  # fmt: skip
         with pytest.raises(engine.EngineError, match=told) as caught:
             engine.find_mapping(tmp_path / folder)
         assert caught.value.code == "E304" and "internevo" not in str(caught.value)
-        assert folder == "hf" or "run/1000" in str(caught.value.fix)
+        assert fix in str(caught.value.fix) and "000-hf" not in str(caught.value)
 
 
 def test_a_misspelt_dtype_is_answered_with_the_likely_one() -> None:
