@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "mutation-score.md"
 KEPT = ROOT / "build" / "score.jsonl"  # what was found, as it is found
 SHARE = 60  # mutants or edits that a process tries at a time
 WORKERS = int(os.environ.get("WORKERS") or os.cpu_count() or 1)
-_UNSCALED = r"megatron-(mixtral|qwen2|qwen3|qwen3-moe)"
+_UNSCALED = r"megatron-(mixtral|qwen2|qwen3|qwen2-moe|qwen3-moe)"
 _DEFAULTED = r"not \((attention_bias|tie_word_embeddings)( \| default\(true\))?\) "
 # Of which families, where, what is written instead, and why nothing can show it: the mapping is the same.
 EQUAL = (
@@ -70,7 +70,7 @@ EQUAL = (
         "what Megatron-Bridge saves of a run is not among what is tried; a test of the family tries it",
     ),
     (
-        r"megatron-(mixtral|qwen2|qwen3|qwen3-moe)",
+        r"megatron-(mixtral|qwen2|qwen3|qwen2-moe|qwen3-moe)",
         r"provider|padding_token",
         r"training\.model|given\.pad_token_id",
         "it is megatron-llama's, whose own meaning shows it",
@@ -139,7 +139,7 @@ EQUAL = (
     ),
     (r".*", r"dims\.groups", r"default\(num_attention_heads\)", "the axis `heads` is that key"),
     (
-        r"megatron-(mixtral|qwen3-moe)",
+        r"megatron-(mixtral|qwen2-moe|qwen3-moe)",
         r"dims\.expert",
         r"`num_experts if moe_router_topk <=",
         "the axis `chosen` is that key",

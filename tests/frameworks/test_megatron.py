@@ -378,7 +378,14 @@ SILENT: dict[str, Any] = {  # what changes the model and no tensor's name, as Me
 
 @pytest.mark.parametrize(
     ("family", "key", "value"),
-    [*(("mixtral", *setting) for setting in SILENT.items()), ("qwen3-moe", "norm_topk_prob", True)],
+    [
+        *(("mixtral", *setting) for setting in SILENT.items()),
+        ("qwen3-moe", "norm_topk_prob", True),
+        ("qwen3-moe", "moe_shared_expert_intermediate_size", 24),
+        ("qwen2-moe", "moe_shared_expert_gate", False),
+        ("qwen2-moe", "qk_layernorm", True),
+        ("qwen2-moe", "add_qkv_bias", False),
+    ],
 )
 def test_a_setting_that_no_name_shows_is_refused_by_its_own(family: str, key: str, value: Any) -> None:
     mapping, layout = load_mapping(f"megatron-{family}"), load_layout("megatron")

@@ -65,6 +65,7 @@ def names(step: Path) -> set[str]:
         ("torch-tp1pp1-tied", "megatron-llama", {}),
         ("leg_p2_uneven", "megatron-llama", {"like": True}),
         ("torch-qwen3-moe", "megatron-qwen3-moe", {}),
+        ("torch-tp2-qwen2-moe", "megatron-qwen2-moe", {"ranks": "tp=2", "settings": {"vocab_multiple": 8}}),
         ("torch-p2-layout", "megatron-llama", {"like": True}),  # its last stage has no layer
     ],
 )
@@ -123,6 +124,7 @@ def test_experts_of_one_layer_may_lie_in_several_files(tmp_path: Path) -> None:
             ("dist-tp2pp1-bf16-qkvbias", "megatron-qwen2"),
             ("dist-ep2-moe", "megatron-mixtral"),
             ("torch-qwen3-moe", "megatron-qwen3-moe"),
+            ("dist-ep2-qwen2-moe", "megatron-qwen2-moe"),
             ("td19_t2", "megatron-llama"),
         ],
         [{"ranks": "tp=2"}, {"mode": "torch_dist", "ranks": "dp=2"}, {"ranks": "tp=1,pp=2"}],

@@ -16,6 +16,7 @@ MEGATRON = FIXTURES / "megatron"
 FAMILIES = {
     "dcp-tp1": "megatron-llama",
     "dist-ep2-moe": "megatron-mixtral",
+    "dist-ep2-qwen2-moe": "megatron-qwen2-moe",
     "dist-tp2pp1-bf16-qkvbias": "megatron-qwen2",
     "dist-tp2pp2": "megatron-llama",
     "leg_p2_uneven": "megatron-llama",
@@ -26,6 +27,7 @@ FAMILIES = {
     "torch-ep2-moe": "megatron-mixtral",
     "torch-p2-layout": "megatron-llama",
     "torch-qwen3-moe": "megatron-qwen3-moe",
+    "torch-tp2-qwen2-moe": "megatron-qwen2-moe",
     "torch-tp1pp1-tied": "megatron-llama",
     "torch-tp2pp2-vpp2": "megatron-llama",
 }
