@@ -17,7 +17,9 @@ from engine.language.expressions import evaluate, names_in
 from engine.language.model import Layout, Mode
 from engine.language.names import pattern
 
-NO_WEIGHTS = "no weights files"  # begins the message of a folder in which a layout knows no file
+
+class NoWeights(EngineError):
+    """The E304 of a folder in which a layout knows no file."""
 
 
 def folders_in(layout: Layout) -> list[str]:
@@ -117,19 +119,20 @@ def _no_weights(names: Sequence[str], layout: Layout, folder: str, beside: str) 
     """
     wanted = ", ".join(m.files[0].name + (beside if m.files[0].boxes else "") for m in layout.modes)
     whole = is_whole(names)
-    told = f"{NO_WEIGHTS} of layout `{layout.name}` in this folder"
-    fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
-    fix += "Give the folder of one step, which holds the files under the names that training gave them; "
-    fix += "`engine inspect DIR` says what DIR is."
-    alone = next((mode.files[0].name for mode in layout.modes if mode.format == "nested"), None)
-    fix += f" A state in one file is read if it is called {alone}." if alone is not None and not whole else ""
+    place, found, expected = Place(folder), _sample(names), f"files named {wanted}"
     kept = [one.file for one in layout.configs if one.file in names]
     if kept and not whole and not layout.config_of_target:  # any model may have the target's
         told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
         fix = "Take the step before, or copy the folder again from the training run. "
         fix += "`engine inspect DIR` says what lies in it, such as a finished model."
-    expected = f"files named {wanted}"
-    return EngineError("E304", told, place=Place(folder), got=_sample(names), expected=expected, fix=fix)
+        return EngineError("E304", told, place=place, got=found, expected=expected, fix=fix)
+    fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
+    fix += "Give the folder of one step, which holds the files under the names that training gave them; "
+    fix += "`engine inspect DIR` says what DIR is."
+    alone = next((mode.files[0].name for mode in layout.modes if mode.format == "nested"), None)
+    fix += f" A state in one file is read if it is called {alone}." if alone is not None and not whole else ""
+    told = f"no weights files of layout `{layout.name}` in this folder"
+    return NoWeights("E304", told, place=place, got=found, expected=expected, fix=fix)
 
 
 def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:

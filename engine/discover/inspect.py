@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
+from engine.checkpoint.grid import NoWeights
 from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_config, read_hf_folder
 from engine.discover.fits import Fit, find_fits
-from engine.discover.steps import HUGGING_FACE, MOST_STEPS, find_steps, has_weights, read_any
+from engine.discover.steps import HUGGING_FACE, MOST_STEPS, find_steps, read_any
 from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
 from engine.language.documents import grouped
@@ -98,7 +99,7 @@ def inspect(src: str | Path, config: str | Path | None, *, every: bool = False) 
             return describe_whole(folder, names)
         steps = find_steps(folder, config, most=None if every else MOST_STEPS)
         if steps is None:
-            raise error if has_weights(error) else _nothing(folder, names) from None
+            raise (_nothing(folder, names) if isinstance(error, NoWeights) else error) from None
         return Inspection(str(src), "steps", steps)
     return describe_training(checkpoint, layout)
 

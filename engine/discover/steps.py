@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder
-from engine.checkpoint.grid import NO_WEIGHTS
+from engine.checkpoint.grid import NoWeights
 from engine.checkpoint.hf_folder import is_whole, read_hf_folder
 from engine.errors import EngineError
 from engine.language.layout_file import load_layout
@@ -44,14 +44,9 @@ def read_any(
         except EngineError as error:
             if error.code != "E304":  # this layout knows the files
                 raise
-            if first is None or has_weights(error):
+            if first is None or not isinstance(error, NoWeights):
                 first = error
     raise first or EngineError("E002", "there are no layouts", fix="Reinstall the package.")
-
-
-def has_weights(error: EngineError) -> bool:
-    """Whether a layout knew files of the folder despite an E304: two modes in one folder, or no configuration."""
-    return not error.message.startswith(NO_WEIGHTS)
 
 
 def find_steps(
@@ -76,7 +71,7 @@ def find_steps(
 
 def step_below(error: EngineError, folder: Store, config: str | Path | None, layout: Layout) -> EngineError:
     """The error of a folder without weights; if checkpoints of the layout lie below it, its fix names the newest."""
-    found = None if error.code != "E304" or has_weights(error) else find_steps(folder, config, [layout.name], most=4)
+    found = find_steps(folder, config, [layout.name], most=4) if isinstance(error, NoWeights) else None
     if found is not None and found["newest"] is not None:
         error.fix = f"Give the folder of one step, like {folder.place(found['newest'])}."
     return error
@@ -111,7 +106,7 @@ def _step(folder: Store, config: str | Path | None, layouts: Sequence[str]) -> d
         layout, checkpoint = read_any(folder, layouts, config=config)
         files, name = checkpoint.files, layout.name
     except EngineError as error:
-        if error.code != "E304" or has_weights(error):
+        if not isinstance(error, NoWeights):  # or two modes lie in one folder, or it has no configuration
             return {"complete": False, "why": error.message, "bytes": None, "layout": ""}
         if layouts or not is_whole(list_folder(folder)):
             return None

@@ -18,6 +18,7 @@ import torch
 from torch.nn.functional import gelu, linear, normalize, silu
 
 from engine.errors import EngineError, Place
+from engine.oracle.internevo_said import Said
 from engine.oracle.internevo_shards import Shards, Spot, Stored, positive, setting
 from engine.planning.attempts import Checkpoint
 
@@ -51,50 +52,16 @@ class Forward(Shards):
         self.eps = float(setting(config, "layer_norm_epsilon", 1e-5))
         self._base = float(setting(config, "rope_base", 10000))
         self.reward = bool(config.get("is_reward"))
-        self.normalised = bool(config.get("norm_head")) and self._normalises(settings.get("head"))
         self.layers = len(self.spots)
-        self._pairs = self._in_pairs(settings.get("rotary"))
-        self._fused = self._in_pieces(settings.get("fusion"))
+        fused = bool(self.spots) and self.has(self.spots[0], "attention.wqkv.weight") is not None
+        kind = str(self.training.get("model_type", "")).upper()
+        said = Said(config, kind, self._v1, self._late, fused)
+        self.normalised = said.normalises(settings.get("head"), self._folder)
+        self._pairs = said.in_pairs(settings.get("rotary"))
+        self._fused = said.in_pieces(settings.get("fusion"))
         self._letters: str | None = None
         self._told_letters: str | None = "w2_is_down" if self._late else settings.get("mlp_letters")
         self._check()
-
-    def _in_pairs(self, told: str | None) -> bool:
-        """Whether rotary pairs are neighbours: `qk_interleaved`, or before it the opposite of `adapt_hf`.
-
-        Absent both, v1 and InternLM2 have halves; so has InternLM3, which came later, but not Llama. Training passes
-        each key on as it is, so null means false, not the default.
-        """
-        if self._v1 or "qk_interleaved" in self.config:
-            return bool(self.config.get("qk_interleaved"))
-        if "adapt_hf" in self.config:
-            return not self.config["adapt_hf"]
-        later = self._late or self._is("INTERNLM2", "INTERNLM3")
-        fused = bool(self.spots) and self.has(self.spots[0], "attention.wqkv.weight") is not None
-        return told == "pairs" if told is not None else not (fused or later)
-
-    def _in_pieces(self, told: str | None) -> bool:
-        """Whether wq, wk and wv are pieces of one linear: since 2024-09 by default for InternLM2, but not for Llama."""
-        known = self._is("INTERNLM2") if self.training.get("model_type") else told == "fused"
-        return bool(setting(self.config, "enable_qkv_fusion", known))
-
-    def _is(self, *kinds: str) -> bool:
-        """Whether the training configuration says that the model is of one of these types."""
-        return str(self.training.get("model_type", "")).upper().startswith(kinds)
-
-    def _normalises(self, told: str | None) -> bool:
-        """Whether `norm_head` works: not in 0.5.0 to 0.5.2, which write `qk_interleaved` as later releases do."""
-        if self._late:
-            return True
-        if "qk_interleaved" in self.config and told not in ("plain", "normalised"):
-            raise EngineError(
-                "E202",
-                "nothing tells whether training normalised its head",
-                place=Place(self._folder),
-                got="norm_head and qk_interleaved in model_config.pt",
-                fix="Trained with InternEvo 0.5.0 to 0.5.2: --set head=plain; with later code: --set head=normalised.",
-            )
-        return told == "normalised" if "qk_interleaved" in self.config else True
 
     @property
     def numbers(self) -> dict[str, Any]:

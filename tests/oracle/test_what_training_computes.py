@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from engine.errors import EngineError
 from engine.formats.configs import read_pickled_mapping
 from engine.oracle.frameworks import forward_of
-from engine.oracle.internevo import Forward
+from engine.oracle.internevo_said import Said
 from engine.oracle.logits import _EXACT, _tolerance, deviation
 from engine.oracle.wrong_layers import explain
 from engine.storage.local import local_file
@@ -21,65 +22,58 @@ from engine.storage.local import local_file
 V2 = Path(__file__).parents[1] / "fixtures" / "internevo" / "v2_tp2_pp2"
 
 
-def training(config: dict[str, Any], kind: str | None = None, *, v1: bool = False, late: bool = False) -> Any:
-    one: Any = object.__new__(Forward)
-    one.config, one.training, one.spots, one._folder = config, {} if kind is None else {"model_type": kind}, [], "f"
-    one._v1, one._late = v1, late
-    return one
-
-
 @pytest.mark.parametrize(
     ("one", "told", "pairs"),
     [
-        (training({}, v1=True), None, False),
-        (training({"qk_interleaved": True}, v1=True), None, True),
-        (training({"qk_interleaved": True, "adapt_hf": True}), None, True),
-        (training({"adapt_hf": True}), None, False),
-        (training({}, late=True), None, False),
-        (training({}, "INTERNLM2_PUBLIC"), None, False),
-        (training({}, "INTERNLM3_M8"), None, False),
-        (training({}, "LLAMA2"), None, True),
-        (training({}, "LLAMA2"), "halves", False),
-        (training({}, "INTERNLM3_M8"), "pairs", True),
+        (Said({}, v1=True), None, False),
+        (Said({"qk_interleaved": True}, v1=True), None, True),
+        (Said({"qk_interleaved": True, "adapt_hf": True}), None, True),
+        (Said({"adapt_hf": True}), None, False),
+        (Said({}, late=True), None, False),
+        (Said({}, "INTERNLM2_PUBLIC"), None, False),
+        (Said({}, "INTERNLM3_M8"), None, False),
+        (Said({}, "LLAMA2"), None, True),
+        (Said({}, "LLAMA2"), "halves", False),
+        (Said({}, "INTERNLM3_M8"), "pairs", True),
     ],
 )
-def test_the_order_of_rotary_pairs_is_configured_or_that_of_the_model(one: Any, told: str | None, pairs: bool) -> None:
-    assert one._in_pairs(told) is pairs
+def test_the_order_of_rotary_pairs_is_configured_or_that_of_the_model(one: Said, told: str | None, pairs: bool) -> None:
+    assert one.in_pairs(told) is pairs
 
 
 @pytest.mark.parametrize(
     ("one", "told", "pieces"),
     [
-        (training({}, "INTERNLM2_PUBLIC"), None, True),
-        (training({}, "INTERNLM2_PUBLIC"), "apart", True),
-        (training({}, "LLAMA2"), "fused", False),
-        (training({}), "fused", True),
-        (training({}), None, False),
-        (training({"enable_qkv_fusion": False}, "INTERNLM2_PUBLIC"), None, False),
-        (training({"enable_qkv_fusion": True}), "apart", True),
+        (Said({}, "INTERNLM2_PUBLIC"), None, True),
+        (Said({}, "INTERNLM2_PUBLIC"), "apart", True),
+        (Said({}, "LLAMA2"), "fused", False),
+        (Said({}), "fused", True),
+        (Said({}), None, False),
+        (Said({"enable_qkv_fusion": False}, "INTERNLM2_PUBLIC"), None, False),
+        (Said({"enable_qkv_fusion": True}), "apart", True),
     ],
 )
 def test_whether_three_linears_are_one_is_configured_or_told_by_the_model(
-    one: Any, told: str | None, pieces: bool
+    one: Said, told: str | None, pieces: bool
 ) -> None:
-    assert one._in_pieces(told) is pieces
+    assert one.in_pieces(told) is pieces
 
 
 @pytest.mark.parametrize(
     ("one", "told", "works"),
     [
-        (training({}), "plain", True),
-        (training({"qk_interleaved": False}, late=True), None, True),
-        (training({"qk_interleaved": False}), "normalised", True),
-        (training({"qk_interleaved": False}), "plain", False),
-        (training({"qk_interleaved": False}), None, None),
+        (Said({}), "plain", True),
+        (Said({"qk_interleaved": False}, late=True), None, True),
+        (Said({"qk_interleaved": False}), "normalised", True),
+        (Said({"qk_interleaved": False}), "plain", False),
+        (Said({"qk_interleaved": False}), None, None),
     ],
 )
 def test_whether_the_head_was_normalised_is_asked_of_releases_that_may_not_have(
-    one: Any, told: str | None, works: bool | None
+    one: Said, told: str | None, works: bool | None
 ) -> None:
     with nullcontext() if works is not None else pytest.raises(EngineError, match="E202"):
-        assert one._normalises(told) is works
+        assert replace(one, config={**one.config, "norm_head": True}).normalises(told, "") is works
 
 
 @pytest.mark.parametrize(
