@@ -38,7 +38,7 @@ def read_grid(
 
     Raises:
         EngineError: E303 for files the layout refuses, E304 when there are no weights files or
-            files of two modes, E201 naming the first missing rank file.
+            files of two modes.
     """
     for refused in layout.refuse:
         listed = [pattern(text) for text in refused.patterns]
@@ -58,8 +58,6 @@ def read_grid(
     main = [f for f in files if f.pattern is mode.files[0]]
     sizes = {dim: 1 + max(f.ranks[dim] for f in main) for dim in rank_dims(mode.files[0])}
     grid = RankGrid(mode, sizes, tuple(sorted(files, key=_order)), skipped, unknown, stage_dims(layout))
-    if not mode.files[0].boxes:  # else the boxes show what is missing
-        _complete(grid, layout, folder)
     if mode.format == "nested":
         _one_state(grid.files, folder)
     return grid
@@ -135,16 +133,17 @@ def _no_weights(names: Sequence[str], layout: Layout, folder: str, beside: str) 
     return NoWeights("E304", told, place=place, got=found, expected=expected, fix=fix)
 
 
-def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:
-    """Compare the grid with the numbers of ranks in the training configuration.
+def check_ranks(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: str, folder: str) -> None:
+    """Compare the grid with the numbers of ranks in the training configuration, and then with the files.
 
-    From the files alone, it cannot be seen that all files of the last ranks are missing.
+    From the files alone, it cannot be seen that all files of the last ranks are missing, nor whether a file is missing
+    or its neighbour is another run's.
 
     Args:
         said: the configuration, in `file`, with the training configuration as `training`.
 
     Raises:
-        EngineError: E201 naming the first rank that has no file.
+        EngineError: E201 naming the first rank file that is missing, or one of a rank that training did not have.
     """
     for dim, expression in layout.sizes.items():
         claimed = evaluate(expression, said)
@@ -164,6 +163,8 @@ def check_claims(grid: RankGrid, layout: Layout, said: Mapping[str, Any], file: 
                 if more
                 else "Files of two checkpoints seem to be mixed; keep those of one.",
             )
+    if not grid.mode.files[0].boxes:  # else the boxes show what is missing
+        _complete(grid, layout, folder)
 
 
 def _first(mode: Mode, names: Sequence[str]) -> str | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
-from engine.checkpoint.grid import check_claims, check_refused, folders_in, read_grid
+from engine.checkpoint.grid import check_ranks, check_refused, folders_in, read_grid
 from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
 from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
@@ -68,7 +68,7 @@ def read_checkpoint(
     if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):
         raise no_configuration(folder, layout)  # files with these names alone may be another framework's
     configured = {**configuration, "training": training}
-    check_claims(grid, layout, configured, name, folder.place())
+    check_ranks(grid, layout, configured, name, folder.place())
     names = [f.name for f in grid.files]
     headers = read_headers(folder, names, grid.mode, layout.skip_tensors, told_by(layout), layout.wrappers)
     with_tensors = {header.name for header in headers} | {".metadata"}  # their states are known

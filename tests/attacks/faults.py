@@ -56,6 +56,14 @@ def a_stage_that_only_one_rank_has(folder: Path) -> None:
     shutil.copy(folder / "model_tp1_pp1.pt", folder / "model_tp1_pp2.pt")
 
 
+@attack("training", "E201", "`model_tp2_pp0.pt` does not belong to this training run")
+def a_rank_that_a_run_with_more_ranks_left_in_a_folder_of_fewer(folder: Path) -> None:
+    training_config(folder, "parallel = dict(tensor=2)")
+    save(Model(), folder.parent / "other", tp=4, pp=2)
+    shutil.copy(folder.parent / "other" / "model_tp2_pp0.pt", folder)
+    shutil.rmtree(folder.parent / "other")
+
+
 @attack("training", "E201", "or more")
 def a_rank_number_of_18_digits(folder: Path) -> None:
     shutil.copy(folder / RANK, folder / "model_tp999999999999999999_pp0.pt")
