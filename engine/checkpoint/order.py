@@ -125,7 +125,7 @@ def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]
     if _moved([one.name for one in header.tensors]):
         return {}
     numbers = {one.name: at for at, one in enumerate(header.tensors)}
-    pairs = (pair for buffer in _buffers(header.tensors) for pair in _exchanged(buffer, header.tensors, numbers))
+    pairs = (pair for buffer in buffers(header.tensors) for pair in _exchanged(buffer, header.tensors, numbers))
     return grouped(((_form(one.name), _form(other.name)), (one.name, other.name)) for one, other in pairs)
 
 
@@ -137,8 +137,13 @@ def _moved(names: Sequence[str]) -> bool:
 
 def _apart(names: Sequence[str]) -> bool:
     """Whether the names of some layer are not one after the other, as a program leaves those that it puts back."""
-    layers = [name[: number.end()] if (number := _NUMBER.search(name)) else name for name in names]
+    layers = [*map(layer_of, names)]
     return len([*groupby(layers)]) > len({*layers})
+
+
+def layer_of(name: str) -> str:
+    """The beginning of a name up to its layer's number, or a whole name that has none."""
+    return name[: number.end()] if (number := _NUMBER.search(name)) else name
 
 
 def _is_sorted(names: Sequence[str]) -> bool:
@@ -158,7 +163,7 @@ def _everywhere(tensors: Sequence[TensorHeader], pairs: Sequence[tuple[str, str]
     return len(forms) == 1 and within and len(pairs) == sum(_form(one.name) == min(forms)[0] for one in tensors) > 1
 
 
-def _buffers(tensors: Sequence[TensorHeader]) -> Iterator[Sequence[TensorHeader]]:
+def buffers(tensors: Sequence[TensorHeader]) -> Iterator[Sequence[TensorHeader]]:
     """The tensors of each buffer of several, as they are stored.
 
     They lie end to end: between others there is at least the header of a zip's entry.

@@ -22,7 +22,7 @@ _MAPPING_ORDER = (
 )  # fmt: skip
 _LAYOUT_ORDER = (
     "layout", "name", "version", "description", "config", "training", "keys", "prefixes", "wrappers", "options",
-    "layers", "indices", "sizes", "uneven", "even", "whole", "lone_rank", "zip_root", "says", "modes", "skip",
+    "layers", "indices", "sizes", "uneven", "even", "whole", "lone_rank", "joined", "zip_root", "says", "modes", "skip",
     "skip_tensors", "refuse",
 )  # fmt: skip
 _RULE_ORDER = (

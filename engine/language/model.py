@@ -270,7 +270,6 @@ class Layout:
     description: str
     place: Place
     config_file: str
-    config_format: str  # pickled_mapping | json
     configs: tuple[ConfigFile, ...]  # its possible places; the first is `config_file`
     config_of_target: bool  # it is the target's own config.json, which may also be given
     config_from_target: bool  # if it is missing, a given config.json of the target replaces it
@@ -285,6 +284,7 @@ class Layout:
     even: tuple[str, ...]  # stage classes whose tensors the framework can only cut evenly
     whole: Mapping[str, str]  # stage class whose tensors every rank may hold whole instead → the key that says so
     lone_rank: Mapping[str, int]
+    joined: Mapping[str, Sequence[str]]  # key that says whether linears are one → the last words of their names
     zip_root: str | None  # the meaning of the folder inside a rank file's zip: `file_name`; None: no meaning
     says_ranks: Mapping[str, Expression]  # a file's own rank per dimension, from values saved in it
     says_alike: tuple[str, ...]  # keys whose values must be the same in all files

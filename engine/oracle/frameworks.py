@@ -7,11 +7,13 @@ line in `FORWARDS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import list_folder
+from engine.checkpoint.joined import joined_in
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.names import pattern
@@ -43,7 +45,11 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
         files = [pattern(mode.files[0].name) for mode in layout.modes if configured or not mode.files[0].boxes]
         if any(file.match(one) is not None for file in files for one in names):
             _check(settings)
-            made: Forward = import_module(module).Forward(read_checkpoint(folder, layout), settings)
+            checkpoint = read_checkpoint(folder, layout)
+            headers = checkpoint.files if checkpoint.grid.mode.format == "torch" else ()
+            told = {key: seen.one for key, seen in joined_in(headers, layout.joined).items()}
+            whole = replace(checkpoint, config={**told, **checkpoint.config})
+            made: Forward = import_module(module).Forward(whole, settings)
             return made
     raise EngineError(
         "E304",

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
+from engine.checkpoint.joined import joined_in
 from engine.errors import EngineError, Place
+from engine.formats.headers import FileHeader
 from engine.language.declared import paths_in
 from engine.language.documents import leaves, merged, plain, prefixes, value_at
 from engine.language.expressions import render_tree
@@ -143,6 +145,27 @@ def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str 
             fix="One of the two files is from another run: copy both again from the training run. If you know which is "
             "right, correct the other, or move it away.",
         )
+
+
+def told_by_places(read: Read, files: Sequence[FileHeader], words: Mapping[str, Sequence[str]]) -> dict[str, bool]:
+    """The keys that a configuration lacks and that the places of tensors tell; E218 for one that contradicts them."""
+    found = joined_in(files, {key: each for key, each in words.items() if read.side.reads(key)})
+    for key, seen in found.items():
+        if read.config.get(key) is None or read.config[key] == seen.one:
+            continue
+        names = ", ".join(f"`{name}`" for name in seen.names)
+        raise EngineError(
+            "E218",
+            f"`{key}` of {read.side.file} contradicts where tensors are stored",
+            place=Place(seen.file, tensor=seen.names[0]),
+            got=f"{key}: {shown(read.config[key])}",
+            expected=f"{shown(seen.one)}: {names} are stored as "
+            + ("one parameter, which training cuts when it saves it" if seen.one else "parameters of their own"),
+            fix="Copy the configuration again from the training run, or correct the key. If another program moved the "
+            "tensors, save the file again with a copy of each: "
+            "`torch.save({name: tensor.clone() for name, tensor in state.items()}, file)`.",
+        )
+    return {key: seen.one for key, seen in found.items() if read.config.get(key) is None}
 
 
 def with_given(

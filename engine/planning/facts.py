@@ -13,7 +13,7 @@ from engine.language.documents import grouped
 from engine.language.expressions import OMIT, evaluate, names_in, render_tree
 from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import form, pattern
-from engine.planning.agreement import check_repeated
+from engine.planning.agreement import check_repeated, told_by_places
 from engine.planning.attempts import Checkpoint
 from engine.planning.config_keys import Read, read_config, read_training, source_side, target_side, whole_side
 from engine.planning.stored import Instance, Stored
@@ -60,7 +60,9 @@ def facts_of(
         )
         saved = [*names, *(name for file in checkpoint.files for name in file.left)]
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
-        seen = {**read.config, "options": options, "mode": checkpoint.grid.mode.name, **given}
+        mode = checkpoint.grid.mode
+        placed = told_by_places(read, checkpoint.files, layout.joined) if mode.format == "torch" else {}
+        seen = {**read.config, **placed, "placed": placed, "options": options, "mode": mode.name, **given}
         free = {} if expressed else _unasked(mapping, settings)
         asked = {name: variant for name, variant in mapping.variants.items() if name not in free}
         with valued_in(checkpoint.config_name):

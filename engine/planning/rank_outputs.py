@@ -172,7 +172,7 @@ def small_files(
     layout = destination.layout
     found: dict[str, tuple[str, Any]] = {}
     if _inside(layout, destination.mode) is None:
-        found[layout.config_file] = (layout.config_format, around_of(layout.configs[0], config))
+        found[layout.config_file] = (layout.configs[0].format, around_of(layout.configs[0], config))
     if layout.training_file is not None and layout.training_write:
         found[layout.training_file] = ("python_source", training_text(destination))
     for beside in destination.mode.beside:

@@ -255,8 +255,8 @@ def because(
     """
     compiled = [compile_expression(one) for one in expressions]
     told: list[str] = []
-    paths = sorted({path for one in compiled for path in one.paths} - {*computed})
-    for (whose, above), listed in grouped((_whose(path, called), path) for path in paths).items():
+    paths, placed = sorted({path for one in compiled for path in one.paths} - {*computed}), names.get("placed", ())
+    for (whose, above), listed in grouped((_whose(p, called, placed=p in placed), p) for p in paths).items():
         found = {path.removeprefix(above): value_at(names, path, _MISSING) for path in listed}
         lacks = [path for path, value in found.items() if value is _MISSING or (value is None and above == "options.")]
         has = [f"{path} {short(value, _LONGEST)}" for path, value in found.items() if path not in lacks]
@@ -284,10 +284,10 @@ _OTHERS = {
 }
 
 
-def _whose(path: str, called: str) -> tuple[str, str]:
+def _whose(path: str, called: str, *, placed: bool) -> tuple[str, str]:
     """The owner of a path's value, in words, and how the path begins there."""
     of, dot, _ = path.partition(".")
-    called = "the rank files have" if path == "mode" else f"{called} has"
+    called = "the rank files have" if path == "mode" else "the places of tensors show" if placed else f"{called} has"
     return (_OTHERS[of], of + dot) if dot and of in _OTHERS else (called, "")
 
 

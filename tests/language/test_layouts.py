@@ -16,7 +16,7 @@ INTERNEVO = (bundled("mappings") / "layouts" / "internevo.yaml").read_text()
 
 def test_the_internevo_layout_holds_what_its_file_says() -> None:
     layout = load_layout("internevo")
-    assert (layout.config_file, layout.config_format) == ("model_config.pt", "pickled_mapping")
+    assert (layout.config_file, layout.configs[0].format) == ("model_config.pt", "pickled_mapping")
     assert [p.prefix for p in layout.prefixes] == ["{chunk}.model.", "model.", ""]
     assert [m.name for m in layout.modes] == ["tensor", "isp", "isp_wp", "fsdp", "dcp", "universal"]
     isp = layout.modes[1].files[0]

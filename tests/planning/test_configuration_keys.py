@@ -474,7 +474,7 @@ def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_pa
     [
         {"drop_rate": 0.1, "attn_drop_rate": 0.1, "residual_in_fp32": True, "embed_grad_scale": 0.1, "checkpoint": 0.5},
         {"use_dynamic_ntk_rope": False, "norm_head": 0, "is_reward": False, "adapt_hf": 1},
-        {"init_type": "normal", "attn_wqkv_init_std": 0.1, "use_flash_attn": True, "mlp_layer_fusion": True},
+        {"init_type": "normal", "attn_wqkv_init_std": 0.1, "use_flash_attn": True},
         {"rope_scaling_factor": 1.0, "sliding_window": None, "num_shared_experts": 0, "activation_type": "swiglu"},
         {"rope_type": "normal", "head_dim": None, "max_window_layers": 28, "causal": True, "moe_drop_tokens": True},
     ],
