@@ -161,7 +161,10 @@ class ObjectStore(Store):
         return state
 
     def write(self, name: str, data: bytes, work: str = "", *, new: bool = False) -> bool:
-        """Put an object; False when it should be new and already exists, E403 when it cannot be put."""
+        """Put an object; False when it should be new and another exists, E403 when it cannot be put.
+
+        One with these bytes is taken for its own: where a response is lost, the client asks again.
+        """
         from obstore.exceptions import AlreadyExistsError
 
         try:
@@ -169,7 +172,7 @@ class ObjectStore(Store):
             library().put(self.client, name, data, attributes=kept, mode="create" if new else "overwrite")
             return True
         except (AlreadyExistsError, FileExistsError):
-            return False
+            return self.content(name) == data
         except Exception as error:  # obstore's own kinds, and OSError
             raise refused(self.place(name), str(error), writing=True) from error
 

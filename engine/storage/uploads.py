@@ -46,7 +46,7 @@ class ObjectLock:
 
     def take(self, *, resume: bool) -> None:
         """Put the object; E408 when another run has put one."""
-        if self._store.write(LOCK, self._told, new=True) or self.held:  # put, but the response was lost
+        if self._store.write(LOCK, self._told, new=True):
             return
         self._check(self._store.content(LOCK) or b"", resume=resume)
         self._store.write(LOCK, self._told)

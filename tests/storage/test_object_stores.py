@@ -22,7 +22,7 @@ from engine.checkpoint.folder import read_headers
 from engine.errors import EngineError
 from engine.run.journal import identity_of
 from engine.storage.client import client_of
-from engine.storage.objects import MARK
+from engine.storage.objects import LOCK, MARK
 from engine.storage.places import store_at, store_options
 from tests.storage.conftest import MAPPING, STEP, Bucket, files, pending, refused
 from tests.support.depth import SOAK, deep, sampled
@@ -205,8 +205,23 @@ def test_what_the_same_run_resumed_made_whole_is_not_taken_back(bucket: Bucket) 
             engine.convert(MAPPING, STEP, out, resume=True)
 
     bucket.proxy.spoil = resume
-    refused("E401", lambda: engine.convert(MAPPING, STEP, out))
+    engine.convert(MAPPING, STEP, out)
     assert not api.verify(out).problems and not pending(bucket)
+
+
+def test_an_output_is_whole_though_the_response_to_its_mark_was_lost(bucket: Bucket) -> None:
+    """The client asks again, and what is there then is its own."""
+    lost: list[str] = []
+
+    def spoil(one: Asked) -> str | None:
+        if one.method == "PUT" and one.path.endswith(("conversion.json", LOCK)) and one.path not in lost:
+            lost.append(one.path)
+            return "lost"
+        return None
+
+    bucket.proxy.spoil = spoil
+    engine.convert(MAPPING, STEP, f"{bucket.url}/hf")
+    assert len(lost) == 2 and not api.verify(f"{bucket.url}/hf").problems and LOCK not in bucket.contents("hf")
 
 
 FOREIGN = {"model.safetensors": b"weights of somebody else", "config.json": b"{}", "thesis.txt": b"a thesis"}

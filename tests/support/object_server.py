@@ -123,7 +123,7 @@ class Asked:
     sent: int = 0  # bytes of the answer
 
 
-Spoil = Callable[[Asked], str | None]  # "slow down", "refuse", "cut", "wait" or None
+Spoil = Callable[[Asked], str | None]  # "slow down", "refuse", "cut", "lost", "wait" or None
 _ANSWERS = {
     "slow down": (503, b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"),
     "refuse": (403, b"<Error><Code>AccessDenied</Code><Message>Access denied.</Message></Error>"),
@@ -209,6 +209,10 @@ def proxy(port: int, *, google: bool = False) -> Iterator[Proxy]:
             ask.endheaders(body)
             got = ask.getresponse()
             data = got.read()
+            if harm == "lost":
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
             self.send_response_only(got.status)
             for name, value in got.getheaders():
                 if name.lower() not in ("transfer-encoding", "content-length", "connection"):
