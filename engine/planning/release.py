@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import SequenceMatcher
 from pathlib import PurePath
 from typing import Any
 
@@ -90,7 +91,10 @@ def family_of(mapping: MappingFile) -> str:
 
 
 def _releases_of(mapping: MappingFile, sizes: Mapping[str, int]) -> list[str]:
-    """Mappings in the search folders that read the same tensors and state exactly these sizes."""
+    """Mappings in the search folders that read the same tensors and state exactly these sizes, the most alike first.
+
+    A chat release is more like another's chat release than like its base.
+    """
     reads = _reads(mapping)
     names: list[str] = []
     for name in list_names():
@@ -101,7 +105,7 @@ def _releases_of(mapping: MappingFile, sizes: Mapping[str, int]) -> list[str]:
         same = other.expect.keys() >= mapping.expect.keys() and _reads(other) == reads
         if same and all(sizes.get(axis) == want for axis, want in other.expect.items()):
             names.append(name.removesuffix(".yaml"))
-    return names
+    return sorted(names, key=lambda name: SequenceMatcher(None, mapping.name, name).ratio(), reverse=True)
 
 
 def _reads(mapping: MappingFile) -> tuple[str, str, frozenset[str]]:

@@ -13,6 +13,8 @@ from click.testing import CliRunner
 import engine
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.language.mapping_file import load_mapping
+from engine.planning.release import check_release
 from tests.support.depth import sampled
 from tests.support.families import model_of, save_family
 from tests.support.shards import Model, save
@@ -96,6 +98,24 @@ def test_a_release_of_another_family_with_these_sizes_is_not_named(
     other.write_text(other.read_text().replace("families/internlm2", "families/internlm2-official"))
     monkeypatch.setenv("ENGINE_MAPPINGS", str(tmp_path / "more"))
     assert any("not release" in one for one in engine.plan(chosen, source, settings=SETTINGS).notices)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "right"),
+    [
+        ("internlm2-7b", "internlm2-1_8b"),
+        ("internlm2-chat-7b", "internlm2-chat-1_8b"),
+        ("internlm2_5-20b", "internlm2_5-7b"),
+        ("internlm2_5-20b-chat", "internlm2_5-7b-chat"),
+        ("internlm2_5-7b-chat-official", "internlm2_5-1_8b-chat-official"),
+        ("internlm-chat-20b", "internlm-chat-7b"),
+        ("meta-llama-3-70b", "meta-llama-3-8b"),
+    ],
+)
+def test_of_several_releases_of_these_sizes_the_one_of_the_same_kind_is_proposed(chosen: str, right: str) -> None:
+    with pytest.raises(EngineError, match="it has the sizes of") as caught:
+        check_release(load_mapping(chosen), load_mapping(right).expect)
+    assert str(caught.value.fix).endswith(f"such as --mapping {right}.")
 
 
 def test_strict_refuses_any_other_size(source: Path, tmp_path: Path) -> None:
