@@ -92,8 +92,8 @@ def index_text(lattice: Lattice) -> str:
 
     >>> index_text(Lattice(3)), index_text(Lattice(0, ((1, 4),))), index_text(Lattice(1, ((2, 32),)))
     ('3', '0:4', '1:64:2')
-    >>> index_text(Lattice(0, ((96, 8), (1, 32))))
-    '0:32, 96:128, … 672:704 (8 runs)'
+    >>> index_text(Lattice(0, ((96, 3), (1, 32)))), index_text(Lattice(0, ((96, 8), (1, 32))))
+    ('0:32, 96:128, 192:224', '0:32, 96:128, … 672:704 (8 runs)')
     """
     flat = lattice.ascending()
     if not flat.steps:

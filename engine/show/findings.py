@@ -38,8 +38,8 @@ def beside_lines(found: Sequence[EngineError]) -> str:
 def _escaped(text: str, also: str = "") -> str:
     """Text in which nothing ends a workflow's command.
 
-    >>> _escaped("50 %\\nnext: x", ":,")
-    '50 %25%0Anext%3A x'
+    >>> _escaped("50 %\\r\\nnext: x", ":,")
+    '50 %25%0D%0Anext%3A x'
     """
     return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in text)
 

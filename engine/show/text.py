@@ -36,8 +36,8 @@ class Styled(str):
 def quoted(name: str | Path) -> str:
     r"""A name as bash and zsh take it in a command, in one visible line.
 
-    >>> print(quoted("my model"), quoted("-o"), quoted("two\nlines"))
-    'my model' ./-o $'two\x0alines'
+    >>> print(quoted("my model"), quoted("-o"), quoted("two\nlines\\"), quoted("\udcff"), quoted("\udbff"))
+    'my model' ./-o $'two\x0alines\\' $'\xff' $'\xed\xaf\xbf'
     """
     text = f"./{name}" if str(name).startswith("-") else str(name)
     hidden = {c for c in text if visible(c) != c}

@@ -11,9 +11,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,7 +25,7 @@ import engine
 from engine.checkpoint import identity
 from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.formats.headers import FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.language.layout_file import load_layout
 from engine.run import slices
 from engine.storage.local import LocalStore
@@ -109,6 +111,46 @@ def test_heads_that_repeat_are_compared_with_tensors_of_as_many_slices() -> None
     cut = [slices.Slices(sources, name, 0) for name, sources in (("k", (0, 1)), ("moved", (2, 3, 4)), ("v", (5, 6)))]
     plan: Any = SimpleNamespace(sources=[SimpleNamespace(header=header)] * 7, slices=cut)
     assert [slices._next(plan, one).name for one in cut] == ["v", "moved", "k"]
+
+
+class Bytes:
+    """Gathers vectors that are whole in memory."""
+
+    def __init__(self, held: list[bytes]) -> None:
+        self._held = held
+
+    def gather(self, block: Any, dtype: str) -> memoryview:
+        (copy,) = block.template
+        start, item = copy.source_offset + block.step * block.shifts[0], ITEM_SIZES[dtype]
+        return memoryview(bytearray(self._held[copy.source]))[start * item :][: (block.high - block.low) * item]
+
+
+SOME, OTHER = (np.random.default_rng(seed).integers(1, 1 << 30, 64, dtype=np.uint32).tobytes() for seed in (1, 2))
+PART = SOME[:128] + OTHER[128:]  # 32 elements are those of `SOME`
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "two", "size", "copied"),
+    [
+        (("F32", "F32"), PART, 64, "a part of the same slice"),
+        (("I32", "I32"), PART, 64, None),
+        (("I32", "I32"), SOME, 64, "the same slice"),
+        (("F32", "I32"), SOME, 64, None),
+        (("F32", "F32"), SOME, 32, "the same slice"),
+        (("F32", "F32"), SOME, 31, None),
+    ],
+)
+def test_slices_are_compared_by_their_type_and_size(
+    dtypes: tuple[str, str], two: bytes, size: int, copied: str | None
+) -> None:
+    sources = [SimpleNamespace(header=TensorHeader("w", dtype, (size,), (1,), 0), file=at, name="w")
+               for at, dtype in enumerate(dtypes)]  # fmt: skip
+    one = slices.Slices((0, 1), "w")
+    plan: Any = SimpleNamespace(sources=sources, slices=[one], files=[SimpleNamespace(name=name) for name in "ab"])
+    gather: Any = Bytes([SOME, two])
+    meter: Any = SimpleNamespace(stopped=Event())
+    with nullcontext() if copied is None else pytest.raises(EngineError, match=f"hold {copied} of"):
+        slices.compare_slices(plan, one, gather, gather, meter, {})
 
 
 def test_slices_of_every_tensor_that_is_cut_are_compared(tmp_path: Path) -> None:

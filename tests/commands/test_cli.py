@@ -19,7 +19,7 @@ import engine
 from engine import api
 from engine.api import plans
 from engine.commands import progress
-from engine.commands.main import cli
+from engine.commands.main import cli, terminate
 from engine.commands.values import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
@@ -190,6 +190,7 @@ def test_set_takes_numbers_booleans_and_text(text: str, value: object) -> None:
         ["run", "--mapping", "x", "--dtype", "float8"],
         ["run", "--mapping", "x", "--set", "rotary"],
         ["run", "--mapping", "x", "--set", "=halves"],
+        ["run", "--mapping", "x", "--set", "rope_base=-1e31"],
         ["run", "--mapping", "x", "--set", "rotary=halves", "--set", "rotary=pairs"],
         ["run", "--mapping", "x", "--workers", "0"],
         ["reverse", "--mapping", "x", "--out", "y", "--tp", "0"],
@@ -265,9 +266,11 @@ def test_the_token_of_a_server_may_be_in_the_environment(
 
 
 def test_run_converts_and_says_where_to(checkpoint: Path) -> None:
-    done = invoke("run", "--mapping", MAPPING, "--src", checkpoint)
+    done = invoke("run", "--mapping", MAPPING, "--src", checkpoint, "--set", "mlp_letters=w2_is_down")
     assert done.exit_code == 0, done.stderr
     out = checkpoint.with_name("step-hf")
+    again = f"--mapping {MAPPING} --src {checkpoint} --set mlp_letters=w2_is_down"
+    assert f"engine verify {out} {again}   (every tensor against the checkpoint)" in done.stdout
     assert {"config.json", "model.safetensors"} <= {path.name for path in out.iterdir()}
     assert str(out) in done.stdout
     assert "55 tensors" in done.stdout
@@ -327,13 +330,30 @@ def test_several_errors_are_all_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(json.loads(invoke("plan", "--mapping", "x", "--json").stdout)["errors"]) == 2
 
 
-def test_an_interruption_is_told_and_ends_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("codes", "ends"), [(["E001", "E001"], 2), (["E001", "E205"], 1)])
+def test_of_several_errors_all_must_be_of_usage_for_the_exit_code_of_usage(
+    codes: list[str], ends: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def plan(*_: Any, **__: Any) -> None:
+        raise EngineErrors([EngineError(code, "wrong") for code in codes])
+
+    monkeypatch.setattr(api, "plan", plan)
+    assert invoke("plan", "--mapping", "x").exit_code == ends
+
+
+@pytest.mark.parametrize("terminated", [False, True])
+def test_an_interruption_is_told_and_ends_with_130_and_a_termination_with_143(
+    terminated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: Any, **__: Any) -> None:
+        if terminated:
+            terminate(15, None)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "plan", plan)
+    monkeypatch.setattr("engine.commands.main._terminated", [])
     done = invoke("plan", "--mapping", "x")
-    assert done.exit_code == 130
+    assert done.exit_code == (143 if terminated else 130)
     assert "interrupted" in done.stderr
 
 
@@ -463,6 +483,21 @@ def test_plan_as_json_counts_what_run_will_write(checkpoint: Path) -> None:
     assert planned["bytes"] == done["bytes"]
     assert {o["file"] for o in planned["outputs"]} <= set(done["files"])
     assert all(rule["place"].startswith("mappings/families/internlm.yaml:") for rule in planned["rules"])
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "explain x", "view"])
+def test_the_mapping_is_found_with_the_configuration_that_was_given(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def found(src: str, config: str | None = None) -> None:
+        seen.append((src, config))
+        raise EngineError("E003", "several fit")
+
+    monkeypatch.setattr(api, "find_mapping", found)
+    assert invoke(*command.split(), "-s", "step", "--config", "c.json").exit_code == 1
+    assert seen == [("step", "c.json")]
 
 
 def test_the_mapping_of_a_plan_is_found_as_that_of_a_run(tmp_path: Path) -> None:
@@ -661,6 +696,11 @@ def test_an_option_of_a_store_has_an_effect_where_a_saved_plan_names_one(
     setattr(asked, name, "s3://bucket/step")
     done = invoke(*command)
     assert done.exit_code and "has no effect" not in done.output  # there is no such plan
+
+
+def test_an_option_of_a_store_has_an_effect_where_any_of_several_sources_is_one() -> None:
+    done = invoke("serve", "-m", "internlm2", "-s", "a", "-s", "s3://b", "--as", "c", "--store-option", "region=here")
+    assert done.exit_code == 2 and "has no effect" not in done.output  # two sources need two names
 
 
 @pytest.mark.parametrize("value", ["007", "1e5", "+1", "true", "9" * 40, "x" * 2000])

@@ -58,6 +58,13 @@ def test_tensors_whose_names_have_a_prefix_are_folded_by_the_layers_of_the_whole
     assert "blocks.{0…5}.norm1.weight" in [row["target"] for row in rules]
 
 
+def test_four_of_the_files_that_a_rule_reads_are_named() -> None:
+    found = plan("v1_tp4_pp1", "families/internlm.yaml", "--set", "mlp_letters=w2_is_down")
+    rows = {row["target"]: row["source_files"] for row in found["rules"]}  # type: ignore[attr-defined]
+    assert rows["lm_head.weight"] == [f"model_tp{rank}_pp0.pt" for rank in range(4)]
+    assert found["replicas"] == {"sets": 9, "tensors": 36}  # norms, on four ranks
+
+
 def test_planning_imports_neither_torch_nor_transformers_nor_numpy() -> None:
     source = FIXTURES / "v2_tp2_pp2"
     code = (

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from engine import api
 from engine.commands.main import cli
+from engine.commands.say import say
 from engine.run.meter import Meter, Progress
-from engine.show.text import fit, table, terminal_width
+from engine.show.text import Styled, fit, table, terminal_width
 from tests.support.terminal import ROOT, run_in_terminal
 
 STEP = ROOT / "tests" / "fixtures" / "internevo" / "v1_tp2_pp2"
@@ -84,9 +85,29 @@ def test_lines_go_on_under_their_own_first_word_and_break_at_separators() -> Non
     assert all(len(line) <= 24 for line in fit("got " + "model.layers.0.mlp.gate_proj.weight" * 3, 24).split("\n"))
 
 
+def test_whatever_is_printed_controls_no_terminal_but_by_the_engine_s_own_styles(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "\x1b[1mbold\x1b[0m\x1b]0;title\x07\x1b[2J"
+    with click.Context(click.Command("x")) as context:
+        context.color = True
+        say(text)
+        say(Styled(text))
+    assert capsys.readouterr().out.splitlines() == [
+        r"\x1b[1mbold\x1b[0m\x1b]0;title\x07\x1b[2J", "\x1b[1mbold\x1b[0m" r"\x1b]0;title\x07\x1b[2J",
+    ]  # fmt: skip
+
+
 def test_into_a_pipe_every_row_is_one_line() -> None:
     assert terminal_width() is None
     assert len(table(("a", "b"), [("x" * 300, "y" * 300)])) == 2
+
+
+def test_a_terminal_that_claims_a_few_columns_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    for columns, width in (("3", 40), ("40", 40), ("41", 41)):
+        monkeypatch.setenv("COLUMNS", columns)
+        assert terminal_width() == width
 
 
 def test_a_column_without_anything_to_say_is_left_out() -> None:

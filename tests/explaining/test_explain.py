@@ -22,7 +22,7 @@ from engine.explaining.links import Lattice, index_text, join_lattices
 from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
 from tests.language import test_features as words
-from tests.support.depth import examples, sampled
+from tests.support.depth import examples
 from tests.support.families import angles, model_of, save_family
 from tests.support.frameworks import FIXTURES
 from tests.support.fsdp import save_fsdp
@@ -203,6 +203,22 @@ def test_of_unlike_shards_those_are_explained_that_have_the_position(made: dict[
     assert [len(files) for files in found] == [3, 1]
 
 
+def test_a_bias_that_one_rank_holds_undivided_is_told_as_such(made: dict[str, Any]) -> None:
+    told = only(explain(made["uneven"][0], "model.layers.0.self_attn.o_proj.bias"))
+    assert told.words[-1].endswith("; one rank holds it undivided")
+
+
+def test_the_order_of_very_many_positions_is_not_examined(
+    made: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    orders = []
+    for most in (8, 7):
+        monkeypatch.setattr("engine.explaining.words.MOST_ORDERED", most)
+        told = only(explain(made["pairs"][0], "model.layers.1.self_attn.q_proj.weight[0:8, :]"))
+        orders.append(told.flows[0].stretches[0].order)
+    assert orders == [("rows 0…7 come from rows 0, 2, 4, 6, then 1, 3, 5, 7",), ()]
+
+
 def test_an_ignored_tensor_is_told_with_its_reason(tmp_path: Path) -> None:
     save(PAIRS, tmp_path / "step")
     path = tmp_path / "step" / "model_tp0_pp0.pt"
@@ -264,7 +280,6 @@ def test_values_that_are_changed_on_the_way_are_told(tmp_path: Path) -> None:
 # -- what cannot be read is refused
 
 
-@sampled(2)
 @pytest.mark.parametrize(
     ("text", "why"),
     (
@@ -314,6 +329,8 @@ def test_spaces_and_trailing_commas_are_as_in_numpy() -> None:
 def test_a_slice_of_very_many_runs_is_counted_not_listed() -> None:
     lattice = Lattice(3, ((2, 1000), (4000, 1000)))
     assert join_lattices([lattice], 2) == ([(3, 4), (5, 6)], 1_000_000)
+    later = Lattice(5_000_000, ((2, 10),))
+    assert join_lattices([later, lattice], 2) == ([(3, 4), (5, 6)], 1_000_010)
     assert index_text(lattice) == "from 3, 1,000,000 positions"
 
 

@@ -211,6 +211,14 @@ def test_the_command_writes_one_file_and_replaces_it_only_when_told(tmp_path: Pa
     assert told == {"out": str(out), "bytes": out.stat().st_size}
 
 
+def test_no_page_is_written_where_its_picture_would_replace_another_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.png").write_text("keep")
+    given = ("-s", FIXTURES / "v2_tp2_pp2", "-o", tmp_path / "view.html", "--png", tmp_path / "mine.png")
+    done = invoke("view", "-m", "families/internlm2.yaml", *given)
+    assert done.exit_code == 1 and "E401" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.png"]
+
+
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path: Path) -> None:
     done = invoke("view", "-m", "families/internlm2.yaml", "-s", FIXTURES / "v2_tp2_pp2", "-o", tmp_path / "no" / "x")
     assert done.exit_code == 1
