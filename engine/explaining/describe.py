@@ -132,6 +132,8 @@ def copy_texts(copies: Sequence[Copy], labels: Sequence[Label], names: Sequence[
     >>> row = Copy(0, 0, 0, 0, (4, 8), (8, 1), (16, 1))
     >>> copy_texts([row, Copy(1, 0, 0, 8, (4, 8), (8, 1), (16, 1))], [(("tp", 0),), (("tp", 1),)], ["a", "a"])
     ['tp0…1 @0 → @0+8i: 4 (8→16) × 8 (1→1)']
+    >>> copy_texts([row, Copy(1, 0, 0, 8, (4, 8), (8, 1), (16, 1))], [(("tp", 0),), (("tp", 2),)], ["a", "a"])
+    ['tp0 @0 → @0: 4 (8→16) × 8 (1→1)', 'tp2 @0 → @8: 4 (8→16) × 8 (1→1)']
     """
 
     def step(index: int) -> tuple[object, ...] | None:

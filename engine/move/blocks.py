@@ -121,8 +121,6 @@ def _common_rows(copies: list[Copy], low: int, high: int) -> tuple[int, int] | N
     for copy in copies:
         if not copy.shape or copy.shape[0] != count or copy.target_strides[0] != stride:
             return None
-        if copy.target_offset - low >= stride:
-            return None
     return count, stride
 
 

@@ -18,8 +18,9 @@ from tokenizers import Tokenizer
 
 from engine.assets.beside import tokens_beside
 from engine.assets.merges import ranked_merges
+from engine.assets.symbols import symbols_of
 from engine.assets.tokenizer import convert_tokenizer
-from engine.assets.tokenizer_read import understand_tokenizer
+from engine.assets.tokenizer_read import Pieces, understand_tokenizer
 from engine.errors import EngineError
 from engine.storage.local import LocalStore
 from tests.support.chats import SPEC
@@ -133,6 +134,11 @@ def test_the_models_own_flags_and_symbols_are_obeyed(tmp_path: Path, changes: di
     space = theirs.piece_to_id("▁")
     for ids in [theirs.encode("the cat"), theirs.encode("▁the"), [space] * 3 + theirs.encode("cat  "), [space, space]]:
         assert ours.decode(ids) == theirs.decode(ids), ids
+
+
+def test_symbols_that_texts_can_hold_are_found_the_longest_first() -> None:
+    pieces = Pieces(["b", "a b", "ab", "x", "aa"], [4, 4, 4, 4, 1], [0.0] * 5)
+    assert symbols_of(pieces, ["b", "a b", "ab", "renamed", "aa"]) == ["ab", "b"]
 
 
 def test_a_piece_that_joins_never_make_stays_one_that_no_text_becomes(tmp_path: Path) -> None:

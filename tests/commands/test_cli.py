@@ -18,8 +18,8 @@ from click.testing import CliRunner
 import engine
 from engine import api
 from engine.api import plans
-from engine.commands import progress
-from engine.commands.main import cli, terminate
+from engine.commands import main, progress
+from engine.commands.main import cli
 from engine.commands.values import parse_size, parse_value
 from engine.errors import EngineError, EngineErrors, Place
 from engine.run.meter import Progress
@@ -347,11 +347,11 @@ def test_an_interruption_is_told_and_ends_with_130_and_a_termination_with_143(
 ) -> None:
     def plan(*_: Any, **__: Any) -> None:
         if terminated:
-            terminate(15, None)
+            main.terminate(15, None)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(api, "plan", plan)
-    monkeypatch.setattr("engine.commands.main._terminated", [])
+    monkeypatch.setattr(main, "_terminated", [])
     done = invoke("plan", "--mapping", "x")
     assert done.exit_code == (143 if terminated else 130)
     assert "interrupted" in done.stderr

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from unittest.mock import Mock
 
 import jsonschema_rs
 import pytest
 
+from engine.explaining import describe
+from engine.storage.cores import cores
 from tests.support.invoking import invoke
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +67,23 @@ def test_four_of_the_files_that_a_rule_reads_are_named() -> None:
     rows = {row["target"]: row["source_files"] for row in found["rules"]}  # type: ignore[attr-defined]
     assert rows["lm_head.weight"] == [f"model_tp{rank}_pp0.pt" for rank in range(4)]
     assert found["replicas"] == {"sets": 9, "tensors": 36}  # norms, on four ranks
+
+
+def test_memory_is_predicted_for_no_more_workers_than_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    for count in (1, 64):
+        monkeypatch.setattr(describe, "cores", lambda count=count: count)
+        told.append(plan("v1_tp2_pp2", "families/internlm.yaml")["predicted_memory"])
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(("counted", "used"), [(3, 3), (None, 1)])
+def test_all_cores_count_where_the_system_does_not_say_which_may_be_used(
+    counted: int | None, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", Mock(side_effect=PermissionError))
+    monkeypatch.setattr(os, "cpu_count", lambda: counted)
+    assert cores() == used
 
 
 def test_planning_imports_neither_torch_nor_transformers_nor_numpy() -> None:

@@ -82,6 +82,7 @@ def test_a_command_of_less_than_a_second_shows_no_progress(tmp_path: Path) -> No
 def test_lines_go_on_under_their_own_first_word_and_break_at_separators() -> None:
     assert fit("  note one two three four five", 20) == "  note one two three\n      four five"
     assert fit("next: engine run --mapping internlm2-chat-7b", 20) == "next: engine run --mapping internlm2-chat-7b"
+    assert fit("   hf upload ORG/NAME some/folder", 20) == "   hf upload ORG/NAME some/folder"
     assert all(len(line) <= 24 for line in fit("got " + "model.layers.0.mlp.gate_proj.weight" * 3, 24).split("\n"))
 
 
@@ -104,7 +105,7 @@ def test_into_a_pipe_every_row_is_one_line() -> None:
 
 
 def test_a_terminal_that_claims_a_few_columns_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     for columns, width in (("3", 40), ("40", 40), ("41", 41)):
         monkeypatch.setenv("COLUMNS", columns)
         assert terminal_width() == width

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +18,12 @@ import engine
 from engine import api
 from engine.commands.main import cli
 from engine.errors import EngineError
+from engine.explaining import words as in_words
 from engine.explaining.explanation import Explained, Explanation, Selection, parse_selection
 from engine.explaining.links import Lattice, index_text, join_lattices
 from engine.explaining.tensors import explain, explain_source
 from engine.formats.headers import ITEM_SIZES
+from engine.language.axes import parse_axes
 from tests.language import test_features as words
 from tests.support.depth import examples
 from tests.support.families import angles, model_of, save_family
@@ -203,6 +206,14 @@ def test_of_unlike_shards_those_are_explained_that_have_the_position(made: dict[
     assert [len(files) for files in found] == [3, 1]
 
 
+@pytest.mark.parametrize(("boxes", "told"), [(4, "rows 0…7 are a 0; a 1; a 2; a 3"),
+                                             (5, "rows 0…7 are a 0; a 1; a 2; a 3; … (5 boxes)")])  # fmt: skip
+def test_of_many_boxes_four_are_named(boxes: int, told: str) -> None:
+    group: Any = SimpleNamespace(instance=SimpleNamespace(axes=parse_axes("(a b)")))
+    found: Any = [SimpleNamespace(box={"a": (at, at + 1)}) for at in range(boxes)]
+    assert in_words.slice_sentences(group, [(0, 8)], found)[0].replace("elements", "rows") == told
+
+
 def test_a_bias_that_one_rank_holds_undivided_is_told_as_such(made: dict[str, Any]) -> None:
     told = only(explain(made["uneven"][0], "model.layers.0.self_attn.o_proj.bias"))
     assert told.words[-1].endswith("; one rank holds it undivided")
@@ -213,7 +224,7 @@ def test_the_order_of_very_many_positions_is_not_examined(
 ) -> None:
     orders = []
     for most in (8, 7):
-        monkeypatch.setattr("engine.explaining.words.MOST_ORDERED", most)
+        monkeypatch.setattr(in_words, "MOST_ORDERED", most)
         told = only(explain(made["pairs"][0], "model.layers.1.self_attn.q_proj.weight[0:8, :]"))
         orders.append(told.flows[0].stretches[0].order)
     assert orders == [("rows 0…7 come from rows 0, 2, 4, 6, then 1, 3, 5, 7",), ()]
