@@ -142,6 +142,21 @@ class FileHeader:
         left = tuple(t.name for t in self.tensors if not wanted(t.name))
         return replace(self, tensors=tuple(t for t in self.tensors if wanted(t.name)), left=(*self.left, *left))
 
+    def apart(self) -> FileHeader:
+        """This header; E301 if two tensors in row-major order share a part of each: a wrong offset reads into the next.
+
+        Both may be one, or one a part of the other, as a fused tensor and its pieces.
+        """
+        dense = (one for one in self.tensors if one.nbytes and one.strides == dense_strides(one.shape))
+        end, last = 0, ""
+        for one in sorted(dense, key=lambda one: (one.offset, -one.nbytes)):
+            until = one.offset + one.nbytes
+            if one.offset < end < until:
+                got = f"its first {end - one.offset} bytes are also the last of `{last}`"
+                raise damaged(self.name, got, one.name)
+            end, last = max((end, last), (until, one.name))
+        return self
+
     @property
     def name(self) -> str:
         return self.file.name

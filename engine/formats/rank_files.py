@@ -110,7 +110,8 @@ def read_rank_file(
     known: dict[tuple[int, int], bool] = {}
     left = tuple(name for name, one in beside.items() if isinstance(one, Mapping) and _holds_tensors(one, known))
     replaced = tuple(_replaced(tensors, saved.payload.values()))
-    return FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left, replaced, said)
+    found = FileHeader(where, size, tensors, saved.identity, saved.summed, state, saved.root, left, replaced, said)
+    return found.apart()
 
 
 def _replaced(tensors: Sequence[TensorHeader], storages: Iterable[tuple[int, int]]) -> list[str]:

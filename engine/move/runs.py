@@ -84,6 +84,9 @@ def rows(copy: Copy, item: int) -> list[tuple[int, int, int]] | None:
 
     >>> rows(Copy(0, 0, 0, 0, (2, 2, 2048), (2048, 4096, 1), (8192, 2048, 1)), 2)
     [(0, 0, 2048), (2048, 8192, 2048), (4096, 2048, 2048), (6144, 10240, 2048)]
+    >>> some, more = (Copy(0, 0, 0, 0, (count, 2048), (4096, 1), (2048, 1)) for count in (512, 513))
+    >>> len(rows(some, 2)), rows(more, 2)  # with as many gaps, all that one call takes
+    (512, None)
     """
     axes = sorted(zip(copy.source_strides, copy.target_strides, copy.shape, strict=True), reverse=True)
     outer, inner, length = axes.pop()

@@ -14,6 +14,7 @@ import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from datetime import datetime
 from itertools import product
 from pathlib import Path
@@ -329,6 +330,31 @@ def forged(tmp_path: Path, shape: str, offset: int, strides: str) -> Path:
 def test_a_forged_tensor_inside_its_storage_is_read(tmp_path: Path) -> None:
     (tensor,) = read_rank_file(forged(tmp_path, "(I2\nI3\nt", 2, "(I3\nI1\nt")).tensors
     assert (tensor.shape, tensor.strides) == ((2, 3), (3, 1))
+
+
+SHARED = torch.arange(24.0)
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("one", "two", "crosses"),
+    [
+        (SHARED[:12].view(3, 4), SHARED[12:], False),
+        (SHARED[:12].view(3, 4), SHARED[11:], True),  # as a flipped bit of its offset makes of it
+        (SHARED[4:], SHARED[:5], True),
+        (SHARED, SHARED[4:8], False),  # a fused tensor, and a part of it
+        (SHARED, SHARED, False),
+        (SHARED[:4], SHARED[:8], False),
+        (SHARED.view(4, 6)[:, :3], SHARED.view(4, 6)[:, 3:], False),
+        (SHARED[:0], SHARED[:8], False),
+    ],
+)
+def test_two_tensors_share_all_bytes_of_one_or_none(
+    one: torch.Tensor, two: torch.Tensor, crosses: bool, zipped: bool, tmp_path: Path
+) -> None:
+    torch.save({"one": one, "two": two}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(EngineError, match=r"E301(?s:.*) are also the last of `") if crosses else nullcontext():
+        assert len(read_rank_file(tmp_path / "a.pt").tensors) == 2
 
 
 @pytest.mark.parametrize(

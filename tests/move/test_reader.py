@@ -47,6 +47,20 @@ def test_random_ranges_are_the_bytes_of_a_run(folder: str, mapping: str, dtype: 
             assert buffer == written[one.name][start:stop], (one.name, start, stop)
 
 
+def test_a_block_whose_buffer_another_output_took_is_computed_again() -> None:
+    plan = engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2", dtype="float32")
+    with SourceFiles(plan.files) as files:
+        reader = Reader(plan, files)
+
+        def start_of(index: int) -> bytes:
+            reader.read_into(index, 0, memoryview(data := bytearray(64)))
+            return bytes(data)
+
+        first = start_of(0)
+        assert first == next(bytes(data[:64]) for _, data in reader.blocks(0))
+        assert [bytes(data[:64]) for _, data in reader.blocks(1)] and start_of(0) == first != start_of(1)
+
+
 def test_bytes_beyond_an_output_are_no_bytes() -> None:
     plan = engine.plan("families/internlm.yaml", FIXTURES / "v1_tp2_pp2")
     with SourceFiles(plan.files) as files, pytest.raises(ValueError, match="bytes"):

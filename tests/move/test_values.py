@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from engine.errors import EngineError
-from engine.move.tensors import unlike
+from engine.move.tensors import Tensors, unlike
 from engine.move.values import Converter, normalize
 from engine.planning.model import Output
+from tests.support.readers import read_safetensors
 
 KINDS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -49,6 +52,23 @@ def test_a_nan_differs_from_a_number_of_another_type_but_not_from_a_nan() -> Non
     two = torch.tensor([-nan, 1, nan, 1], dtype=torch.float32).view(torch.uint32).numpy()
     for kind in ("F32", "BF16"):
         assert unlike(one, "BF16", two, "F32", kind).tolist() == [False, True, True, False]
+
+
+def test_what_is_read_of_two_tensors_is_each_s_own_and_of_a_turned_one_turned(tmp_path: Path) -> None:
+    one, two = torch.arange(9.0).view(3, 3), torch.arange(9.0, 18.0).view(3, 3)
+    save_file({"one": one, "two": two}, tmp_path / "a.safetensors")
+    box = ((0, 3), (0, 3))
+    with Tensors([read_safetensors(tmp_path / "a.safetensors")]) as tensors:
+        here, there = (tensors.sides[0][name] for name in ("one", "two"))
+        x, y = tensors.read(here, box), tensors.read(there, box, 1)
+        assert x.view("f4").tolist() == one.flatten().tolist() and y.view("f4").tolist() == two.flatten().tolist()
+        assert tensors.values(here.swap(0, 1), box).tolist() == one.t().tolist()
+
+
+@pytest.mark.parametrize("wanted", ["F16", "BF16", "F32"])
+def test_a_tensor_without_elements_is_cast_to_one_without(wanted: str) -> None:
+    output = Output("w", wanted, "F64", (0, 4), "rule", "", "w")
+    assert bytes(Converter().convert(output, memoryview(b""))) == b""
 
 
 @pytest.mark.parametrize("transform", [None, ("normalize", "hidden"), ("add", "1")])
