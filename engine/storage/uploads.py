@@ -45,11 +45,15 @@ class ObjectLock:
         self._told = f"{work} {secrets.token_hex(8)}".encode()
 
     def take(self, *, resume: bool) -> None:
-        """Put the object; E408 when another run has put one."""
-        if self._store.write(LOCK, self._told, new=True):
-            return
-        self._check(self._store.content(LOCK) or b"", resume=resume)
-        self._store.write(LOCK, self._told)
+        """Put the object; E408 when another run has put one. One that is interrupted meanwhile leaves none."""
+        try:
+            if self._store.write(LOCK, self._told, new=True):
+                return
+            self._check(self._store.content(LOCK) or b"", resume=resume)
+            self._store.write(LOCK, self._told)
+        except BaseException:
+            self.leave()
+            raise
 
     def check(self) -> None:
         """E408 when a run of other work has put one: a part is written beside others, but not beside that."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -222,6 +223,26 @@ def test_an_output_is_whole_though_the_response_to_its_mark_was_lost(bucket: Buc
     bucket.proxy.spoil = spoil
     engine.convert(MAPPING, STEP, f"{bucket.url}/hf")
     assert len(lost) == 2 and not api.verify(f"{bucket.url}/hf").problems and LOCK not in bucket.contents("hf")
+
+
+@pytest.mark.parametrize("ends", [TimeoutError("no response"), KeyboardInterrupt()])
+def test_a_mark_that_was_put_is_known_or_taken_back_however_its_request_ends(
+    ends: BaseException, bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    put = obstore.put
+
+    def late(client: Any, name: str, *given: Any, **how: Any) -> Any:
+        put(client, name, *given, **how)
+        if name in ("conversion.json", LOCK):
+            raise ends
+
+    monkeypatch.setattr(obstore, "put", late)
+    with pytest.raises(KeyboardInterrupt) if isinstance(ends, KeyboardInterrupt) else nullcontext():
+        engine.convert(MAPPING, STEP, f"{bucket.url}/hf")
+        assert not api.verify(f"{bucket.url}/hf").problems
+    assert LOCK not in bucket.contents("hf") and not pending(bucket)
 
 
 FOREIGN = {"model.safetensors": b"weights of somebody else", "config.json": b"{}", "thesis.txt": b"a thesis"}
