@@ -60,7 +60,7 @@ class InOrder:
             window: bytes that are read ahead at once for it.
             parts: how many may be in flight; with one, all have arrived when `flush` returns.
         """
-        self._place, self._size, self._end = store.place(name), size, 0
+        self._place, self.size, self._end = store.place(name), size, 0
         self._early: dict[int, bytes] = {}
         self._closed = False
         self._writer = library().open_writer(
@@ -89,8 +89,8 @@ class InOrder:
         self._said(lambda: self._writer.write(b""))
 
     def check_whole(self) -> None:
-        if self._end != self._size or self._early:
-            raise OSError(f"{self._end} of {self._size} bytes were written in order")
+        if self._end != self.size or self._early:
+            raise OSError(f"{self._end} of {self.size} bytes were written in order")
 
     def close(self) -> None:
         self.check_whole()
@@ -223,24 +223,35 @@ class Upload:
         except EngineError:
             self._take_back(sorted(self._whole), last)
             raise
-        visible: list[str] = []
+        visible: list[str] = []  # and the one that may be: if a request fails, its response may have been lost
         try:
             for name, writer in reversed(self.writers.items()):  # the last parts of the newest uploads may fail
-                writer.close()
                 visible.append(name)
+                self._close(name, writer)
             check()
             for name in sorted(self._small, key=lambda name: (name == last, name == CONFIG, name)):
+                visible.append(name)
                 if not self._store.write(name, self._small[name], self._work, new=name == last):
                     raise exists(
                         self._store.place(name), "Choose another --out.", "another run's, written in the meantime"
                     )
-                visible.append(name)
         except BaseException:
             self._take_back(visible, last)
             raise
         self._whole.update(visible)
         self.writers.clear()
         self._small.clear()
+
+    def _close(self, name: str, writer: InOrder) -> None:
+        """Make one object visible. If it is there though that failed, only the response was lost."""
+        try:
+            writer.close()
+        except EngineError:
+            if self._replaces or not self._is_there(name, writer.size):
+                raise
+
+    def _is_there(self, name: str, size: int) -> bool:
+        return self._store.attribute(name, MARK) == self._work and self._store.states([name])[name].size == size
 
     def _take_back(self, names: Sequence[str], last: str) -> None:
         """Remove what this run made visible, as far as the store allows."""

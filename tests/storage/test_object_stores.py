@@ -190,6 +190,29 @@ def test_a_file_that_cannot_be_completed_takes_those_back_that_are_visible(bucke
     assert completed and not bucket.contents("hf") and not pending(bucket)
 
 
+@pytest.mark.parametrize("replaces", [False, True])
+def test_a_file_whose_completion_was_not_told_is_there_or_taken_back(replaces: bool, bucket: Bucket) -> None:
+    """Where a store forgets an upload as it completes it, asking again fails."""
+    out, lost = f"{bucket.url}/hf", list[str]()
+    if replaces:
+        engine.convert(MAPPING, STEP, out, dtype="float32")
+
+    def spoil(one: Asked) -> str | None:
+        if one.method == "POST" and "uploadId" in one.path:
+            lost.append(one.path)
+            return "refuse" if lost.count(one.path) > 1 else "lost"
+        return None
+
+    bucket.proxy.spoil = spoil
+    if replaces:
+        refused("E403", lambda: engine.convert(MAPPING, STEP, out, overwrite=True))
+        assert bucket.contents("hf").keys() == {"README.md", "generation_config.json"}  # of the old one
+    else:
+        engine.convert(MAPPING, STEP, out)
+        assert not api.verify(out).problems and not pending(bucket)
+    assert len(lost) == 2
+
+
 def test_the_configuration_appears_when_everything_else_is_there(bucket: Bucket) -> None:
     engine.convert(MAPPING, STEP, f"{bucket.url}/hf", **SMALL)
     put = [unquote(one.path).rpartition("/")[2] for one in bucket.proxy.asked if one.method == "PUT"]
