@@ -90,7 +90,7 @@ def understand_tokenizer(model_file: Path, spec: Mapping[str, Any]) -> Understoo
     if spec.get("unk", unk) != unk:
         raise wrong(f"the unknown token is not `{spec['unk']}`", place, f"`{unk}`, by the model",
                     f"`{spec['unk']}`, by the mapping",
-                    "Correct `tokenizer.unk` in the mapping, or leave it out.")  # fmt: skip
+                    f"{OWN} If it is, correct `tokenizer.unk` in the mapping, or leave it out.")  # fmt: skip
     said = {index: token for index, token in beside.items() if token["content"] == names[index]}
     told = {
         index: token
@@ -245,7 +245,7 @@ def _renamed(pieces: Pieces, mine: Mapping[int, str], beside: Mapping[int, str],
 
 
 def _named(spec: Mapping[str, Any], key: str, pieces: Pieces, names: list[str], place: str) -> str | None:
-    token, fix = spec.get(key), f"Correct `tokenizer.{key}` in the mapping."
+    token, fix = spec.get(key), f"{OWN} If it is, correct `tokenizer.{key}` in the mapping."
     if token is not None and token not in names:
         raise wrong(f"the {key} token `{token}` is not a piece of the tokenizer", place,
                     f"{len(names)} pieces, starting with {' '.join(names[:4])}", f"a piece `{token}`", fix)  # fmt: skip

@@ -148,6 +148,25 @@ def test_a_folder_or_a_pipe_as_tokenizer_is_refused_first(source: Path, tmp_path
         refused("E501", source, tmp_path / "hf", mapping(), tokenizer=path)
 
 
+def test_how_to_give_a_tokenizer_is_said_where_it_was_given_in_another_way(
+    source: Path, tokenizers: Path, nothing_written: None
+) -> None:
+    (source.parent / "folder").mkdir()
+    (source.parent / "folder" / "tokenizer_7b.model").write_bytes((tokenizers / "own.model").read_bytes())
+    error = refused("E501", source, source.parent / "hf", mapping(), tokenizer=source.parent / "folder")
+    assert f"--tokenizer {source.parent / 'folder' / 'tokenizer_7b.model'}." in str(error.fix)
+
+
+@pytest.mark.parametrize("key", ["bos", "eos", "pad", "unk"])
+def test_a_token_that_a_tokenizer_lacks_tells_first_of_a_foreign_tokenizer(
+    key: str, source: Path, tokenizers: Path, nothing_written: None
+) -> None:
+    """Whoever gave the wrong file must not be sent to the mapping."""
+    by = mapping(tokenizer={**SPEC, key: "<eoa>"})
+    error = refused("E501", source, source.parent / "hf", by, tokenizer=tokenizers / "own.model")
+    assert str(error.fix).startswith("Give the model's own tokenizer with --tokenizer. If it is, correct")
+
+
 def test_templates_settings_and_configurations_are_refused_first(
     source: Path, tmp_path: Path, nothing_written: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
