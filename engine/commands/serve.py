@@ -135,6 +135,8 @@ def mount(
 
     def ready() -> None:
         say(f"mounted at {visible(at)}; Ctrl-C ends it", err=True)
+        for notice in folder.notices:  # as a run would print them
+            say(visible(f"  note {notice}"), err=True)
 
     compiled = engine.api.plan(mapping, src, **options)
     with engine.api.virtual(compiled, tokenizer=tokenizer, code=code) as folder:

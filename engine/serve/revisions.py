@@ -165,15 +165,17 @@ class Revisions:
                 while len(self._refused) > _REMEMBERED:
                     self._refused.popitem(last=False)
             raise
-        self._tell(one.name, f"is served as {one.commit[:12]}")
+        self._tell(one.name, f"is served as {one.commit[:12]}", folder.notices)
         return folder
 
-    def _tell(self, name: str, what: str) -> None:
-        """Report the state of a step, unless the last report was the same."""
+    def _tell(self, name: str, what: str, notices: Sequence[str] = ()) -> None:
+        """Report the state of a step and the notices of a run, unless the last report was the same."""
         with self._lock:
             last, self._last[name] = self._last.get(name), what
         if last != what:
             self._told(f"{name} {what}")
+            for notice in notices:
+                self._told(f"  note {notice}")
 
 
 def _shared(number: str | None, steps: Sequence[tuple[str, Store]]) -> NoRevision:

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,8 @@ from engine.storage.objects import ObjectState
 from engine.storage.places import store_at
 from engine.storage.store import Store, walk
 from tests.support.serving import MAPPING, STEP, Running
+
+FOLDER: Any = SimpleNamespace(notices=())  # what is served, where its files do not matter
 
 FILE = "/org/name/resolve/main/model-00001-of-00003.safetensors"
 
@@ -73,13 +76,14 @@ def test_a_step_is_found_when_training_has_written_it(run: Path, tmp_path: Path,
         assert sha() == first
     assert [line for line in running.told if "iter_0000200 is not served: E" in line]
     assert running.told[0].startswith("iter_0000100 is served as ")
+    assert any(line.startswith("  note no tokenizer: ") for line in running.told)  # what a run would print
 
 
 def test_a_commit_is_another_when_anything_that_determines_bytes_is(tmp_path: Path) -> None:
     shutil.copytree(STEP, tmp_path / "step")
     src, file = store_at(tmp_path / "step", "the checkpoint"), tmp_path / "step" / "model_tp0_pp0.pt"
 
-    def commit(salt: str, make: Callable[[Any], Any] = lambda store: None) -> str:
+    def commit(salt: str, make: Callable[[Any], Any] = lambda store: FOLDER) -> str:
         (one,) = revisions.Revisions(src, make, lambda: salt).all()
         return one.commit
 
@@ -96,7 +100,7 @@ def test_a_commit_is_another_when_only_a_size_is(tmp_path: Path, monkeypatch: py
     commits = set()
     for size in (1, 2, 1):
         monkeypatch.setattr(revisions, "walk", lambda _, size=size: [("a", ObjectState(size, None, None, "12:00:00"))])
-        (one,) = revisions.Revisions(store_at(tmp_path, "the step"), lambda store: Any, lambda: "").all()
+        (one,) = revisions.Revisions(store_at(tmp_path, "the step"), lambda store: FOLDER, lambda: "").all()
         commits.add(one.commit)
     assert len(commits) == 2
 
@@ -131,6 +135,7 @@ def test_a_step_that_could_not_be_read_for_a_moment_is_served_soon_after(
     def make(store: Store) -> Any:
         if store.place().rpartition("/")[2] in failing:
             raise EngineError("E305", "a file cannot be read")
+        return FOLDER
 
     monkeypatch.setattr(revisions, "monotonic", lambda: now[0])
     for name in ("100", "200"):
