@@ -275,12 +275,16 @@ def test_a_vocabulary_larger_than_the_padded_one_is_asked_for(tmp_path: Path) ->
     assert caught.value.code == "E202"
 
 
-@pytest.mark.parametrize("name", ["leg_t4_g2", "dist-ep2-moe"])
-def test_a_vocabulary_that_megatron_would_not_pad_so_far_is_asked_for(name: str, tmp_path: Path) -> None:
-    """Tokens would be dropped as padding: of a model that was extended, by the configuration from before."""
-    told: dict[str, Any] = json.loads((MEGATRON / name / "hf_config.json").read_text()) | {"vocab_size": 100}
+@pytest.mark.parametrize(("name", "tokens"), [("leg_t4_g2", 100), ("dist-ep2-moe", 100), ("leg_t2_distopt", 130)])
+def test_a_vocabulary_of_fewer_tokens_than_megatron_had_is_asked_for(name: str, tokens: int, tmp_path: Path) -> None:
+    """Tokens would be dropped as padding: of a model that was extended, by the configuration from before.
+
+    Megatron would not have padded 100 so far. It would have padded 130 as far as the 131 of `args.vocab_size`, to which
+    a tokenizer may add but from which it takes nothing.
+    """
+    told: dict[str, Any] = json.loads((MEGATRON / name / "hf_config.json").read_text()) | {"vocab_size": tokens}
     (tmp_path / "config.json").write_text(json.dumps(told))
-    for options in ({"config": None, "settings": {"vocab_size": 100}}, {"config": tmp_path / "config.json"}):
+    for options in ({"config": None, "settings": {"vocab_size": tokens}}, {"config": tmp_path / "config.json"}):
         with pytest.raises(EngineError, match="vocabulary") as caught:
             convert(name, tmp_path / "out", **options)
         assert caught.value.code == "E202"
