@@ -17,7 +17,7 @@ from typing import Any
 from engine.errors import EngineError, Place
 from engine.language.documents import Document, Table, leaves, same
 
-_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "unless")
+_AS_WRITTEN = ("why", "ignored", "noted", "default", "same_as", "comes_with", "unless", "added")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,8 @@ class Key:
         default: the value of an absent key.
         same_as: the key that this one is another spelling of.
         comes_with: a key that is never present without this one.
+        added: the values that training adds where its own text lacks the key, unless a key of `unless` has one of its
+            values; None: any.
     """
 
     name: str
@@ -129,11 +131,18 @@ class Key:
     same_as: str | None = None
     comes_with: str | None = None
     unless: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    added: tuple[Any, ...] | None = None
 
     def ignores(self, config: Mapping[str, Any]) -> bool:
         """Whether its value does not matter in a configuration."""
-        counting = self.unless and any(value in self.unless.get(path, ()) for path, value in leaves(config))
-        return self.ignored is not None and not counting
+        return self.ignored is not None and not self._counts(config)
+
+    def adds(self, value: Any, config: Mapping[str, Any]) -> bool:
+        """Whether training may add a value to the configuration that its text gives."""
+        return self.added is None or any(same(value, one) for one in self.added) or self._counts(config)
+
+    def _counts(self, config: Mapping[str, Any]) -> bool:
+        return bool(self.unless) and any(value in self.unless.get(path, ()) for path, value in leaves(config))
 
     @property
     def decided(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from engine.checkpoint.joined import joined_in
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
+from engine.formats.python_source import UNTOLD
 from engine.language.declared import paths_in
 from engine.language.documents import leaves, merged, plain, prefixes, value_at
 from engine.language.expressions import render_tree
@@ -127,9 +128,27 @@ def _whole(number: float) -> float:
     return int(number) if number == int(number) else number
 
 
-def check_repeated(config: Mapping[str, Any], again: Any, side: Side, file: str | None) -> None:
-    """E218 for the first key that matters and differs in `file`, which repeats the configuration."""
-    for path, value in leaves(again if isinstance(again, Mapping) else {}):
+def check_repeated(config: Mapping[str, Any], training: Mapping[str, Any], side: Side, layout: Layout) -> None:
+    """E218 for the first key that matters and differs in the training configuration, which repeats this one."""
+    file, repeats = layout.training_file, layout.training_repeats or ""
+    again = value_at(training, repeats)
+    again = again if isinstance(again, Mapping) else {}
+    untold = training.get(UNTOLD, {})
+    for path, value in leaves(config if again else {}):
+        key, there = find_key(side.keys, path), f"{repeats}.{path}"
+        if value is None or value_at(training, there, untold) is not untold or any(map(untold.get, prefixes(there))):
+            continue
+        if key is not None and side.reads(path) and not key.adds(value, config):
+            raise EngineError(
+                "E218",
+                f"`{path}` is in {side.file} and not in {file}, and training adds no such value",
+                place=Place(side.file),
+                got=f"{path}: {shown(value)}",
+                expected=f"no such key, or `{path}` in `{repeats}` of {file} too",
+                fix="One of the two files is from another run: copy both again from the training run. If you know which "
+                "is right, correct the other, or move it away.",
+            )
+    for path, value in leaves(again):
         key, here = find_key(side.keys, path), value_at(config, path)
         limited = key is not None and key.only is not None
         if not (side.reads(path) or limited) or plain(here) == plain(value):

@@ -161,6 +161,7 @@ def _keys(keys: Mapping[str, Key]) -> dict[str, list[str]]:
         told += [f"only {json.dumps(list(key.only))}"] if key.only is not None else []
         told += ["ignored"] if key.ignored is not None else ["noted"] if key.noted is not None else []
         told += [f"counts where {json.dumps(key.unless)}"] if key.unless else []
+        told += [f"adds {json.dumps(key.added)}"] if key.added is not None else []
         told += [f"default {json.dumps(key.default)}"] if key.default is not None else []
         told += [f"another name of {key.same_as}"] if key.same_as is not None else []
         told += [f"never absent beside {key.comes_with}"] if key.comes_with is not None else []

@@ -120,8 +120,8 @@ VALUES_OF_KINDS = [
     ({}, ANY, "remote_code auto_map unless variants.choices transform classes layout.config layout.training "
      "layout.layers modes files.ranks mesh"),
     ("", f"{NUMBERS} split zeros prefix modes.when", "*"),
-    ([[]], f"{ANY} only options.choices", "*"),
-    ([""], f"{ANY} only variants.choices options.choices remove split zeros model_types skip", "*"),
+    ([[]], f"{ANY} only added options.choices", "*"),
+    ([""], f"{ANY} only added variants.choices options.choices remove split zeros model_types skip", "*"),
     ({"x": ""}, f"{ANY} absent variants.choices modes.choices dims rules.when transform.when mapping.config "
      "training_config generation write indices cuts.* sizes", "*"),
     ({"x": [[]]}, f"{ANY} absent unless answers mapping.config training_config generation write", "*"),

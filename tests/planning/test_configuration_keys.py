@@ -424,6 +424,7 @@ def test_what_model_config_says_and_the_tensors_contradict_is_refused(
 ) -> None:
     """A head over the vocabulary once became a reward model's, of as many labels."""
     source = training(tmp_path / "ckpt", change, fixture)
+    (source / "config_file.pt").unlink()  # which would contradict as well
     error = refused(engine.convert, family_of(fixture), source, tmp_path / "out", settings=settings_of(fixture))
     assert error.code in ("E203", "E402"), error
 
@@ -517,6 +518,31 @@ def test_a_configuration_of_another_run_beside_the_training_file_is_refused(
     torch.save(config, source / "model_config.pt")  # without `rope_base`, which then has another default
     assert "rope_base" in refused(engine.convert, FAMILY, source, tmp_path / "out").message
     torch.save(config | {"rope_base": 1e4, "checkpoint": True}, source / "model_config.pt")
+    api.plan(FAMILY, source)
+
+
+@sampled(1)
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({"rope_base": 500000}, False), ({"head_dim": 8}, False), ({"head_dim": None}, True),
+        ({"qk_interleaved": True}, False), ({"qk_interleaved": False, "enable_qkv_fusion": True}, True),
+    ],
+    ids=told,
+)  # fmt: skip
+def test_what_only_the_model_configuration_says_must_be_what_training_adds_to_its_text(
+    change: dict[str, Any], fits: bool, tmp_path: Path
+) -> None:
+    source = with_source(tmp_path / "ckpt", "adapt_hf=True", "residual_in_fp32=False")
+    config = dict(api.read_checkpoint(source, api.load_layout("internevo")).config)
+    torch.save({name: one for name, one in config.items() if name != "adapt_hf"} | change, source / "model_config.pt")
+    if fits:
+        api.plan(FAMILY, source)
+    else:
+        error = refused(api.plan, FAMILY, source)
+        assert error.code == "E218" and next(iter(change)) in error.message and "not in config_file.pt" in error.message
+    text = torch.load(source / "config_file.pt", weights_only=True)
+    torch.save(f"{text}\nmodel.update(base)\n", source / "config_file.pt")  # then it may say it too
     api.plan(FAMILY, source)
 
 
@@ -639,6 +665,7 @@ def test_a_family_without_a_head_that_is_normalised_refuses_it(mapping: str, fix
 
 def test_a_key_that_only_a_dim_of_its_name_reads_is_not_told_as_unread(tmp_path: Path) -> None:
     source = training(tmp_path / "ckpt", {"head_dim": 8})
+    (source / "config_file.pt").unlink()  # which has no such key
     assert not any("head_dim" in notice for notice in api.plan(FAMILY, source).notices)
 
 
