@@ -19,6 +19,10 @@ from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import Read, Side, read_config, shown, whole_side
 
 _MOST_TRIED = 2000  # combinations of values of options
+_COPY_BOTH = (
+    "One of the two files is from another run: copy both again from the training run. If you know which is right, "
+    "correct the other, or move it away."
+)
 
 
 def check_returns(
@@ -145,8 +149,7 @@ def check_repeated(config: Mapping[str, Any], training: Mapping[str, Any], side:
                 place=Place(side.file),
                 got=f"{path}: {shown(value)}",
                 expected=f"no such key, or `{path}` in `{repeats}` of {file} too",
-                fix="One of the two files is from another run: copy both again from the training run. If you know which "
-                "is right, correct the other, or move it away.",
+                fix=_COPY_BOTH,
             )
     for path, value in leaves(again):
         key, here = find_key(side.keys, path), value_at(config, path)
@@ -161,8 +164,7 @@ def check_repeated(config: Mapping[str, Any], training: Mapping[str, Any], side:
             place=Place(side.file),
             got="no such key" if here is None else f"{path}: {shown(here)}",
             expected=f"{path}: {shown(value)}, as {file} says",
-            fix="One of the two files is from another run: copy both again from the training run. If you know which is "
-            "right, correct the other, or move it away.",
+            fix=_COPY_BOTH,
         )
 
 
