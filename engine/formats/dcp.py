@@ -19,7 +19,7 @@ from itertools import groupby
 from typing import Any
 
 from engine.errors import EngineError, Place
-from engine.formats.dcp_places import places_of
+from engine.formats.dcp_places import check_numbers, places_of
 from engine.formats.headers import FileHeader, Recorded, TensorHeader, damaged
 from engine.formats.rank_files import LoadPickle, Pickles, tensor_header
 from engine.formats.safetensors import read_boxes
@@ -236,7 +236,7 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
     tensors, stored = told.get("state_dict_metadata"), told.get("storage_data")
     if type(tensors) is not dict or type(stored) is not dict:
         raise Refused("E301", "a Metadata without state_dict_metadata or storage_data")
-    places = places_of(stored)
+    places, numbers = places_of(stored)
     entries: list[Entry] = []
     values: dict[str, tuple[str, int, int]] = {}
     for name, one in tensors.items():
@@ -255,9 +255,11 @@ def _directory(value: Any, identity: str, most: int) -> Directory:
         most -= len(chunks)
         if most < 0:
             raise Refused("E301", "the same boxes listed more often than so short a file can")
-        for chunk in chunks:
-            box = attributes(chunk, "ChunkStorageMetadata")
-            starts, shape = ints(box.get("offsets")), ints(box.get("sizes"))
+        boxes = [attributes(chunk, "ChunkStorageMetadata") for chunk in chunks]
+        every = [ints(box.get("offsets")) for box in boxes]
+        check_numbers(name, every, numbers)
+        for box, starts in zip(boxes, every, strict=True):
+            shape = ints(box.get("sizes"))
             if not len(starts) == len(shape) == len(whole) or any(
                 at + size > all_ for at, size, all_ in zip(starts, shape, whole, strict=True)
             ):

@@ -14,14 +14,17 @@ _Box = tuple[str, tuple[int, ...] | None]  # name and start
 _Bytes = tuple[str, int, int]  # file, offset and length
 
 
-def places_of(stored: Mapping[Any, Any]) -> dict[_Box, _Bytes]:
-    """(name, start of the box) → file, offset and length; a Python object has no start.
+def places_of(stored: Mapping[Any, Any]) -> tuple[dict[_Box, _Bytes], dict[_Box, int]]:
+    """(name, start of the box) → file, offset and length; and → which of its tensor's boxes it is, if that is said.
+
+    A Python object has no start.
 
     Raises:
         Refused: E301 for entries that are not in torch's form.
         EngineError: E303 for transformed entries, E306 for two boxes that exchanged places.
     """
     places: dict[_Box, _Bytes] = {}
+    numbers: dict[_Box, int] = {}
     for index, info in stored.items():
         key, place = attributes(index, "MetadataIndex"), attributes(info, "_StorageInfo")
         name, at = key.get("fqn"), key.get("offset")
@@ -48,8 +51,28 @@ def places_of(stored: Mapping[Any, Any]) -> dict[_Box, _Bytes]:
         where = (name, None if at is None else ints(at))
         if places.setdefault(where, (file, offset, length)) != (file, offset, length):
             raise Refused("E301", f"`{name}` at {at} is listed twice")
+        if type(number := key.get("index")) is int:
+            numbers[where] = number
     _check_order([*places.items()])
-    return places
+    return places, numbers
+
+
+def check_numbers(name: str, starts: Sequence[tuple[int, ...]], numbers: Mapping[_Box, int]) -> None:
+    """E306 for places of a tensor's boxes, which start at `starts`, that say to be in each other's place.
+
+    torch numbers boxes as it lists them (`create_default_global_save_plan`); Megatron says no numbers.
+    """
+    said = {at: numbers[name, start] for at, start in enumerate(starts) if (name, start) in numbers}
+    wrong = next((at for at, number in said.items() if number != at), None)
+    if wrong is not None and {*said} == {*said.values()}:  # else a box is missing, or there twice
+        raise EngineError(
+            "E306",
+            f"boxes of `{name}` have exchanged places in `.metadata`",
+            place=Place(".metadata", tensor=name),
+            got=f"a place of box {said[wrong]}, which starts at {starts[said[wrong]]}, with the start {starts[wrong]}",
+            expected="places with the numbers and starts that boxes have in the list of tensors",
+            fix="Copy `.metadata` again from the training run.",
+        )
 
 
 def _check_order(placed: Sequence[tuple[_Box, _Bytes]]) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import sys
 import time
@@ -28,9 +29,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
+from engine.formats import zipdir
 from engine.formats.configs import literals
 from engine.formats.headers import ITEM_SIZES
-from engine.formats.rank_files import read_torch_file
+from engine.formats.rank_files import _SHORT, Pickles, read_torch_file
+from engine.formats.rank_files import read_rank_file as rank_file
 from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
 from engine.formats.standins import Opaque
 from engine.formats.torch_files import torch_file
@@ -465,6 +468,56 @@ def test_json_configs_are_read_and_bad_ones_refused(tmp_path: Path) -> None:
         read_config(path, "json")
 
 
+@pytest.mark.parametrize("name", ["a" * length for length in range(8)])
+def test_tensors_of_a_safetensors_file_are_aligned_whatever_their_names(name: str) -> None:
+    header, offsets = encode_header([(name, "F64", (1,))], {})
+    assert len(header) == offsets[0] and len(header) % 8 == 0
+
+
+def test_an_empty_tensor_may_be_listed_after_the_one_that_begins_where_it_does(tmp_path: Path) -> None:
+    entries = {"a": [0, 4], "b": [4, 8], "empty": [4, 4]}
+    listed = {n: {"dtype": "F32", "shape": [(e - b) // 4], "data_offsets": [b, e]} for n, (b, e) in entries.items()}
+    text = json.dumps(listed).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    assert [one.name for one in read_safetensors(tmp_path / "a.safetensors").tensors] == [*entries]
+
+
+def test_a_pickle_is_known_by_all_of_its_bytes() -> None:
+    """Those of two ranks may differ in their last bytes alone."""
+    same = "x" * _SHORT
+    load = Pickles(4)
+    assert [load(pickle.dumps([same, number], 2), "a.pt")[1] for number in (1, 2, 1)] == [1, 2, 1]
+
+
+def test_mappings_that_hold_tensors_are_named_though_one_lies_deep_in_another(tmp_path: Path) -> None:
+    shared = {"r": {"t": torch.ones(1)}}
+    torch.save({"model": {"w": torch.ones(2)}, "deep": {"p": {"q": shared}}, "near": shared}, tmp_path / "a.pt")
+    found = rank_file(local_file(tmp_path / "a.pt"), nested=[re.compile("model")])
+    assert found.left == ("near",)
+
+
+def test_a_file_without_checksums_is_known_by_its_pickle(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("one.pt", "two.pt")]
+    known = set()
+    try:
+        torch.serialization.set_crc32_options(False)
+        for path, name in zip(paths, "ab", strict=True):
+            torch.save({name: torch.ones(2)}, path)
+            path.write_bytes(path.read_bytes().replace(b"two/", b"one/"))
+            with path.open("rb"), local_file(path).open() as file:
+                known.add(read_torch_file(file, "a.pt").identity)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert len(known) == 2
+
+
+def test_a_pickle_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    monkeypatch.setattr(zipdir, "MAX_PICKLE", 100)
+    with pytest.raises(EngineError, match=r"E301(?s:.*)data.pkl of [0-9]+ bytes"):
+        read_rank_file(tmp_path / "a.pt")
+
+
 def test_a_safetensors_header_is_literally_these_bytes() -> None:
     header, offsets = encode_header([("b", "BF16", (3,)), ("a", "F32", (2, 2)), ("é", "BF16", ())], {"format": "pt"})
     text = (
@@ -500,6 +553,7 @@ def test_the_safetensors_library_accepts_what_the_header_describes(tmp_path: Pat
         {"a": {"dtype": "X", "shape": [2], "data_offsets": [0, 8]}},
         {"a": {"shape": [2], "data_offsets": [0, 8]}},
         {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
+        {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
         [],
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -94,6 +95,21 @@ def test_a_list_of_places_that_torch_would_not_write_is_refused(name: str) -> No
     with pytest.raises(Refused, match=told) as caught:
         read(None, stored())
     assert caught.value.code == "E301"
+
+
+@pytest.mark.parametrize(
+    ("numbers", "exchanged"), [((0, 1), False), ((None, None), False), ((1, 0), True), ((0, 0), False), ((0, 9), False)]
+)
+def test_a_place_whose_number_is_that_of_another_box_is_not_that_box_s(
+    numbers: tuple[int | None, int | None], exchanged: bool
+) -> None:
+    """torch numbers the boxes of a tensor as it lists them, and writes the number beside each place."""
+    starts, chunks = ((0, 0), (2, 0)), [chunk((0, 0), (2, 2)), chunk((2, 0), (2, 2))]
+    both = zip(starts, numbers, strict=True)
+    stored = {index(offset=at, index=number): place(offset=100 * at[0]) for at, number in both}
+    told = r"E306(?s:.*)a place of box 1, which starts at \(2, 0\), with the start \(0, 0\)"
+    with pytest.raises(EngineError, match=told) if exchanged else nullcontext():
+        assert [one.starts for one in read({"a": tensor(chunks=chunks)}, stored)] == [*starts]
 
 
 @pytest.mark.parametrize("how", [["zstd"], "zstd", plain("Zstd")])

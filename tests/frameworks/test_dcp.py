@@ -270,6 +270,18 @@ def test_boxes_that_exchanged_places_in_the_directory_are_refused(
     assert error.code == "E306" and one[1] in str(error.got) and other[1] in str(error.got)
 
 
+def test_boxes_that_exchanged_starts_in_the_directory_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    def change(value: Any) -> None:
+        one, other = [k for k in value.storage_data if k.fqn.endswith("layers.1.mlp.gate_proj.weight")][:2]
+        starts = {one: replace(one, offset=other.offset), other: replace(other, offset=one.offset)}
+        value.storage_data = {starts.get(k, k): v for k, v in value.storage_data.items()}
+
+    folder = copy("fsdp2tp2-f32-model")
+    changed(folder, change)
+    error = refused("fsdp2tp2-f32-model", folder, tmp_path)
+    assert error.code == "E306" and "layers.1.mlp.gate_proj.weight" in error.message
+
+
 def test_boxes_that_exchanged_names_in_the_directory_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
     """The order of a layer's names in a file is then another than in other layers and files."""
 
