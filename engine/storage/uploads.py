@@ -147,7 +147,7 @@ class Uploads:
 
     def join(self) -> Upload:
         """The upload of a part; `complete` makes its files visible, before the whole output is marked."""
-        if self._overwrite and self._before:
+        if self._overwrite and self._name in self._before:
             raise exists(self._store.place(), "Choose an --out where nothing is: parts cannot replace an output.")
         self._lock.check()
         return Upload(self._store, self._work, self._before, mark=self._name, beside=self._lock.check)

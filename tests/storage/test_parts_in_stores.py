@@ -76,6 +76,16 @@ def test_a_part_that_runs_twice_leaves_what_the_same_part_made_elsewhere(
     assert not [name for name in bucket.contents("hf") if name.startswith(".")]
 
 
+def test_parts_that_may_replace_an_output_are_no_output_for_each_other(bucket: Bucket, tmp_path: Path) -> None:
+    plan, out = tmp_path / "plan.json", f"{bucket.url}/hf"
+    api.save_plan(plan, MAPPING, STEP, max_shard_size=100_000)
+    for which in ("1/2", "2/2"):
+        assert api.part(plan, which, out, overwrite=True)
+    api.commit(plan, out, overwrite=True)
+    assert not api.verify(out).problems
+    refused("E401", lambda: api.part(plan, "1/2", out, overwrite=True))
+
+
 def test_a_fork_of_a_process_that_used_a_store_does_not_wait_without_end(bucket: Bucket, tmp_path: Path) -> None:
     step = bucket.upload(STEP, "step")
     engine.plan(MAPPING, step)
