@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import time
 import zipfile
 import zlib
 from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import datetime
@@ -27,18 +29,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from engine.errors import EngineError
 from engine.formats import zipdir
+from engine.formats.checksums import check_files
 from engine.formats.configs import literals
 from engine.formats.headers import ITEM_SIZES
 from engine.formats.rank_files import _SHORT, Pickles, read_torch_file
 from engine.formats.rank_files import read_rank_file as rank_file
-from engine.formats.safetensors import encode_header, index_json, shard_names, split_shards
+from engine.formats.safetensors import encode_header, index_json, read_sharded_safetensors, shard_names, split_shards
 from engine.formats.standins import Opaque
 from engine.formats.torch_files import torch_file
 from engine.formats.unpickle import load_pickle
-from engine.storage.local import local_file
+from engine.storage.local import LocalStore, local_file
 from tests.support.depth import examples
 from tests.support.readers import (
     read_config,
@@ -482,6 +486,54 @@ def test_an_empty_tensor_may_be_listed_after_the_one_that_begins_where_it_does(t
     assert [one.name for one in read_safetensors(tmp_path / "a.safetensors").tensors] == [*entries]
 
 
+@pytest.mark.parametrize("spelt", [str.lower, str.upper])
+def test_a_file_is_checked_by_what_is_recorded_of_it(spelt: Callable[[str], str], tmp_path: Path) -> None:
+    """By checksums in it, even if a member without bytes has none, or beside it, in either spelling."""
+    for name, zipped in (("zip.pt", True), ("old.pt", False)):
+        torch.save({"a": torch.ones(4), "empty": torch.ones(0)}, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    files = [local_file(tmp_path / name) for name in ("zip.pt", "old.pt")]
+    assert check_files(files, lambda _: None) == ["old.pt"]
+    beside = tmp_path / "old.pt.md5"
+    beside.write_text(spelt(hashlib.md5((tmp_path / "old.pt").read_bytes()).hexdigest()))
+    assert check_files(files, lambda _: None) == []
+    beside.write_text(spelt("d41d8cd98f00b204e9800998ecf8427e"))
+    with pytest.raises(EngineError, match="E301"):
+        check_files(files, lambda _: None)
+
+
+def boxes_file(path: Path, tensor: torch.Tensor, info: dict[str, list[int]]) -> None:
+    told = {name: {"saved_offsets": starts} for name, starts in info.items()}
+    save_file({"w": tensor}, path, {"DCP_SHARDING_INFO": json.dumps(told)})
+
+
+@pytest.mark.parametrize(
+    ("tensor", "info", "told"),
+    [
+        (torch.ones(2, 2), {"w": [2, 0]}, None),
+        (torch.ones(2, 2), {"w": [2, 0], "v": [0, 0]}, "not of the tensors that the file holds"),
+        (torch.ones(4), {"w": [4]}, "1 dimensions, elsewhere 2"),
+    ],
+)
+def test_files_of_boxes_agree_on_tensors_and_dimensions(
+    tensor: torch.Tensor, info: dict[str, list[int]], told: str | None, tmp_path: Path
+) -> None:
+    boxes_file(tmp_path / "1.safetensors", torch.ones(2, 2), {"w": [0, 0]})
+    boxes_file(tmp_path / "2.safetensors", tensor, info)
+    with nullcontext() if told is None else pytest.raises(EngineError, match=told):
+        headers = read_sharded_safetensors(LocalStore(tmp_path), ["1.safetensors", "2.safetensors"])
+        assert [one.tensors[0].whole for one in headers] == [(4, 2), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    "number",
+    [b"\x8b" + struct.pack("<i", 600) + bytes(599) + b"\x01", b"I" + b"7" * 1300 + b"\n", b"L" + b"7" * 1300 + b"L\n"],
+    ids=["LONG4", "INT", "LONG"],
+)
+def test_a_number_of_thousands_of_bits_is_refused_however_it_is_written(number: bytes) -> None:
+    with pytest.raises(EngineError, match=r"E301(?s:.*)a number of \d+ bits"):
+        load_pickle(number + b".", "a.pt")
+
+
 def test_a_pickle_is_known_by_all_of_its_bytes() -> None:
     """Those of two ranks may differ in their last bytes alone."""
     same = "x" * _SHORT
@@ -554,6 +606,7 @@ def test_the_safetensors_library_accepts_what_the_header_describes(tmp_path: Pat
         {"a": {"shape": [2], "data_offsets": [0, 8]}},
         {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}},
         {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}},
         [],
     ],
 )
