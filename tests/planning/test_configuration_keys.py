@@ -177,6 +177,9 @@ HARMLESS: list[dict[str, Any]] = [
     {"tie_word_embeddings": 0, "attention_bias": False, "mlp_bias": 0},
     {"hidden_act": "silu", "pretraining_tp": 1, "partial_rotary_factor": 1.0, "use_sliding_window": False},
     {"torch_dtype": "float32", "transformers_version": "4.57.6", "_name_or_path": "x"},
+    {"unsloth_version": "2026.3.3", "unsloth_fixed": True, "unsloth_vocab_pad_ids": [255]},  # written by unsloth
+    {"group_size_ratio": 0.25, "gradient_checkpointing": False, "use_mrope": False, "max_sequence_length": 2048},
+    {"_flash_attn_2_enabled": True, "_pre_quantization_dtype": "bfloat16", "_experts_implementation": "eager"},
     {"bos_token_id": 5, "eos_token_id": [2, 92542], "pad_token_id": None, "max_position_embeddings": 4096},
     {"rope_parameters": {"rope_theta": 10000.0}},
     {"rope_parameters": None, "rope_theta": 10000},
