@@ -15,6 +15,7 @@ import torch
 
 import engine
 from engine import api
+from engine.checkpoint.folder import _below
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.run import journal, runner
@@ -314,3 +315,13 @@ def test_what_tells_content_is_known_of_each_kind(tmp_path: Path) -> None:
     for kind in KINDS:
         path = weights(write(tmp_path / kind, kind))
         assert header_of(path).summed == (kind == "zip"), kind
+
+
+@pytest.mark.parametrize("keys", [["1"], ["model"], ["0", "model"], ["0"]])
+def test_a_configuration_that_is_not_where_the_layout_says_is_refused(keys: list[str]) -> None:
+    with pytest.raises(EngineError, match="E303 the configuration holds no settings"):
+        _below([[]], keys, "config.pt")
+
+
+def test_a_configuration_in_a_list_is_found_by_its_number() -> None:
+    assert _below([[], {"layers": 2}], ["1"], "config.pt") == {"layers": 2}
