@@ -125,7 +125,7 @@ def mount(
     """Mount the folder that `run` would write, read-only.
 
     Its files appear at DIR; weights files are computed as they are read. It stays until Ctrl-C or
-    `fusermount -u DIR`. Needs FUSE and `pip install internlm-engine[mount]`.
+    `fusermount -u DIR`. Needs FUSE and `pip install 'internlm-engine[mount]'`.
 
     \b
     Example:

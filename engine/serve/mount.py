@@ -201,7 +201,7 @@ def _fuse() -> Any:
     try:
         import mfusepy
     except ImportError as error:
-        raise _no_fuse("the package mfusepy is not installed", "Run `pip install internlm-engine[mount]`.") from error
+        raise _no_fuse("the package mfusepy is not installed", "Run `pip install 'internlm-engine[mount]'`.") from error
     except (OSError, AttributeError) as error:
         fix = "Install it from the distribution, for example with `apt-get install fuse3`, or use `engine serve`."
         raise _no_fuse(str(error) or "libfuse is not installed", fix) from error
