@@ -156,7 +156,7 @@ CARDS = [
     ("v2_tp2_pp2", "families/internlm2.yaml", {"rope_scaling": "linear"}, ">=4.40"),
     ("v1_tp2_pp2", "families/internlm.yaml", {"rope_scaling": "yarn"}, ">=4.51"),
     ("llama_tp2_pp1_default", "families/llama.yaml", {}, ">=4.40"),
-    ("v2_tp2_pp2", "families/internlm2-official.yaml", {}, ">=4.41,<4.52"),
+    ("v2_tp2_pp2", "families/internlm2-official.yaml", {}, ">=4.41,<4.49"),
 ]
 
 

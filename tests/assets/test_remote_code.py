@@ -78,7 +78,7 @@ def test_the_card_says_how_to_load_and_in_which_versions(tmp_path: Path) -> None
     converted(tmp_path / "hf", folder(tmp_path / "code"))
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "trust_remote_code=True)" in card
-    assert ">=4.41,<4.52" in card
+    assert ">=4.41,<4.49" in card
     assert "`configuration_internlm2.py` and `modeling_internlm2.py`" in card
 
 
@@ -86,7 +86,7 @@ def test_without_code_the_card_shows_no_loading_that_cannot_work(tmp_path: Path)
     report = engine.convert(MAPPING, SOURCE, tmp_path / "hf")
     card = (tmp_path / "hf" / "README.md").read_text()
     assert "from_pretrained" not in card
-    assert "--code DIR" in card and "trust_remote_code" in card and ">=4.41,<4.52" in card
+    assert "--code DIR" in card and "trust_remote_code" in card and ">=4.41,<4.49" in card
     assert "auto_map" not in json.loads((tmp_path / "hf" / "config.json").read_text())
     assert any("--code DIR" in notice for notice in report.notices)
 

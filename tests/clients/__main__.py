@@ -54,6 +54,9 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
   experts.
 - transformers before 4.47 gives no assistant masks: it reads the template in `tokenizer_config.json`, which has no
   `generation` tags, since a program that does not know them refuses the whole template. It warns.
+- Newer copies of InternLM2's official code, as InternLM2.5 has, load in transformers 4.49 to 4.51 with the right
+  logits, but their `generate()` fails there: `get_max_length` of the cache is gone. The first copies generate up to
+  4.51.
 
 These were read in the programs' sources and not run. The programs say nothing of them, and no key of `config.json`
 helps:
