@@ -112,6 +112,13 @@ def test_a_place_whose_number_is_that_of_another_box_is_not_that_box_s(
         assert [one.starts for one in read({"a": tensor(chunks=chunks)}, stored)] == [*starts]
 
 
+def test_places_that_are_listed_in_another_order_throughout_have_not_been_exchanged() -> None:
+    """Only if most are in the order of their bytes, it is the order in which they were written."""
+    names = ["b", "a", "d", "c"]
+    stored = {index(fqn=name): place(offset=100 * at) for name, at in zip(names, (1, 0, 3, 2), strict=True)}
+    assert [one.name for one in read({name: tensor() for name in "abcd"}, stored)] == [*"abcd"]
+
+
 @pytest.mark.parametrize("how", [["zstd"], "zstd", plain("Zstd")])
 def test_bytes_that_an_extension_transformed_are_refused(how: Any) -> None:
     with pytest.raises(EngineError, match="extensions that transform") as caught:

@@ -282,6 +282,28 @@ def test_boxes_that_exchanged_starts_in_the_directory_are_refused(copy: Callable
     assert error.code == "E306" and "layers.1.mlp.gate_proj.weight" in error.message
 
 
+def test_a_file_of_boxes_is_known_by_its_checksums_and_by_the_directory(copy: Callable[[str], Path]) -> None:
+    folder, names = copy("fsdp2tp2-f32-model"), [f"__{rank}_0.distcp" for rank in range(4)]
+    path = folder / names[0]
+
+    def known() -> tuple[str, bool]:
+        header = dcp.read_dcp(LocalStore(folder), names)[0]
+        return header.identity, header.summed
+
+    def told(data: bytes) -> tuple[str, bool]:
+        path.write_bytes(data)
+        return known()
+
+    saved = path.read_bytes()
+    entry = saved.rindex(b"PK\x01\x02", 0, saved.rindex(b"/data/0"))  # of a tensor's bytes, in a zip's directory
+    first, other = known(), told(saved[: entry + 16] + b"abcd" + saved[entry + 20 :])
+    none = told(saved[: entry + 16] + bytes(4) + saved[entry + 20 :])
+    assert first[1] and other[1] and not none[1]
+    path.write_bytes(saved)
+    changed(folder, lambda value: setattr(value, "planner_data", None))
+    assert len({first[0], other[0], none[0], known()[0]}) == 4
+
+
 def test_boxes_that_exchanged_names_in_the_directory_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:
     """The order of a layer's names in a file is then another than in other layers and files."""
 
