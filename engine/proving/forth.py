@@ -106,6 +106,9 @@ class Forth(Direction):
 
     def _answered(self, base: dict[str, Any], made_up: Sequence[str]) -> dict[str, Any]:
         """Values that are accepted: made-up numbers become 1 if they are too large, others what a variant asks for."""
+        for path in made_up:  # one may be too large for another, which is small if all are 1
+            if "refused" not in self.run(alone := {**base, path: 1}):
+                return alone
         found = {**base, **dict.fromkeys(made_up, 1)}
         for path, values in constants(self.expressions, self.closure).items():
             if values and isinstance(found.get(path), float) and "refused" in self.run(found):
