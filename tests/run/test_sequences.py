@@ -13,10 +13,12 @@ import re
 import shutil
 import signal
 import time
+from collections import ChainMap
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from safetensors.torch import load, load_file
 import engine
 from engine.serve import revisions
 from engine.serve.virtual import VirtualFolder
-from engine.storage import output
+from engine.storage import objects, output, upload, uploads
 from engine.storage.places import store_at
 from tests.support.cases import rank_files, same_files
 from tests.support.depth import SOAK
@@ -298,3 +300,67 @@ def test_what_is_served_is_what_the_newest_whole_step_holds_now(
         except (AssertionError, engine.EngineError, revisions.NoRevision) as error:
             error.add_note("\n".join(run.log))
             raise
+
+
+class Lossy:
+    """obstore over a store in memory: some requests fail, and of some only the response is lost."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self.library, self.draw, self.rate = pytest.importorskip("obstore"), draw, 0.0
+        self.memory, self.exceptions = self.library.store.MemoryStore(), self.library.exceptions
+
+    def ask(self, call: Callable[[], Any]) -> Any:
+        one = self.draw.random()
+        got = call() if one >= self.rate / 2 else None
+        if one < self.rate:
+            raise self.exceptions.GenericError("no response")
+        return got
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        call = getattr(self.library, name)
+        return lambda at, path, *given, **how: self.ask(lambda: call(self.memory, f"{at}/{path}", *given, **how))
+
+    def list_with_delimiter(self, at: str, inside: str | None) -> Any:
+        found = self.ask(lambda: self.library.list_with_delimiter(self.memory, f"{at}/{inside or ''}"))
+        for one in found["objects"]:
+            one["path"] = one["path"].removeprefix(f"{at}/")
+        return found
+
+    def open_writer(self, at: str, path: str, **how: Any) -> Any:
+        made = self.library.open_writer(self.memory, f"{at}/{path}", **how)
+        return SimpleNamespace(write=made.write, close=lambda: self.ask(made.close), __exit__=made.__exit__)
+
+    def held(self) -> dict[str, bytes]:
+        paths = [one["path"] for one in self.library.list(self.memory).collect()]
+        return {path: self.library.get(self.memory, path).bytes().to_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("seed", range(400 if SOAK else 3))
+def test_a_store_is_right_though_responses_are_lost(seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw, out, holds = random.Random(seed), "s3://b/out", -1
+    lossy, plans = Lossy(draw), [tmp_path / "0.json", tmp_path / "1.json"]
+    for module in (objects, upload):
+        monkeypatch.setattr(module, "library", lambda: lossy)
+    monkeypatch.setattr(objects, "client_of", lambda url, options: url.partition("//")[2])
+    monkeypatch.setattr(uploads, "_end_uploads", lambda store, ours: [])
+    lossy.library.put(lossy.memory, "b/thesis.txt", b"mine")
+    for now, plan in enumerate(plans):
+        save(replace(MODEL, seed=now), tmp_path / str(now), tp=2)
+        invoke("plan", *RULES, "-s", tmp_path / str(now), "-o", plan, "--max-shard-size", "700")
+    for _ in range(draw.randint(2, 6 if SOAK else 3)):
+        now = draw.randint(0, 1)
+        also = draw.choice([(), ("--overwrite",), ("--resume",), ("--overwrite", "--resume")])
+        run, parts = ["run", *also], [["part", "1/2"], ["part", "2/2"], ["commit"]]
+        for command in draw.choice([[run], [run, run], parts, [["clean", out]]]):
+            lossy.rate, before = draw.choice([0, 0.05, 0.3]), lossy.held()
+            done = invoke(*command, *(() if "clean" in command else ("--plan", plans[now], "-o", out)))
+            lossy.rate, after = 0, lossy.held()
+            assert done.exit_code == 0 or re.search(r"E[0-8][0-9]{2}", done.output), (command, done.output)
+            assert after["b/thesis.txt"] == b"mine"
+            if (mark := "b/out/conversion.json") in after:
+                holds = holds if after[mark] == before.get(mark) else now
+                found = [load(data) for name, data in after.items() if name.endswith(".safetensors")]
+                same(dict(ChainMap(*found)), build(replace(MODEL, seed=holds))[3])
+            assert mark in after or command[0] not in ("run", "commit") or done.exit_code
+    assert invoke("clean", out).exit_code == 0 and "b/out/.engine-lock" not in lossy.held()
+    assert invoke("run", "--plan", plans[0], "-o", out, "--overwrite").exit_code == 0
