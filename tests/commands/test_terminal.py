@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from engine import api
 from engine.commands.main import cli
 from engine.commands.say import say
+from engine.errors import EngineError
 from engine.run.meter import Meter, Progress
+from engine.show.render import error
 from engine.show.text import Styled, fit, table, terminal_width
 from tests.support.terminal import ROOT, run_in_terminal
 
@@ -97,6 +99,13 @@ def test_whatever_is_printed_controls_no_terminal_but_by_the_engine_s_own_styles
     assert capsys.readouterr().out.splitlines() == [
         r"\x1b[1mbold\x1b[0m\x1b]0;title\x07\x1b[2J", "\x1b[1mbold\x1b[0m" r"\x1b]0;title\x07\x1b[2J",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("severity", "colour"), [("error", "red"), ("warning", "yellow")])
+def test_the_colour_of_a_code_says_how_severe_it_is(severity: Any, colour: str) -> None:
+    finding = EngineError("L001", "odd")
+    finding.severity = severity
+    assert error(finding).startswith(click.style("L001", fg=colour, bold=True))
 
 
 def test_into_a_pipe_every_row_is_one_line() -> None:

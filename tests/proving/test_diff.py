@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -373,6 +374,7 @@ def test_a_comment_starts_with_one_line_and_folds_the_rest(tmp_path: Path) -> No
     assert first == "**Mappings:** 1 mapping changed; tensors: 1 renamed."
     assert rest[1] == "<details>" and rest[-1] == "</details>"
     assert rendered([], "github") == "**Mappings:** No mapping changes."
+    assert "<summary>&lt;b&gt;: " in rendered([replace(diff, name="<b>")], "github")
 
 
 def test_a_comment_never_grows_larger_than_github_takes() -> None:

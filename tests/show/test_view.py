@@ -89,6 +89,7 @@ def test_the_policy_allows_this_style_and_this_script_only() -> None:
     (told,) = [a["content"] for t, a in Page(text).elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert told == policy(style[1], script[1])
     assert told and told.startswith("default-src 'none'; ") and "unsafe" not in told
+    assert "base-uri 'none'" in told and "form-action 'none'" in told
 
 
 def test_names_from_checkpoints_and_mappings_cannot_become_markup(tmp_path: Path) -> None:
