@@ -205,3 +205,18 @@ def test_experts_of_any_ranks_reshard_to_any_other(tmp_path: Path) -> None:
     assert sorted(got) == sorted(wanted)
     for file, state in wanted.items():
         same(got[file], state)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_experts_of_isp_are_read_and_written_as_either_code_cut_them(by_rows: bool, tmp_path: Path) -> None:
+    """InternEvo 0.4 cuts all their linears on rows; before, tensor parallel ranks had columns of the one down."""
+    model, step, cut = Experts(layers=2), tmp_path / "step", {"mode": "isp", "tp": 2, "wp": 2}
+    expected = save_family(model, step, **cut, by_rows=by_rows)
+    engine.convert(model.mapping, step, tmp_path / "hf", settings=told(model))
+    same(load_file(tmp_path / "hf" / "model.safetensors"), expected)
+    engine.reverse(model.mapping, tmp_path / "hf", tmp_path / "back", like=step, settings=told(model), **cut)
+    for name, state in weights(step).items():
+        same(weights(tmp_path / "back")[name], state)
+    engine.reshard(model.mapping, step, tmp_path / "one", to=model.mapping, mode="tensor", tp=2, settings=told(model))
+    engine.convert(model.mapping, tmp_path / "one", tmp_path / "again", settings=told(model))
+    same(load_file(tmp_path / "again" / "model.safetensors"), expected)

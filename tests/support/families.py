@@ -266,9 +266,19 @@ def build_experts(m: Experts) -> tuple[list[list[Whole]], list[Whole], list[Whol
 
 
 def save_experts(
-    m: Experts, folder: Path, *, survivor: str = "later", own: int | None = None, said: str = "", **layout: Any
+    m: Experts,
+    folder: Path,
+    *,
+    survivor: str = "later",
+    own: int | None = None,
+    said: str = "",
+    by_rows: bool = False,
+    **layout: Any,
 ) -> State:
     """The dense tensors in rank files, a float32 gate with them, and every expert in files of its own.
+
+    Until 0.3 experts are `FeedForward` under isp too, whose w2 has cut columns. In 0.4 they are `ISPFeedForward`, all of
+    whose linears are cut `by_rows`, over the tensor parallel ranks (`get_mlp_cls` of `modules/mlp.py`).
 
     Since there is `expert_weight`, or `no_tp`, experts have ranks of their `own`; `said` is what `parallel` says of it.
 
@@ -282,8 +292,9 @@ def save_experts(
     text = text.replace("weight=", f"{said}weight=", 1)
     text += f"moe = dict(top_k={min(2, m.experts)}, use_fused_gating=True)\n"
     torch.save(text, folder / "config_file.pt")
-    for path, (layer, prefix, ranks, by_rows) in expert_files(m, survivor=survivor, **layout).items():
-        cut, ranks = wp_slice if by_rows else tp_slice, own or ranks
+    listed = expert_files(m, survivor=survivor, by_rows=by_rows, **layout)
+    for path, (layer, prefix, ranks, rows) in listed.items():
+        cut, ranks = wp_slice if rows else tp_slice, own or ranks
         for e, wholes in enumerate(experts[layer]):
             for r in range(ranks):
                 state = OrderedDict((prefix + whole.name, cut(whole, r, ranks)) for whole in wholes)
@@ -303,10 +314,11 @@ def expert_files(
     zbv: bool = False,
     wrapped: bool = False,
     legacy: bool = False,
+    by_rows: bool = False,
 ) -> dict[str, tuple[int, str, int, bool]]:
     """File name pattern → (global layer, prefix of its names, ranks, whether rows are cut), as left on disk."""
     places = stages(m.layers, pp, chunks, zbv)
-    word, ranks = ("tp", tp) if mode == "tensor" else ("wp", wp)
+    word, ranks = ("wp", wp) if mode == "isp_wp" else ("tp", tp)
     files: dict[str, tuple[int, str, int, bool]] = {}
     for p in range(pp) if survivor == "later" else reversed(range(pp)):
         number = p * (m.layers // pp)
@@ -314,6 +326,6 @@ def expert_files(
             prefix = f"{chunk}.model." if chunks > 1 else "model." if wrapped else ""
             for local, layer in enumerate(places[chunk, p]):
                 path = f"model_moe_layer{number}_expert{{expert}}_{word}{{rank}}.pt"
-                files[path] = (layer, f"{prefix}{m.block}.{local}.", ranks, mode != "tensor")
+                files[path] = (layer, f"{prefix}{m.block}.{local}.", ranks, mode == "isp_wp" or by_rows)
                 number += 1
     return files
