@@ -612,7 +612,7 @@ def test_proofs_stay_out_of_a_small_folder_in_memory(monkeypatch: pytest.MonkeyP
             "    state: [model]\n    help: mtp, msp",
             "tensor, state is model",
         ),
-        ("internevo", "max: 1.0e+15}", "max: 1.0e+15, ignored: unused}", "rope_base, ignored is True"),
+        ("internevo", "max: 1.0e+15, added", "max: 1.0e+15, ignored: unused, added", "rope_base, ignored is True"),
         ("internevo", "    causal: {only", "    of_my_own: {only: [1]}\n    causal: {only", ""),
         ("internevo", "name: internevo", "name: internevo", ""),
     ],
