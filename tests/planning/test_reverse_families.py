@@ -209,7 +209,7 @@ def test_experts_of_any_ranks_reshard_to_any_other(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by_rows", [False, True])
 def test_experts_of_isp_are_read_and_written_as_either_code_cut_them(by_rows: bool, tmp_path: Path) -> None:
-    """InternEvo 0.4 cuts all their linears on rows; before, tensor parallel ranks had columns of the one down."""
+    """InternEvo 0.3.10 to 0.4.9 cuts all their linears on rows; before, ranks had columns of the one down."""
     model, step, cut = Experts(layers=2), tmp_path / "step", {"mode": "isp", "tp": 2, "wp": 2}
     expected = save_family(model, step, **cut, by_rows=by_rows)
     engine.convert(model.mapping, step, tmp_path / "hf", settings=told(model))

@@ -277,8 +277,8 @@ def save_experts(
 ) -> State:
     """The dense tensors in rank files, a float32 gate with them, and every expert in files of its own.
 
-    Until 0.3 experts are `FeedForward` under isp too, whose w2 has cut columns. In 0.4 they are `ISPFeedForward`, whose
-    linears are all cut `by_rows`, over the tensor parallel ranks (`get_mlp_cls` of `modules/mlp.py`).
+    Experts are `FeedForward` at first, under isp too, whose w2 has cut columns; from 0.3.10 to 0.4.9 `ISPFeedForward`,
+    whose linears are all cut `by_rows`, over the tensor parallel ranks (`get_mlp_cls` of `modules/mlp.py`).
 
     Since there is `expert_weight`, or `no_tp`, experts have ranks of their `own`; `said` is what `parallel` says of it.
 
