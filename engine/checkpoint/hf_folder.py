@@ -120,7 +120,16 @@ def _read_weights(file: File) -> FileHeader:
     torch = suffix in _TORCH
     if not torch and suffix != ".safetensors":
         with file.open() as opened:
-            torch = opened.read(4) == b"PK\x03\x04"
+            begin = opened.read(9)
+        torch = begin.startswith(b"PK\x03\x04")
+        if not torch and not begin.endswith(b"{"):  # after its length, the header of safetensors is JSON
+            raise EngineError(
+                "E304",
+                f"`{file.name}` is no weights file",
+                place=Place(file.place),
+                expected="a file of safetensors, or one that torch saved",
+                fix="Give the folder that it is in, or a weights file.",
+            )
     return read_rank_file(file) if torch else read_safetensors(file)
 
 

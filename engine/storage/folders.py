@@ -11,7 +11,7 @@ from engine.storage.store import Store
 _UNLISTED: dict[type[OSError], tuple[str, str, str]] = {
     NotADirectoryError: (
         "E304", "the checkpoint is a file, not a folder",
-        "Give the folder that holds the rank files. A state in one file is read as model.pt in a folder of its own.",
+        "Give the folder that it is in. A training state in one file is read as model.pt in a folder of its own.",
     ),
     FileNotFoundError: ("E304", "there is no such checkpoint folder", "Check the path."),
     OSError: ("E305", "the checkpoint folder cannot be read", "Check its permissions."),

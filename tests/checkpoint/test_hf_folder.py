@@ -65,6 +65,12 @@ def test_a_file_of_any_name_is_told_by_its_content(kind: str, tmp_path: Path) ->
     assert names(tmp_path / "weights.backup") == {"weights.backup": ["a", "b", "c"]}
 
 
+@pytest.mark.parametrize(("name", "text"), [("config.json", b'{"model_type": "llama"}'), ("README.md", b"# a card")])
+def test_a_file_that_holds_no_weights_is_not_called_damaged_ones(name: str, text: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(text)
+    refused(tmp_path / name, "E304", f"`{name}` is no weights file", "the folder that it is in")
+
+
 def test_shards_are_found_through_their_index(sharded: Path) -> None:
     expected = {"one.safetensors": ["a"], "two.safetensors": ["b", "c"]}
     assert names(sharded) == names(sharded / INDEX) == expected
