@@ -27,6 +27,8 @@ _LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last numbe
 def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple[str, ...]:
     """Which names were exchanged in all layers of a file, by one layer: it may be a renaming on purpose.
 
+    Or which two layers were, where these are the ends of a file's: a program may store its layers backwards.
+
     It is only known if a buffer is in the order of sizes or names, except for tensors that exchanged places in pairs.
 
     Args:
@@ -38,12 +40,16 @@ def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple
     _check_names(headers)
     told: list[str] = []
     for header in headers if buffers else ():
-        found: list[tuple[str, str]] = []
-        for pairs in _by_form(header).values():
-            if _everywhere(header.tensors, pairs):
-                told.append(f"{pairs[0][0]} and {pairs[0][1]} in {header.name}")
+        pairs, found = _pairs(header), list[tuple[str, str]]()
+        layers = _two_layers(pairs, header.tensors)
+        if layers is not None and _ends(layers, header.tensors):
+            told.append(f"all of {layers[0]} and {layers[1]} in {header.name}")
+            continue
+        for each in grouped(((_form(one), _form(other)), (one, other)) for one, other in pairs).values():
+            if _everywhere(header.tensors, each):
+                told.append(f"{each[0][0]} and {each[0][1]} in {header.name}")
             else:
-                found += pairs
+                found += each
         if found:
             more = f"; {counted(len(found) - 1, 'more pair')}" if len(found) > 1 else ""
             raise _refused(
@@ -117,16 +123,16 @@ def _listed(names: Sequence[str]) -> list[tuple[str, tuple[str, ...]]]:
     return [(begin, tuple(rest)) for begin, rest in found.items()]
 
 
-def _by_form(header: FileHeader) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Pairs of tensors that exchanged names, by these names without numbers; none if names are in no training's order.
+def _pairs(header: FileHeader) -> list[tuple[str, str]]:
+    """Names of pairs of tensors that exchanged them; none if names are in no training's order.
 
     Programs sort names, or put some of them back at the end.
     """
     if _moved([one.name for one in header.tensors]):
-        return {}
+        return []
     numbers = {one.name: at for at, one in enumerate(header.tensors)}
     pairs = (pair for buffer in buffers(header.tensors) for pair in _exchanged(buffer, header.tensors, numbers))
-    return grouped(((_form(one.name), _form(other.name)), (one.name, other.name)) for one, other in pairs)
+    return [(one.name, other.name) for one, other in pairs]
 
 
 def _moved(names: Sequence[str]) -> bool:
@@ -163,6 +169,22 @@ def _everywhere(tensors: Sequence[TensorHeader], pairs: Sequence[tuple[str, str]
     return len(forms) == 1 and within and len(pairs) == sum(_form(one.name) == min(forms)[0] for one in tensors) > 1
 
 
+def _two_layers(pairs: Sequence[tuple[str, str]], tensors: Sequence[TensorHeader]) -> tuple[str, str] | None:
+    """The two layers that exchanged most of what `tensors` hold of them, if nothing else did."""
+    layers = {(layer_of(one), layer_of(other)) for one, other in pairs}
+    if len(layers) != 1 or len(pairs) < _NAMES:
+        return None
+    (first, second) = found = layers.pop()
+    alike = all(one.removeprefix(first) == other.removeprefix(second) for one, other in pairs)
+    return found if alike and 2 * len(pairs) > sum(layer_of(one.name) == first for one in tensors) else None
+
+
+def _ends(layers: tuple[str, str], tensors: Sequence[TensorHeader]) -> bool:
+    """Whether these are the first and the last of at most three layers."""
+    every = [*dict.fromkeys(layer for one in tensors if (layer := layer_of(one.name)) != one.name)]
+    return len(every) <= 3 and {*layers} == {every[0], every[-1]}
+
+
 def buffers(tensors: Sequence[TensorHeader]) -> Iterator[Sequence[TensorHeader]]:
     """The tensors of each buffer of several, as they are stored.
 
@@ -195,14 +217,20 @@ def _exchanged(
         ordered = (zip(each, sorted(each, reverse=backwards), strict=True) for each in groups)
         return {(one, wanted) for each in ordered for one, wanted in each if one != wanted}
 
-    wrong = min(misplaced(backwards=False), misplaced(backwards=True), key=len)
-    found = [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if one < wanted]
-    in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
+    def pairs(wrong: set[tuple[int, int]]) -> list[tuple[TensorHeader, TensorHeader]]:
+        in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
+        return [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if in_pairs and one < wanted]
+
+    every = sorted((misplaced(backwards=False), misplaced(backwards=True)), key=len)
+    wrong, found = every[0], pairs(every[0])
+    for each in map(pairs, every if wrong else ()):
+        if _two_layers([(one.name, other.name) for one, other in each], buffer):
+            return each
     most = len(buffer) // (2 if len(buffer) >= 2 * _TENSORS else 4)
     alone = len(found) == 1  # programs that order parameters otherwise exchange more than one pair
     alike = all(_like(*pair, anywhere=alone) for pair in found)
     few = len(wrong) <= most or _everywhere(tensors, [(one.name, other.name) for one, other in found])
-    return found if in_pairs and few and alike else []
+    return found if few and alike else []
 
 
 def _like(one: TensorHeader, other: TensorHeader, *, anywhere: bool = False) -> bool:

@@ -203,7 +203,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
     unknown = [name for name in own if not (crosses and BESIDE.fullmatch(name))]  # a run reports those
     left = sorted({name for file in checkpoint.files for name in file.left})
     replaced = [f"{name} in {file.name}" for file in checkpoint.files for name in file.replaced]
-    moved = "each stored where the other belongs, in all layers: another program exchanged or moved names"
+    moved = "each stored where the other belongs: another program exchanged or moved names"
     for what, names, most in (
         ("not part of the checkpoint, left alone", unknown, 12),
         ("not part of the model, not converted", left, 4),

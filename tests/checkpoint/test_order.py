@@ -194,9 +194,33 @@ def test_an_exchange_in_all_layers_is_reported(tmp_path: Path) -> None:
     everywhere = exchange(*((LAYER.format(at, 1), LAYER.format(at, 3)) for at in range(4)))
     (told,) = reported(saved_again(tmp_path / "step", everywhere))
     assert told == (
-        "each stored where the other belongs, in all layers: another program exchanged or moved names: "
+        "each stored where the other belongs: another program exchanged or moved names: "
         f"{LAYER.format(0, 1)} and {LAYER.format(0, 3)} in model_tp1_pp0.pt"
     )
+
+
+@pytest.mark.parametrize(
+    ("folder", "file", "layers"),
+    [
+        ("internevo/v1_tp2_pp2", "model_tp0_pp1.pt", ("blocks.0.", "blocks.1.")),
+        ("internevo/v2_tp2_pp2", "model_tp1_pp0.pt", ("layers.0.", "layers.1.")),
+        ("internevo/moe_tp2_pp2_dp1", "model_tp0_pp1.pt", ("blocks.0.", "blocks.1.")),
+        ("internevo/v1_tp2_pp2_l5", "model_tp0_pp1.pt", ("blocks.0.", "blocks.2.")),
+        ("internevo/v1_tp2_pp2_l5", "model_tp0_pp1.pt", ("blocks.1.", "blocks.2.")),
+    ],
+)
+def test_two_layers_of_a_small_stage_that_were_exchanged_are_told(
+    folder: str, file: str, layers: tuple[str, str], tmp_path: Path
+) -> None:
+    """Refused, unless it may be that a program stores its layers backwards."""
+    state = torch.load(FIXTURES / folder / file, weights_only=True)
+    one, other = layers
+    exchange(*((name, name.replace(one, other)) for name in state if one in name))(state)
+    torch.save(state, tmp_path / file)
+    header = read_rank_file(File(LocalStore(tmp_path), file))
+    with nullcontext() if "0." in one else pytest.raises(EngineError, match="have exchanged names"):
+        (told,) = check_order([header])
+        assert re.fullmatch(rf"all of \S*{re.escape(one[:-1])} and \S*{re.escape(other[:-1])} in {file}", told)
 
 
 def test_letters_of_the_mlp_that_were_exchanged_on_purpose_are_converted(tmp_path: Path) -> None:
