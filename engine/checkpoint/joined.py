@@ -3,8 +3,8 @@
 InternEvo cuts a fused linear by lengths when it saves it. Its pieces are views of one storage, so that they lie end to
 end. So may linears of their own, as the optimizer keeps the parameters of a rank in buffers: sorted by size, and those
 of one size in the order of layers (`_partition_param_list` of its `hybrid_zero_optim.py`). What is sorted in a buffer,
-the pieces or their linear, tells which of them is the parameter. Copies of tensors have storages of their own, and tell
-nothing.
+the pieces or their linear, tells which of them is the parameter. Nothing is told by copies, which have storages of
+their own, nor by buffers that are in another order, as programs leave them that flatten a state or a module.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby, product
 
-from engine.checkpoint.order import buffers, layer_of
+from engine.checkpoint.order import FEW, buffers, layer_of
 from engine.formats.headers import FileHeader, TensorHeader
 
 _Set = tuple[str, ...]  # names of one linear's pieces, or of linears
@@ -35,10 +35,11 @@ def joined_in(headers: Sequence[FileHeader], words: Mapping[str, Sequence[str]])
         words: key → the last words of names before the parameter, in the order of one linear's rows.
     """
     found: dict[str, Joined] = {}
-    for header in headers:
-        sets = {key: [*_sets(header.tensors, each)] for key, each in words.items()}
+    for header in headers if words else ():
+        shared = [*buffers(header.tensors)]
+        sets = {key: [*_sets(header.tensors, each)] for key, each in words.items()} if shared else {}
         if any(each and key not in found for key, each in sets.items()):
-            for key, one, names in _votes(header.tensors, sets):
+            for key, one, names in _votes(header.tensors, shared, sets):
                 found.setdefault(key, Joined(one, header.name, names))
     return found
 
@@ -52,23 +53,28 @@ def _sets(tensors: Sequence[TensorHeader], words: Sequence[str]) -> Iterator[_Se
             yield names
 
 
-def _votes(tensors: Sequence[TensorHeader], sets: Mapping[str, Sequence[_Set]]) -> Iterator[tuple[str, bool, _Set]]:
+def _votes(
+    tensors: Sequence[TensorHeader], shared: Sequence[Sequence[TensorHeader]], sets: Mapping[str, Sequence[_Set]]
+) -> Iterator[tuple[str, bool, _Set]]:
+    """A key, whether its linears are one, and some of these: what each buffer tells, and all those that hold one set.
+
+    A buffer tells it if it is sorted in one way only, with these linears as one or apart.
+    """
     layers = {layer: at for at, layer in enumerate(dict.fromkeys(layer_of(one.name) for one in tensors))}
     of = {name: (key, names) for key, each in sets.items() for names in each for name in names}
     alone: dict[str, list[_Set]] = {}
-    for buffer in buffers(tensors):
+    for buffer in shared:
         runs = [[*run] for _, run in groupby(buffer, lambda one: of.get(one.name, (one.name, ())))]
-        first = {of[run[0].name][0]: of[run[0].name][1] for run in reversed(runs) if run[0].name in of}
-        split = {of[run[0].name] for run in runs if run[0].name in of and len(run) < len(of[run[0].name][1])}
-        apart = {key: names for key, names in split}
-        tried = [dict(zip(first, one, strict=True)) for one in product((True, False), repeat=len(first))]
-        fit = [one for one in tried if not any(map(one.get, apart)) and _sorted(runs, of, one, layers)]
-        for key, names in first.items():
-            if len(runs) == 1 and not apart:
-                alone.setdefault(key, []).append(names)
-                continue
-            told = {False} if key in apart else {one[key] for one in fit}
-            yield from ((key, one, apart.get(key, names)) for one in told if len(told) == 1)
+        held = [(*of[run[0].name], len(run)) for run in runs if run[0].name in of]
+        first = {key: names for key, names, _ in reversed(held)}
+        apart = {key for key, names, count in held if count < len(names)}
+        if len(runs) == 1 and first and not apart:
+            alone.setdefault(held[0][0], []).append(held[0][1])
+        elif len(buffer) >= FEW:
+            ways = [dict(zip(first, one, strict=True)) for one in product((True, False), repeat=len(first))]
+            fit = [way for way in ways if not any(way[key] for key in apart) and _sorted(runs, of, way, layers)]
+            told = {key: {way[key] for way in fit} for key in first}
+            yield from ((key, each.pop(), first[key]) for key, each in told.items() if len(each) == 1)
     yield from ((key, True, each[0]) for key, each in alone.items() if len(each) == len(sets[key]) > 1)
 
 

@@ -20,7 +20,7 @@ from engine.language.documents import grouped
 
 _NUMBER = re.compile(r"(?<=[.])\d+(?=[.])")
 _DIGITS, _WIDTH = re.compile(r"\d+"), 8  # so that layer 10 follows layer 9
-_TENSORS, _NAMES = 12, 6  # of a buffer, and of a layer: fewer may be in order by chance
+FEW, _NAMES = 12, 6  # of a buffer, and of a layer: fewer may be in order by chance
 _LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last number, and the rest
 
 
@@ -205,7 +205,7 @@ def _exchanged(
         numbers: the place of each name in that order.
     """
     sizes = [one.nbytes for one in buffer]
-    if len(sizes) < _TENSORS:
+    if len(sizes) < FEW:
         return []
     groups = [[numbers[one.name] for one in buffer]]
     if sizes == sorted(sizes, reverse=True):
@@ -226,7 +226,7 @@ def _exchanged(
     for each in map(pairs, every if wrong else ()):
         if _two_layers([(one.name, other.name) for one, other in each], buffer):
             return each
-    most = len(buffer) // (2 if len(buffer) >= 2 * _TENSORS else 4)
+    most = len(buffer) // (2 if len(buffer) >= 2 * FEW else 4)
     alone = len(found) == 1  # programs that order parameters otherwise exchange more than one pair
     alike = all(_like(*pair, anywhere=alone) for pair in found)
     few = len(wrong) <= most or _everywhere(tensors, [(one.name, other.name) for one, other in found])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.folder import list_folder
-from engine.checkpoint.joined import joined_in
 from engine.errors import EngineError, Place
 from engine.language.layout_file import load_layout
 from engine.language.names import pattern
@@ -46,9 +45,8 @@ def forward_of(folder: Path, settings: Mapping[str, Any]) -> Forward:
         if any(file.match(one) is not None for file in files for one in names):
             _check(settings)
             checkpoint = read_checkpoint(folder, layout)
-            headers = checkpoint.files if checkpoint.grid.mode.format == "torch" else ()
-            told = {key: seen.one for key, seen in joined_in(headers, layout.joined).items()}
-            whole = replace(checkpoint, config={**told, **checkpoint.config})
+            told = {key: seen.one for key, seen in checkpoint.joined.items() if checkpoint.config.get(key) is None}
+            whole = replace(checkpoint, config={**checkpoint.config, **told})
             made: Forward = import_module(module).Forward(whole, settings)
             return made
     raise EngineError(

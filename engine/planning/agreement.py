@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
-from engine.checkpoint.joined import joined_in
+from engine.checkpoint.joined import Joined
 from engine.errors import EngineError, Place
-from engine.formats.headers import FileHeader
 from engine.formats.python_source import UNTOLD
 from engine.language.declared import paths_in
 from engine.language.documents import leaves, merged, plain, prefixes, value_at
@@ -168,9 +167,9 @@ def check_repeated(config: Mapping[str, Any], training: Mapping[str, Any], side:
         )
 
 
-def told_by_places(read: Read, files: Sequence[FileHeader], words: Mapping[str, Sequence[str]]) -> dict[str, bool]:
+def told_by_places(read: Read, joined: Mapping[str, Joined]) -> dict[str, bool]:
     """The keys that a configuration lacks and that the places of tensors tell; E218 for one that contradicts them."""
-    found = joined_in(files, {key: each for key, each in words.items() if read.side.reads(key)})
+    found = {key: seen for key, seen in joined.items() if read.side.reads(key)}
     for key, seen in found.items():
         if read.config.get(key) is None or read.config[key] == seen.one:
             continue

@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 from engine.checkpoint.identity import begins
+from engine.checkpoint.joined import Joined
 from engine.checkpoint.ranks import RankGrid, whole_grid
 from engine.errors import EngineError, Lines, shape_text
 from engine.formats.headers import FileHeader
@@ -38,6 +39,7 @@ class Checkpoint:
     target_config: Mapping[str, Any] = field(default_factory=dict)  # the target's configuration, if it is given
     end: End = "training"
     renamed: tuple[str, ...] = ()  # names that another program exchanged in all layers, and in which file
+    joined: Mapping[str, Joined] = field(default_factory=dict)  # what the places of tensors say of the layout's keys
 
 
 def whole_checkpoint(

@@ -58,9 +58,9 @@ def facts_of(
         check_repeated(checkpoint.config, checkpoint.training, read.side, layout)
         saved = [*names, *(name for file in checkpoint.files for name in file.left)]
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}
-        mode = checkpoint.grid.mode
-        placed = told_by_places(read, checkpoint.files, layout.joined) if mode.format == "torch" else {}
-        seen = {**read.config, **placed, "placed": placed, "options": options, "mode": mode.name, **given}
+        placed = told_by_places(read, checkpoint.joined)
+        given |= {"placed": placed, "options": options, "mode": checkpoint.grid.mode.name}
+        seen = {**read.config, **placed, **given}
         free = {} if expressed else _unasked(mapping, settings)
         asked = {name: variant for name, variant in mapping.variants.items() if name not in free}
         with valued_in(checkpoint.config_name):

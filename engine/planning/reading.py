@@ -10,6 +10,7 @@ from typing import Any
 from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
 from engine.checkpoint.grid import check_ranks, check_refused, folders_in, read_grid
 from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
+from engine.checkpoint.joined import joined_in
 from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
 from engine.formats.headers import FileHeader
@@ -84,7 +85,11 @@ def read_checkpoint(
         for (f, h), own in zip(files, said, strict=True)
     ]
     check_identities(claims)
-    renamed = check_order(headers, buffers=grid.mode.format == "torch")
+    buffers = grid.mode.format == "torch"
+    renamed = check_order(headers, buffers=buffers)
+    joined = joined_in(headers, layout.joined) if buffers else {}
     if layout.config_of_target:
         target = configuration
-    return Checkpoint(given.place(), grid, headers, configuration, training, name, target, renamed=renamed)
+    return Checkpoint(
+        given.place(), grid, headers, configuration, training, name, target, renamed=renamed, joined=joined
+    )

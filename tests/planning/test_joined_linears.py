@@ -105,6 +105,39 @@ def test_copies_tell_nothing() -> None:
     assert joined_in([header({name: one.clone() for name, one in state.items()})], KEYS) == {}
 
 
+def moved(state: State, of: Callable[[str], str], order: Callable[[str], Any]) -> State:
+    """Views as a program leaves them that flattens a state, or each layer or module `of` it, in some `order`."""
+    buckets: dict[str, list[str]] = {}
+    for name in state:
+        buckets.setdefault(of(name), []).append(name)
+    saved = OrderedDict.fromkeys(state)
+    for bucket in buckets.values():
+        names = sorted(bucket, key=order)
+        views = torch.cat([state[name].flatten() for name in names]).split([state[name].numel() for name in names])
+        saved.update((name, view.view(state[name].shape)) for name, view in zip(names, views, strict=True))
+    return saved
+
+
+OF = {
+    "state": lambda _: "",
+    "layer": lambda name: name.split(".")[1],
+    "module": lambda name: name.rpartition(".w")[0].rpartition(".w")[0] or name,
+}
+ORDERS = {
+    "as listed": lambda _: 0,
+    "by name": lambda name: name,
+    "pieces last": lambda name: name.endswith(("o.weight", "2.weight")),
+    "at random": lambda name: sum(name.encode()) % 7,
+}
+
+
+@pytest.mark.parametrize(("of", "order"), [*product(OF, ORDERS)])
+def test_buffers_that_no_optimizer_sorted_tell_nothing(of: str, order: str) -> None:
+    for layers, heads, ffn, old in SHAPES[::7]:
+        state = moved(model(layers, *heads, ffn, old=old), OF[of], ORDERS[order])
+        assert joined_in([header(state)], KEYS) == {}, (layers, heads, ffn, old)
+
+
 def configure(folder: Path, **values: Any) -> None:
     """Change keys of model_config.pt; one that is None is taken out."""
     config = {**read_pickled_mapping(File(LocalStore(folder), "model_config.pt")), "dtype": torch.bfloat16, **values}
