@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, pairwise
 
-from engine.errors import EngineError, Place, counted
+from engine.errors import EngineError, Place, counted, first_of
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.language.documents import grouped
 
@@ -27,9 +27,10 @@ _LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last numbe
 def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple[str, ...]:
     """Which names were exchanged in all layers of a file, by one layer: it may be a renaming on purpose.
 
-    Or which two layers were, where these are the ends of a file's: a program may store its layers backwards.
+    Or which layers have each other's places: a program may store its layers in another order.
 
-    It is only known if a buffer is in the order of sizes or names, except for tensors that exchanged places in pairs.
+    It is only known if a buffer is in the order of sizes or names, except for tensors that exchanged places in pairs,
+    or for layers that did.
 
     Args:
         buffers: whether tensors that lie end to end are views of one buffer.
@@ -41,10 +42,11 @@ def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple
     told: list[str] = []
     for header in headers if buffers else ():
         pairs, found = _pairs(header), list[tuple[str, str]]()
-        layers = _two_layers(pairs, header.tensors)
-        if layers is not None and _ends(layers, header.tensors):
-            told.append(f"all of {layers[0]} and {layers[1]} in {header.name}")
+        layers = _moved_layers(pairs)
+        if _perhaps_ordered(layers, len(pairs), header.tensors):
+            told.append(f"all of {first_of([*layers], 4)} in {header.name}")
             continue
+        pairs = [(one, other) for one, other in pairs if one < other or (other, one) not in pairs]
         for each in grouped(((_form(one), _form(other)), (one, other)) for one, other in pairs).values():
             if _everywhere(header.tensors, each):
                 told.append(f"{each[0][0]} and {each[0][1]} in {header.name}")
@@ -169,20 +171,23 @@ def _everywhere(tensors: Sequence[TensorHeader], pairs: Sequence[tuple[str, str]
     return len(forms) == 1 and within and len(pairs) == sum(_form(one.name) == min(forms)[0] for one in tensors) > 1
 
 
-def _two_layers(pairs: Sequence[tuple[str, str]], tensors: Sequence[TensorHeader]) -> tuple[str, str] | None:
-    """The two layers that exchanged most of what `tensors` hold of them, if nothing else did."""
-    layers = {(layer_of(one), layer_of(other)) for one, other in pairs}
-    if len(layers) != 1 or len(pairs) < _NAMES:
-        return None
-    (first, second) = found = layers.pop()
-    alike = all(one.removeprefix(first) == other.removeprefix(second) for one, other in pairs)
-    return found if alike and 2 * len(pairs) > sum(layer_of(one.name) == first for one in tensors) else None
+def _moved_layers(pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Layer → the one that its tensors are stored as, each as the same tensor; nothing if that is not so of all."""
+    layers = {layer_of(one): layer_of(other) for one, other in pairs}
+    same = all(layers[layer_of(one)] + one.removeprefix(layer_of(one)) == other for one, other in pairs)
+    return layers if same and {*layers} == {*layers.values()} else {}
 
 
-def _ends(layers: tuple[str, str], tensors: Sequence[TensorHeader]) -> bool:
-    """Whether these are the first and the last of at most three layers."""
+def _perhaps_ordered(layers: Mapping[str, str], moved: int, tensors: Sequence[TensorHeader]) -> bool:
+    """Whether a program may have stored layers in another order: most of them moved, and not just two of several.
+
+    Args:
+        moved: how many tensors are stored as those of another layer.
+    """
     every = [*dict.fromkeys(layer for one in tensors if (layer := layer_of(one.name)) != one.name)]
-    return len(every) <= 3 and {*layers} == {every[0], every[-1]}
+    ends = len(every) <= 3 and {*layers} == {every[0], every[-1]}
+    most = 2 * moved > sum(layer_of(one.name) in layers for one in tensors)
+    return most and moved >= 2 * _NAMES and (ends or len(layers) > 2)
 
 
 def buffers(tensors: Sequence[TensorHeader]) -> Iterator[Sequence[TensorHeader]]:
@@ -199,6 +204,8 @@ def _exchanged(
     buffer: Sequence[TensorHeader], tensors: Sequence[TensorHeader], numbers: Mapping[str, int]
 ) -> list[tuple[TensorHeader, TensorHeader]]:
     """Pairs of a buffer's tensors that are stored where the other one belongs; none if its order says nothing.
+
+    Where layers have each other's places, all of their tensors, each with the one in whose place it is.
 
     Args:
         tensors: those of the file, in the order of names.
@@ -217,20 +224,18 @@ def _exchanged(
         ordered = (zip(each, sorted(each, reverse=backwards), strict=True) for each in groups)
         return {(one, wanted) for each in ordered for one, wanted in each if one != wanted}
 
-    def pairs(wrong: set[tuple[int, int]]) -> list[tuple[TensorHeader, TensorHeader]]:
-        in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
-        return [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if in_pairs and one < wanted]
-
-    every = sorted((misplaced(backwards=False), misplaced(backwards=True)), key=len)
-    wrong, found = every[0], pairs(every[0])
-    for each in map(pairs, every if wrong else ()):
-        if _two_layers([(one.name, other.name) for one, other in each], buffer):
-            return each
+    both = sorted((misplaced(backwards=False), misplaced(backwards=True)), key=len)
+    wrong = both[0]
+    found = [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if one < wanted]
+    in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
     most = len(buffer) // (2 if len(buffer) >= 2 * FEW else 4)
     alone = len(found) == 1  # programs that order parameters otherwise exchange more than one pair
     alike = all(_like(*pair, anywhere=alone) for pair in found)
     few = len(wrong) <= most or _everywhere(tensors, [(one.name, other.name) for one, other in found])
-    return found if few and alike else []
+    if in_pairs and few and alike:
+        return found
+    each = ([(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong)] for wrong in both if both[0])
+    return next((moved for moved in each if _moved_layers([(one.name, other.name) for one, other in moved])), [])
 
 
 def _like(one: TensorHeader, other: TensorHeader, *, anywhere: bool = False) -> bool:
