@@ -21,6 +21,7 @@ from engine.language.mapping_file import load_mapping
 from tests.support.depth import examples, sampled
 from tests.support.families import Experts, InternLM3, build_llama, expert_files, model_of, save_family
 from tests.support.family_cases import Case, llamas, metas, mixtures, told
+from tests.support.readers import read_pickled_mapping
 from tests.support.reference_families import forward_experts, forward_llama, whole_experts, whole_llama
 from tests.support.shards import Model, State, same, write
 
@@ -345,6 +346,22 @@ def test_only_gshard_without_fused_gating_weighs_a_tokens_only_expert(
     shared = load_mapping(f"families/{family}").variants["weighing"].choices["shared"]
     assert shared is not None and bool(evaluate(shared, {"top_k": 1, "training": {}, **said})) is known
     assert evaluate(shared, {"top_k": 2, "training": {}, **said})
+
+
+@pytest.mark.parametrize("family", ["internlm-moe", "moe-stacked"])
+def test_dropless_experts_with_tensors_of_their_own_are_read_as_gshards(family: str, tmp_path: Path) -> None:
+    """InternEvo has had no others from September to October 2024, and later has them with use_grouped_mlp=False."""
+    model = model_of("moe", layers=2, hidden=8, heads=2, groups=2, ffn=6, vocab=8)
+    save_family(model, tmp_path / "step", tp=2)
+    mapping, step = f"families/{family}", tmp_path / "step"
+    gshard = engine.plan(mapping, step, settings=told(model))
+    expected = dict(engine.iter_tensors(gshard))
+    config = read_pickled_mapping(step / "model_config.pt")
+    for kwargs in ({}, {"use_grouped_mlp": False, "token_dispatch_policy": "alltoall"}):
+        torch.save(config | {"moe_type": "Dropless", "moe_layer_kwargs": kwargs}, step / "model_config.pt")
+        plan = engine.plan(mapping, step, settings=told(model))
+        same(dict(engine.iter_tensors(plan)), expected)
+        assert plan.config == gshard.config
 
 
 def test_one_expert_per_token_is_written_back_with_the_gating_that_weighs_it_by_1(tmp_path: Path) -> None:
