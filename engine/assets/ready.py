@@ -79,13 +79,12 @@ def read_ready(
         if name.endswith(".json") and (name == SETTINGS or not name.startswith("tokenizer"))  # others nobody reads
     }
     if WHOLE not in files:
-        load = "oad it once with AutoTokenizer of transformers, and give the folder that its save_pretrained writes."
+        fix = "Load it once with AutoTokenizer of transformers, and give the folder that its save_pretrained writes."
         model = next((name for name in sorted(places) if name.endswith(".model") and name != "tokenizer.model"), None)
         raise wrong(
             f"the folder has no {WHOLE}", store.place(), first_of(sorted(files), 6) or "no file of a tokenizer",
             f"a tokenizer in Hugging Face's form, with {WHOLE}",
-            f"L{load}" if model is None else
-            f"If it is SentencePiece's model, give the file itself: --tokenizer {places[model]}. Otherwise l{load}",
+            fix if model is None else f"Give SentencePiece's model itself: --tokenizer {places[model]}. Or: {fix}",
         )  # fmt: skip
     if objects.get(SETTINGS, {}).get("auto_map"):
         raise wrong(

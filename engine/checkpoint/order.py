@@ -20,7 +20,7 @@ from engine.language.documents import grouped
 
 _NUMBER = re.compile(r"(?<=[.])\d+(?=[.])")
 _DIGITS, _WIDTH = re.compile(r"\d+"), 8  # so that layer 10 follows layer 9
-FEW, _NAMES = 12, 6  # of a buffer, and of a layer: fewer may be in order by chance
+FEW, _NAMES = 12, 6  # tensors of a buffer, and names of a layer: fewer may be in order by chance
 _LAST = re.compile(r"((?:.*[.]\d+[.])?)(.*)", re.DOTALL)  # up to the last number, and the rest
 
 

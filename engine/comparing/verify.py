@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,18 +233,17 @@ def _making(known: Mapping[str, Any], plan: Plan) -> tuple[list[str], list[str]]
         told = listed("how it was made was not checked: it was made from other files", unlike)
         return [], [f"{NAME}: {''.join(told)}"]
     same_mapping = any(known["mapping"][key] == as_data(made["mapping"][key]) for key in ("digest", "resolved"))
-    then, now = (
-        {
-            **{(part, name): value for part in _DECIDED for name, value in said.get(part, {}).items()},
-            **{("mapping", key): as_data(said["mapping"].get(key)) for key in made["mapping"] if same_mapping},
-        }
-        for said in (known, made)
-    )
-    for said in (then, now):
-        said |= {at: value["choice"] for at, value in said.items() if at[0] == "variants"}
+    then, now = (_how(said, made["mapping"] if same_mapping else ()) for said in (known, made))
     differ = [one for one in changed(then, now) if same_mapping or (one[0] in then and one[0] in now)]
     told = [f"{NAME}: {'.'.join(at)} is {worded(was)}, the source gives {worded(is_)}" for at, was, is_ in differ]
     return (told, []) if same_mapping else ([], [f"{one}, by another mapping" for one in told])
+
+
+def _how(said: Mapping[str, Any], keys: Iterable[str]) -> dict[tuple[str, str], Any]:
+    """How a manifest says that an output was made: (part, name) → value, and `keys` of the part `mapping`."""
+    found = {(part, name): value for part in _DECIDED for name, value in said.get(part, {}).items()}
+    found |= {at: value["choice"] for at, value in found.items() if at[0] == "variants"}
+    return found | {("mapping", key): as_data(said["mapping"].get(key)) for key in keys}
 
 
 def check_asked(src: bool, mapping: bool, logits: bool, sample: bool) -> None:

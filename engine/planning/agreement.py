@@ -18,6 +18,7 @@ from engine.language.model import Layout, MappingFile
 from engine.planning.config_keys import Read, Side, read_config, shown, whole_side
 
 _MOST_TRIED = 2000  # combinations of values of options
+_MISSING = object()
 _COPY_BOTH = (
     "One of the two files is from another run: copy both again from the training run. If you know which is right, "
     "correct the other, or move it away."
@@ -139,7 +140,8 @@ def check_repeated(config: Mapping[str, Any], training: Mapping[str, Any], side:
     untold = training.get(UNTOLD, {})
     for path, value in leaves(config if again else {}):
         key, there = find_key(side.keys, path), f"{repeats}.{path}"
-        if value is None or value_at(training, there, untold) is not untold or any(map(untold.get, prefixes(there))):
+        has, may_have = value_at(training, there, _MISSING) is not _MISSING, any(map(untold.get, prefixes(there)))
+        if value is None or has or may_have:
             continue
         if key is not None and side.reads(path) and not key.adds(value, config):
             raise EngineError(
