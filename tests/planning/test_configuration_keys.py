@@ -526,17 +526,19 @@ def test_a_configuration_of_another_run_beside_the_training_file_is_refused(
 
 @sampled(1)
 @pytest.mark.parametrize(
-    ("change", "fits"),
+    ("text", "change", "fits"),
     [
-        ({"rope_base": 500000}, False), ({"head_dim": 8}, False), ({"head_dim": None}, True),
-        ({"qk_interleaved": True}, False), ({"qk_interleaved": False, "enable_qkv_fusion": True}, True),
+        ("", {"rope_base": 500000}, False), ("", {"head_dim": 8}, False), ("", {"head_dim": None}, True),
+        ("", {"qk_interleaved": True}, False), ("", {"qk_interleaved": False, "enable_qkv_fusion": True}, True),
+        ("adapt_hf=False", {"adapt_hf": False, "qk_interleaved": True}, True),
+        ("rope_base=base()", {"rope_base": 500000}, True),
     ],
     ids=told,
 )  # fmt: skip
 def test_what_only_the_model_configuration_says_must_be_what_training_adds_to_its_text(
-    change: dict[str, Any], fits: bool, tmp_path: Path
+    text: str, change: dict[str, Any], fits: bool, tmp_path: Path
 ) -> None:
-    source = with_source(tmp_path / "ckpt", "adapt_hf=True", "residual_in_fp32=False")
+    source = with_source(tmp_path / "ckpt", "adapt_hf=True", text or "residual_in_fp32=False")
     config = dict(api.read_checkpoint(source, api.load_layout("internevo")).config)
     torch.save({name: one for name, one in config.items() if name != "adapt_hf"} | change, source / "model_config.pt")
     if fits:
