@@ -122,6 +122,9 @@ def test_what_is_not_one_step_is_said_where_no_mapping_names_a_layout(tmp_path: 
     for finished in ("run/2000-hf", "outputs/3000"):  # which `run` does not read, beside a step or alone
         (tmp_path / finished).parent.mkdir(exist_ok=True)
         (tmp_path / finished).symlink_to(tmp_path / "hf")
+    (tmp_path / "run" / "3000").mkdir()  # the newest, which is not whole
+    for name in ("model_config.pt", "model_tp0_pp0.pt", "model_tp1_pp1.pt"):
+        (tmp_path / "run" / "3000" / name).symlink_to(STEP / name)
     for folder, told, fix in (("run", "none itself", "run/1000"), ("hf", "is a Hugging Face checkpoint", "reverse"),
                               ("outputs", "holds Hugging Face checkpoints", "reverse")):  # fmt: skip
         with pytest.raises(engine.EngineError, match=told) as caught:
