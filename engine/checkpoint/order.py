@@ -43,7 +43,7 @@ def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple
     for header in headers if buffers else ():
         pairs, found = _pairs(header), list[tuple[str, str]]()
         layers = _moved_layers(pairs)
-        if _perhaps_ordered(layers, len(pairs), header.tensors):
+        if layers and _perhaps_ordered(layers, len(pairs), header.tensors):
             told.append(f"all of {first_of([*layers], 4)} in {header.name}")
             continue
         pairs = [(one, other) for one, other in pairs if one < other or (other, one) not in pairs]
@@ -185,7 +185,7 @@ def _perhaps_ordered(layers: Mapping[str, str], moved: int, tensors: Sequence[Te
         moved: how many tensors are stored as those of another layer.
     """
     every = [*dict.fromkeys(layer for one in tensors if (layer := layer_of(one.name)) != one.name)]
-    ends = len(every) <= 3 and {*layers} == {every[0], every[-1]}
+    ends = len(every) <= 3 and {*layers} == {*every[:1], *every[-1:]}
     most = 2 * moved > sum(layer_of(one.name) in layers for one in tensors)
     return most and moved >= 2 * _NAMES and (ends or len(layers) > 2)
 

@@ -386,3 +386,9 @@ def test_norms_that_are_exchanged_in_all_layers_of_a_buffer_of_their_own_are_rep
 
     assert told(norms) == ()
     assert told(moved) == ("layers.0.attention_norm.weight and layers.0.ffn_norm.weight in model_tp0_pp0.pt",)
+
+
+@pytest.mark.parametrize("names", [["head.weight"], ["norm.weight", "norm.bias", "head.weight"]])
+def test_a_stage_without_layers_is_in_order(names: list[str]) -> None:
+    tensors = tuple(TensorHeader(name, "F32", (4,), (1,), 64 + 16 * at) for at, name in enumerate(names))
+    assert check_order([FileHeader(File(LocalStore(Path()), "model_tp0_pp3.pt"), 1 << 20, tensors, "")]) == ()
