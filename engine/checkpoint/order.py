@@ -46,7 +46,8 @@ def check_order(headers: Sequence[FileHeader], *, buffers: bool = True) -> tuple
         if layers and _perhaps_ordered(layers, len(pairs), header.tensors):
             told.append(f"all of {first_of([*layers], 4)} in {header.name}")
             continue
-        pairs = [(one, other) for one, other in pairs if one < other or (other, one) not in pairs]
+        every = {*pairs}
+        pairs = [(one, other) for one, other in pairs if one < other or (other, one) not in every]
         for each in grouped(((_form(one), _form(other)), (one, other)) for one, other in pairs).values():
             if _everywhere(header.tensors, each):
                 told.append(f"{each[0][0]} and {each[0][1]} in {header.name}")
