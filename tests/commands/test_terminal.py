@@ -68,7 +68,7 @@ def test_progress_is_shown_for_what_takes_over_a_second_and_is_gone_at_the_end(t
         "import time, click\nfrom engine.commands.progress import progress\nfrom engine.commands.say import say\n"
         "from engine.run.meter import Progress\n"
         "@click.command()\ndef main():\n    with progress(show=True) as tell:\n"
-        "        for i in range(1, 9): tell(Progress(i * 10**9, 8 * 10**9, 'comparing replicas')); time.sleep(0.25)\n"
+        "        for i in range(1, 13): tell(Progress(i * 10**9, 12 * 10**9, 'comparing replicas')); time.sleep(0.25)\n"
         "    say('done')\nmain()\n"
     )
     screen = run_in_terminal([sys.executable, str(program)], tmp_path)
