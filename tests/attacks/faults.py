@@ -64,7 +64,7 @@ def a_rank_that_a_run_with_more_ranks_left_in_a_folder_of_fewer(folder: Path) ->
     shutil.rmtree(folder.parent / "other")
 
 
-@attack("training", "E201", "or more")
+@attack("training", "E201", "does not belong")
 def a_rank_number_of_18_digits(folder: Path) -> None:
     shutil.copy(folder / RANK, folder / "model_tp999999999999999999_pp0.pt")
 
