@@ -134,7 +134,7 @@ def _pairs(header: FileHeader) -> list[tuple[str, str]]:
     if _moved([one.name for one in header.tensors]):
         return []
     numbers = {one.name: at for at, one in enumerate(header.tensors)}
-    pairs = (pair for buffer in buffers(header.tensors) for pair in _exchanged(buffer, header.tensors, numbers))
+    pairs = _exchanged([*buffers(header.tensors)], header.tensors, numbers)
     return [(one.name, other.name) for one, other in pairs]
 
 
@@ -202,22 +202,22 @@ def buffers(tensors: Sequence[TensorHeader]) -> Iterator[Sequence[TensorHeader]]
 
 
 def _exchanged(
-    buffer: Sequence[TensorHeader], tensors: Sequence[TensorHeader], numbers: Mapping[str, int]
+    stored: Sequence[Sequence[TensorHeader]], tensors: Sequence[TensorHeader], numbers: Mapping[str, int]
 ) -> list[tuple[TensorHeader, TensorHeader]]:
-    """Pairs of a buffer's tensors that are stored where the other one belongs; none if its order says nothing.
+    """Pairs of tensors in buffers that are stored where the other one belongs; none if the order says nothing.
 
     Where layers have each other's places, all of their tensors, each with the one in whose place it is.
 
     Args:
+        stored: the tensors of each buffer. All buffers of a file have one direction, so a small one, such as that of
+            two routers, needs no proof of its own.
         tensors: those of the file, in the order of names.
         numbers: the place of each name in that order.
     """
-    sizes = [one.nbytes for one in buffer]
-    if len(sizes) < FEW:
+    count = sum(map(len, stored))
+    if count < FEW:
         return []
-    groups = [[numbers[one.name] for one in buffer]]
-    if sizes == sorted(sizes, reverse=True):
-        groups = [*grouped((one.nbytes, numbers[one.name]) for one in buffer).values()]
+    groups = [group for buffer in stored for group in _alike(buffer, numbers)]
     if all(_is_sorted([tensors[one].name for one in each]) for each in groups):
         return []  # as a program leaves them that sorts by names, or by sizes and names
 
@@ -229,7 +229,7 @@ def _exchanged(
     wrong = both[0]
     found = [(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong) if one < wanted]
     in_pairs = all((wanted, one) in wrong for one, wanted in wrong)
-    most = len(buffer) // (2 if len(buffer) >= 2 * FEW else 4)
+    most = count // (2 if count >= 2 * FEW else 4)
     alone = len(found) == 1  # programs that order parameters otherwise exchange more than one pair
     alike = all(_like(*pair, anywhere=alone) for pair in found)
     few = len(wrong) <= most or _everywhere(tensors, [(one.name, other.name) for one, other in found])
@@ -237,6 +237,14 @@ def _exchanged(
         return found
     each = ([(tensors[one], tensors[wanted]) for one, wanted in sorted(wrong)] for wrong in both if both[0])
     return next((moved for moved in each if _moved_layers([(one.name, other.name) for one, other in moved])), [])
+
+
+def _alike(buffer: Sequence[TensorHeader], numbers: Mapping[str, int]) -> list[list[int]]:
+    """The numbers of a buffer's tensors, those of each size by themselves if they are in the order of sizes."""
+    sizes = [one.nbytes for one in buffer]
+    placed = [numbers[one.name] for one in buffer]
+    in_order = sizes == sorted(sizes, reverse=True)
+    return [*grouped(zip(sizes, placed, strict=True)).values()] if in_order else [placed]
 
 
 def _like(one: TensorHeader, other: TensorHeader, *, anywhere: bool = False) -> bool:

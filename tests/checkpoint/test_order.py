@@ -206,6 +206,8 @@ def test_an_exchange_in_all_layers_is_reported(tmp_path: Path) -> None:
         ("v2_tp2_pp2", "model_tp1_pp0.pt", {"layers.0": "layers.1"}, "layers.0, layers.1"),
         ("v2_tp2_pp2", "model_tp1_pp0.pt", {"layers.0.feed_forward": "layers.1.feed_forward"}, None),
         ("moe_tp2_pp2_dp1", "model_tp0_pp1.pt", {"blocks.0": "blocks.1"}, "blocks.0, blocks.1"),
+        ("moe_tp2_pp2_dp1", "model_tp0_pp1.pt", {"blocks.0.mlp": "blocks.1.mlp"}, None),  # routers: a buffer of two
+        ("moe_tp2_pp2_dp1", "model_tp1_pp0.pt", {"blocks.0.mixer": "blocks.1.mixer"}, None),  # eleven and two
         ("v1_tp2_pp2_l5", "model_tp0_pp1.pt", {"blocks.0": "blocks.2"}, "blocks.0, blocks.2"),
         ("v1_tp2_pp2_l5", "model_tp0_pp1.pt", {"blocks.1": "blocks.2"}, None),
         ("v1_tp2_pp2_l5", "model_tp0_pp1.pt", {"blocks.1.mixer": "blocks.2.mixer"}, None),
