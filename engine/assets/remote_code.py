@@ -203,12 +203,20 @@ def _check_type(config: ast.ClassDef, wanted: str, path: Path) -> None:
 
 
 def _imported(needed: set[str], modules: Mapping[str, _Module], folder: Path) -> set[str]:
-    """The needed files and all that they import; E503 for one that is missing."""
+    """The needed files and all that they import; E503 for one that is missing, or that imports itself."""
     found: set[str] = set()
     left = sorted(needed)
     while left:
         name = left.pop()
         found.add(name)
+        if name in modules[name].imports:
+            raise _wrong(
+                folder,
+                f"`{name}` of the code imports from itself",
+                got=", ".join(modules[name].classes) or "no class",
+                expected="a file that is under the name that it was published with",
+                fix="Copy it again: it seems to be another file's content.",
+            )
         for other in sorted(modules[name].imports - found):
             if other not in modules:
                 raise _wrong(

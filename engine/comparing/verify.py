@@ -188,7 +188,7 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
         names = f"{which}: the manifest has no digests of them, so only names, types and shapes were compared"
         unchecked = [names, *unchecked]
     whole = not any(":" in name for name in found)
-    seen = {name: look._replace(wild=look.wild and name not in wrong) for name, look in looks.items() if whole}
+    seen = {name: look._replace(wild=look.wild and name not in wrong) for name, look in looks.items()}
     sizes = ((name, *one, seen.get(name, Look())) for name, one in found.items())
     values = (*listed("NaN or infinity", wrong), *suspicious(sizes, whole=whole))
     told = (len(found), len(files), nbytes, total, (*problems, *strangers), read, tuple(unchecked))

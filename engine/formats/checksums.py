@@ -19,7 +19,7 @@ _MD5 = re.compile(rb"\b[0-9a-f]{32}\b")
 
 
 def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[str]:
-    """Check files against their recorded checksums; returns the names of files without any.
+    """Check files against their recorded checksums; returns the names of files and sidecars without any.
 
     Torch can omit all checksums of a zip: if all are zero, there are none, and nothing is damaged.
 
@@ -32,8 +32,9 @@ def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[s
             checked = _check_members(file, advance)
             sidecar = file.beside(file.name + ".md5")
             if sidecar.exists:
-                _check_md5(file, sidecar)
-                checked = True
+                compared = _check_md5(file, sidecar)
+                checked = checked or compared
+                unchecked += [] if compared else [sidecar.name]
         except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError, OSError) as error:
             raise _damaged(file, None, str(error)[:200], "a zip as torch.save writes it") from None
         if not checked:
@@ -89,16 +90,18 @@ def _check_member(file: File, opened: OpenFile, info: zipfile.ZipInfo, advance: 
         raise _damaged(file, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
 
 
-def _check_md5(file: File, sidecar: File) -> None:
+def _check_md5(file: File, sidecar: File) -> bool:
+    """Whether the sidecar holds an MD5, with which the file agrees."""
     with sidecar.open() as opened:
         recorded = _MD5.search(opened.read(4096).lower())
     if recorded is None:
-        return
+        return False
     with file.open() as opened:
         total = hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False))
     wanted = recorded[0].decode()
     if total.hexdigest() != wanted:
         raise _damaged(file, None, f"MD5 {total.hexdigest()}", f"{wanted}, as in {sidecar.name}")
+    return True
 
 
 def _damaged(file: File, member: str | None, got: str, expected: str) -> EngineError:

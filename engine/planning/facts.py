@@ -63,8 +63,11 @@ def facts_of(
         seen = {**read.config, **placed, **given}
         free = {} if expressed else _unasked(mapping, settings)
         asked = {name: variant for name, variant in mapping.variants.items() if name not in free}
+        other = checkpoint.config_name != layout.config_file and not checkpoint.config
+        instead = f" in place of {layout.config_file}" if other else ""
         with valued_in(checkpoint.config_name):
-            return Facts(read, seen, seen, {**decide(asked, settings, seen, checkpoint.config_name), **free})
+            decided = decide(asked, settings, seen, f"{checkpoint.config_name}{instead}")
+            return Facts(read, seen, seen, {**decided, **free})
     same = layout.config_of_target  # then it is written as it was read
     read = read_config(checkpoint.config, whole_side(mapping, layout))
     given = {"given": read.config, "training": {}, "present": present_in(_training_names(names, rules))}

@@ -41,7 +41,7 @@ def check_source(compiled: Plan, progress: Callable[[Progress], None] | None) ->
                 fix=f"Copy the folder again. If it was changed on purpose, move its {NAME} away, which is old.",
             )
     unchecked = check_files([header.file for header in files.values()], meter.advance)
-    return told + ([f"no checksum was saved with {first_of(unchecked, 4)}; not checked"] if unchecked else [])
+    return told + ([f"no checksum was saved in {first_of(unchecked, 4)}; not checked"] if unchecked else [])
 
 
 def changed_configuration(compiled: Plan) -> list[str]:

@@ -59,6 +59,10 @@ def _pairs(facts: Mapping[str, Any], between: str) -> str:
 
 
 def _grid(facts: Mapping[str, Any]) -> str:
+    """
+    >>> _grid({"ranks": {"tp": 2, "pp": 3}, "chunks": 2}), _grid({"ranks": {}, "chunks": 1})
+    ('tp 2 × pp 3, 2 chunks', 'any number of ranks')
+    """
     text = " × ".join(f"{name} {size}" for name, size in facts["ranks"].items()) or "any number of ranks"
     return f"{text}, {facts['chunks']} chunks" if facts["chunks"] > 1 else text
 

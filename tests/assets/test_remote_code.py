@@ -149,6 +149,7 @@ def test_what_a_module_imports_from_beside_itself_is_copied(tmp_path: Path) -> N
         ({"modeling_internlm2": MODELING + b"from . import other\n"}, "imports `other.py`"),
         ({"modeling_internlm2": MODELING + b"from ..llama import y\n"}, "imports from another folder"),
         ({"modeling_internlm2": MODELING + b"#" * (5 << 20)}, "too large"),
+        ({"modeling_internlm2": CONFIGURATION, "configuration_internlm2": MODELING}, "imports from itself"),
     ],
 )  # fmt: skip
 def test_files_that_are_not_the_models_are_refused(tmp_path: Path, changed: dict[str, Any], said: str) -> None:

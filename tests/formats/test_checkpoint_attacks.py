@@ -27,6 +27,7 @@ from engine.formats.configs import read_config
 from engine.formats.python_source import UNTOLD, literals
 from engine.formats.rank_files import Pickles
 from engine.formats.unpickle import load_pickle
+from engine.formats.zipdir import TorchZip
 from engine.storage.local import local_file
 from tests.support.readers import read_pickled_mapping, read_rank_file, read_safetensors
 
@@ -255,6 +256,37 @@ def test_a_zip_that_torch_would_not_write_is_refused(
     struct.pack_into(form, raw, raw.rindex(at[0]) + at[1], *values)
     path.write_bytes(raw)
     assert told in str(refusal(read_rank_file, path))
+
+
+def test_a_zip_that_begins_with_something_that_it_does_not_list_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model_tp0_pp0.pt"
+    path.write_bytes(LOCAL + bytes(60))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("model/data.pkl", state_dict())
+        archive.writestr("model/data/0", b"\0" * 32)
+    assert "something else before" in str(refusal(read_rank_file, path))
+
+
+def test_a_zip_of_which_two_members_are_at_one_place_is_refused(tmp_path: Path) -> None:
+    path = rank_file(tmp_path, state_dict())
+    raw = path.read_bytes()
+    (first, second) = (one.start() for one in list(re.finditer(DIRECTORY, raw))[-2:])
+    path.write_bytes(raw[: second + 42] + raw[first + 42 : first + 46] + raw[second + 46 :])
+    assert "begin at one place" in str(refusal(read_rank_file, path))
+
+
+def test_a_payload_is_found_by_its_alignment_only_where_a_record_after_it_says_that_torch_wrote_it(
+    tmp_path: Path,
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("x/data.pkl", bytes(4142))  # 16 bytes before the next payload are at a multiple of 64
+        with archive.open("x/data/0", "w", force_zip64=True) as member:
+            member.write(bytes(range(64)))
+    raw = (tmp_path / "x.pt").read_bytes()
+    with local_file(tmp_path / "x.pt").open() as opened:
+        opened.at_hand = lambda start, end: False  # as in a store, which reads little at once
+        found = TorchZip(opened, "x.pt", 0, len(raw)).payload()
+    assert found == {"0": (raw.index(bytes(range(64))), 64)}
 
 
 def test_a_storage_smaller_than_its_tensors_say_is_refused(tmp_path: Path) -> None:

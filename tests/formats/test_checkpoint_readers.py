@@ -496,6 +496,8 @@ def test_a_file_is_checked_by_what_is_recorded_of_it(spelt: Callable[[str], str]
     beside = tmp_path / "old.pt.md5"
     beside.write_text(spelt(hashlib.md5((tmp_path / "old.pt").read_bytes()).hexdigest()))
     assert check_files(files, lambda _: None) == []
+    beside.write_text(spelt("MD5 d41d8cd98f00b204e9800998ecf842"))
+    assert check_files(files, lambda _: None) == ["old.pt.md5", "old.pt"]
     beside.write_text(spelt("d41d8cd98f00b204e9800998ecf8427e"))
     with pytest.raises(EngineError, match="E301"):
         check_files(files, lambda _: None)

@@ -82,6 +82,18 @@ def column(sharded: Any) -> None:
     sharded._metadata.shards_metadata[:] = [ShardMetadata([0, c], [5, 1], "rank:0/cpu") for c in range(2)]
 
 
+def on_ranks(count: int, *more: int) -> Callable[[Any], None]:
+    """As if so many ranks held it, and after its last row shards of some rows more."""
+
+    def change(sharded: Any) -> None:
+        shards, metadata, group, *rest = type(sharded).__getstate__(sharded)
+        metadata.shards_metadata.extend(ShardMetadata([5, 0], [rows, 2], "rank:0/cpu") for rows in more)
+        group.local_world_size = count
+        sharded.__getstate__ = lambda: (shards, metadata, group, *rest)
+
+    return change
+
+
 def other_shard(sharded: Any) -> None:
     sharded._local_shards[0] = Shard(torch.ones(1, 2), ShardMetadata([4, 0], [1, 2], "rank:2/cpu"))
 
@@ -116,6 +128,8 @@ def test_the_shard_that_the_attacks_start_from_is_read(saved: Callable[..., Path
         (column, "E303"),
         (repeat(1), "E303"),
         (repeat(1 << 20), "E301"),
+        (on_ranks(2), "E301"),
+        (on_ranks(4, 0), "E303"),
         (second_shard, "E301"),
         (other_shard, "E301"),
         (set_state("_local_shards.0.metadata.shard_sizes", [1, 2]), "E301"),

@@ -472,7 +472,7 @@ def test_two_configurations_beside_the_weights_that_disagree_are_refused(tmp_pat
     with pytest.raises(EngineError, match="rms_norm_eps") as caught:
         engine.convert("transformers", folder, tmp_path / "out")
     assert caught.value.code == "E218"
-    told = {"transformers_version": "4.40.0", "_name_or_path": "base", "torch_dtype": "float16"}
+    told = {"transformers_version": "4.40.0", "_name_or_path": "base", "torch_dtype": "float16", "dtype": "float16"}
     (folder / "config.json").write_text(json.dumps(json.loads(text) | told))
     report = engine.convert("transformers", folder, tmp_path / "out")
     assert not any("huggingface" in notice for notice in report.notices)

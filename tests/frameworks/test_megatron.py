@@ -84,7 +84,7 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
     for code, options in (("E304", {"config": None}), ("E202", {})):
         with pytest.raises(EngineError) as caught:
             convert(name, tmp_path / "out", source, **options)
-        assert caught.value.code == code
+        assert caught.value.code == code and "common.pt" in str(caught.value)
     found = engine.inspect(source)
     assert found.facts["layout"] == "megatron" and {fit.code for fit in found.fitting} == {"E202"}
     convert(name, tmp_path / "out", source, settings=told)

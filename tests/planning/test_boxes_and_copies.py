@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from itertools import pairwise, product
 from math import prod
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import EngineError
-from engine.formats.headers import span
+from engine.formats.headers import dense_strides, span
 from engine.language.axes import extent, parse_axes
 from engine.move.blocks import blocks
 from engine.move.runs import dense_parts, straight
@@ -177,8 +178,23 @@ def test_blocks_cover_the_target_once_whatever_their_size(
             listed.append(Copy(rank, 0, 0, low * shape[1], ((high - low) * shape[1],), (1,), (1,)))
         else:
             listed.append(Copy(rank, 0, 0, low, (shape[0], high - low), (high - low, 1), (shape[1], 1)))
+    _covered_once(listed, total, limit, shape[1] * rows if shape[0] % rows == 0 else 1)
+
+
+@pytest.mark.parametrize(
+    ("listed", "quantum"),
+    [
+        ([(0, (3, 2), (4, 1)), (2, (2,), (1,)), (6, (2,), (1,)), (10, (2,), (1,))], 1),  # lie between one's rows
+        ([(0, (6,), (1,)), (6, (6,), (1,))], 4),  # one begins within a row
+    ],
+)
+def test_blocks_cover_copies_that_lie_between_others_or_begin_within_a_row(listed: list[Any], quantum: int) -> None:
+    copies = [Copy(source, 0, 0, at, shape, shape, strides) for source, (at, shape, strides) in enumerate(listed)]
+    _covered_once([one._replace(source_strides=dense_strides(one.shape)) for one in copies], 12, 4, quantum)
+
+
+def _covered_once(listed: list[Copy], total: int, limit: int, quantum: int) -> None:
     wanted = {(c.source, *e) for c in listed for e in elements(c)}
-    quantum = shape[1] * rows if shape[0] % rows == 0 else 1
     seen: set[tuple[int, int, int]] = set()
     end = 0
     for block in blocks(listed, total, limit, quantum):

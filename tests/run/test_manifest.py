@@ -169,7 +169,7 @@ def test_without_digests_there_is_no_content_id_and_verify_says_what_it_did_not_
     assert not found.problems
     assert found.unchecked[0].startswith("contents of the tensors: the manifest has no digests")
     back = engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "back", tp=2, settings=LETTERS, check_source=True)
-    assert "no checksum was saved with model.safetensors; not checked" in back.notices
+    assert "no checksum was saved in model.safetensors; not checked" in back.notices
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"manifest": 1}', '{"manifest": 2, "tensors": {}, "files": {}}'])
