@@ -210,10 +210,12 @@ def _exchanged(
 
     Args:
         stored: the tensors of each buffer. All buffers of a file have one direction, so a small one, such as that of
-            two routers, needs no proof of its own.
+            two routers, needs no proof of its own if it is the only one of its element type: others are pieces.
         tensors: those of the file, in the order of names.
         numbers: the place of each name in that order.
     """
+    types = Counter(buffer[0].dtype for buffer in stored)
+    stored = [buffer for buffer in stored if len(buffer) >= FEW or types[buffer[0].dtype] == 1]
     count = sum(map(len, stored))
     if count < FEW:
         return []

@@ -178,6 +178,16 @@ def test_names_put_back_at_the_end_of_a_small_stage_say_nothing(end: str, tmp_pa
     assert check_order([read_rank_file(File(LocalStore(tmp_path), "model_tp1_pp0.pt"))]) == ()
 
 
+def test_pieces_of_one_linear_say_nothing_of_the_order_of_names(tmp_path: Path) -> None:
+    """As a program cuts it that fused gate and up of one layer."""
+
+    def change(state: State) -> None:
+        one, other = LAYER.format(1, 1), LAYER.format(1, 3)
+        state[other], state[one] = torch.cat([state[other], state[one]]).chunk(2)
+
+    assert not reported(saved_again(tmp_path / "step", change))
+
+
 def test_names_of_one_shape_put_back_at_the_end_are_not_exchanged_ones(tmp_path: Path) -> None:
     """On four ranks all linears of this MLP are square; a program changed the second one of two layers."""
     shutil.copytree(FIXTURES / "internevo" / "v1_tp4_pp1", tmp_path / "step")

@@ -45,6 +45,7 @@ llama.cpp's folders are converted by `convert_hf_to_gguf.py` of the source archi
 - llama.cpp (xllamacpp 2026.10.11549) keeps the spaces that SentencePiece models with `remove_extra_whitespaces` remove,
   and fails on unknown characters of a model without byte fallback. InternLM's models are neither. Names such as
   `<|x|>` it finds in a text only where it is asked to (`parse_special`), and `▁` in a text not as a symbol.
+  `<s>` in a text it always takes for the token that begins one, whatever the SentencePiece model.
 - vLLM and LMDeploy need an accelerator to run a model. Only their Python code that reads a folder's configuration and
   chooses the model was run: vLLM's registry, LMDeploy's TurboMind and its PyTorch engine.
 - SGLang 0.5.23 was only read: its Llama has no biases in the MLP, and skips those of a folder without a word. Of the
