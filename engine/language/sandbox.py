@@ -15,6 +15,7 @@ from jinja2.runtime import StrictUndefined, Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_BITS = 4096
+MAX_ITEMS = 4096
 
 
 class Omit:
@@ -118,8 +119,12 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        """Arithmetic on numbers of bounded size, and `+` on texts and lists."""
+        """Arithmetic on numbers of bounded size, `+` on texts and lists, and a list times a whole number."""
         defined(left), defined(right)
+        if operator == "*" and isinstance(left, list | tuple) and type(right) is int:
+            if len(left) * right > MAX_ITEMS:
+                raise OverflowError(f"a list of more than {MAX_ITEMS} values")
+            return left * right
         if operator == "+" and type(left) is type(right) and isinstance(left, str | list | tuple):
             return left + right
         _number(left, operator), _number(right, operator)

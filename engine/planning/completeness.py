@@ -68,8 +68,9 @@ def _check_each(
                 place=one.rule.place,
                 got=(f"nothing for {where}" if where else "no such tensor") + unlisted,
                 expected="one for each, as for " + ", ".join(f"{a} {v}" for a, v in there.items()),
-                fix="A rule needs its tensors for all layers and experts. If two stages of an expert "
-                "checkpoint wrote the same file number, that layer was lost at saving.",
+                fix="A rule needs its tensors for all layers and experts; a mapping cannot say that only some layers "
+                "have them. If two stages of an expert checkpoint wrote the same file number, that layer was lost at "
+                "saving.",
             )
 
 

@@ -160,8 +160,8 @@ class _Look:
             constant, factor, unknown = form
             if unknown is None:
                 if constant != size:
-                    expected = f"{constant}{_because(node, self.state)}"
-                    raise self._contradicts([ranks], str(node), f"{size} from {self._where(ranks)}", expected)
+                    got = f"{size} from {self._where(ranks)}{self._split(size, constant)}"
+                    raise self._contradicts([ranks], str(node), got, f"{constant}{_because(node, self.state)}")
                 continue
             value, rest = divmod(size - constant, factor) if factor else (0, 1)
             if rest or value < (0 if unknown in local else least):  # a rank may hold nothing of a small axis
@@ -222,28 +222,36 @@ class _Look:
         if known is None:
             self._know(axis, value, self._where(None))
         elif known.value != value:
-            got = f"{value} from {self._where(None)}"
+            got = f"{value} from {self._where(None)}{self._split(value, known.value)}"
             raise self._contradicts(self._odd(), axis, got, f"{known.value} from {known.why}")
+
+    def _split(self, size: int, whole: int) -> str:
+        """What may be wrong with a rule's `split` if two sizes differ by the number of ranks."""
+        held = [self.files[one.file].ranks for stored in self.group.shards.values() for one in stored]
+        for dim, ranks in ((dim, len({one.get(dim) for one in held})) for dim in held[0]):
+            if size < whole == size * ranks and not self.group.cut.rank_dims():
+                return f"; {ranks} {dim} ranks make {whole} together: its rule may lack `split`"
+            if whole < size == whole * ranks and dim in self.group.cut.rank_dims():
+                return f"; each of {ranks} {dim} ranks has {whole}: its rule may have a `split` too many"
+        return ""
 
     def _know(self, axis: str, value: int, why: str) -> None:
         self.state.facts[axis] = Fact(axis, value, why, self.group.instance.rule.place)
 
     def _contradicts(self, odd: Sequence[Ranks | None], axis: str, got: str, expected: str) -> _Contradicts:
         group = self.group
-        stored = group.first
         cut = ", ".join(f"cut on {axis} over {group.cut.dims[at][0]}" for axis, at in group.cut.axes.items()) or (
             f"rows cut over {' and '.join(group.cut.rank_dims())}" if group.cut.rows else "not cut"
         )
-        rule = f"{stored.name} is `{group.instance.axes}`, {cut}"
-        some = [group.first if ranks is None else group.shards[ranks][0] for ranks in odd[:2]]
+        rule = f"{group.first.name} is `{group.instance.axes}`, {cut}"
+        some = (group.first if ranks is None else group.shards[ranks][0] for ranks in odd[:2])
         told = " or ".join(self.files[one.file].name for one in some)
         return _Contradicts(Contradiction(axis, got, expected, group.instance.rule.place, rule, told))
 
     def _odd(self) -> list[Ranks]:
         """The ranks with the rarest shapes; none if all have the same."""
         shapes = {ranks: stored[0].header.whole for ranks, stored in self.group.shards.items()}
-        counts = Counter(shapes.values())
-        fewest = min(counts.values())
+        fewest = min((counts := Counter(shapes.values())).values())
         return [ranks for ranks, shape in shapes.items() if counts[shape] == fewest] if len(counts) > 1 else []
 
     def _where(self, ranks: Ranks | None) -> str:
@@ -267,10 +275,9 @@ def size_error(found: Contradiction, grid: RankGrid) -> EngineError:
     """E203 with the text for users: what may be wrong depends on which files and ranks there are."""
     agree = "All ranks agree. " if grid.sizes and not found.file else ""
     another = f", or {found.file} is from another run (compare its date and training step with the others)"
-    axis = "the shape" if found.axis == "shape" else f"axis `{found.axis}`"
     return EngineError(
         "E203",
-        f"sizes disagree: {axis}",
+        "sizes disagree: " + ("the shape" if found.axis == "shape" else f"axis `{found.axis}`"),
         place=found.place,
         got=found.got,
         expected=found.expected,

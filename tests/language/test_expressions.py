@@ -61,6 +61,8 @@ def refused(text: str, **names: Any) -> EngineError:
         ("2.4 | round + (7 | float) / 2 + (x | abs)", {"x": -1}, 6.5),
         ("'v' + (n | string)", {"n": 3}, "v3"),
         ("items", {"items": [1, 2]}, [1, 2]),
+        ("(['near'] * (every - 1) + ['far']) * (layers // every)", {"every": 2, "layers": 4}, ["near", "far"] * 2),
+        ("['near'] * -1", {}, []),
     ],
 )
 def test_expressions_give_plain_values(text: str, names: dict[str, Any], expected: object) -> None:

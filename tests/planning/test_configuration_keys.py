@@ -466,6 +466,18 @@ def test_linears_that_were_not_cut_as_the_mapping_has_them_are_refused(tmp_path:
     assert error.code == "E202" and "enable_qkv_fusion" in str(error), error
 
 
+def test_a_key_whose_type_alone_is_declared_is_not_told_to_be_itself(tmp_path: Path) -> None:
+    """Nothing reads it: a declaration that only has its type does not say that its value does not matter."""
+    (tmp_path / "m.yaml").write_text(
+        f"mapping: 1\nname: m\nversion: 1.0.0\ndescription: m\nextends: {FAMILY}\n"
+        "keys:\n  source:\n    window: {type: integer}\n    \"*\": {type: integer}\n"
+    )
+    source = training(tmp_path / "ckpt", {"window": 4}, "v2_tp2_pp2")
+    error = refused(engine.convert, tmp_path / "m.yaml", source, tmp_path / "out")
+    assert error.code == "E219" and "Did you mean" not in str(error), error
+    assert "window" in str(error) and "m.yaml:8" in str(error.expected)
+
+
 def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_path: Path) -> None:
     engine.convert(family_of("moe"), FIXTURES / "moe_tp2_pp2_dp1", tmp_path / "hf")
     source = changed(tmp_path / "hf", tmp_path / "changed", {"num_experts_per_tok": 5})

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,12 +40,12 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "step"
 
 
-def refuse(source: Path, code: str, *told: str, mapping: str = V1.mapping, **options: object) -> EngineError:
+def refuse(source: Path, code: str, *told: str, mapping: str = V1.mapping, **options: Any) -> EngineError:
     """Convert, expect the error, and see that nothing is left beside the source."""
-    settings = {"mlp_letters": "w2_is_down"} if mapping == V1.mapping else {}
+    options = {"settings": {"mlp_letters": "w2_is_down"} if mapping == V1.mapping else {}} | options
     before = sorted(p.name for p in source.parent.iterdir())
     with pytest.raises(EngineError) as caught:
-        engine.convert(mapping, source, source.parent / "hf", settings=settings, **options)
+        engine.convert(mapping, source, source.parent / "hf", **options)
     assert caught.value.code == code, str(caught.value)
     for text in told:
         assert text in str(caught.value)
@@ -105,6 +106,23 @@ def test_sizes_that_disagree_show_both_sides_and_the_file(source: Path) -> None:
     edit(source / "model_tp1_pp0.pt", lambda s: s.update({"blocks.1.mlp.w1.weight": torch.ones(8, 16).bfloat16()}))
     error = refuse(source, "E203", "axis `ffn`", "20", "24", "blocks.1.mlp.w1.weight")
     assert error.place is not None and error.place.file.endswith("internlm.yaml") and error.place.line
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("axes: vocab hidden\n    split: vocab\n", "axes: vocab hidden\n", "2 tp ranks make 32 together: its rule may lack"),
+        ("axes: hidden\n", "axes: hidden\n    split: hidden\n", "each of 2 tp ranks has 16: its rule may have a `split`"),
+    ],
+    ids=["too little", "too much"],
+)
+def test_sizes_that_disagree_as_a_rule_cuts_too_much_or_too_little_tell_so(
+    old: str, new: str, told: str, source: Path, tmp_path: Path
+) -> None:
+    text = Path("mappings/families/internlm.yaml").read_text(encoding="utf-8")
+    assert old in text
+    (tmp_path / "careless.yaml").write_text(text.replace(old, new), encoding="utf-8")
+    refuse(source, "E203", told, mapping=str(tmp_path / "careless.yaml"), settings={"mlp_letters": "w2_is_down"})
 
 
 @pytest.mark.parametrize(
