@@ -111,8 +111,8 @@ def test_sizes_that_disagree_show_both_sides_and_the_file(source: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [
-        ("axes: vocab hidden\n    split: vocab\n", "axes: vocab hidden\n", "2 tp ranks make 32 together: its rule may lack"),
-        ("axes: hidden\n", "axes: hidden\n    split: hidden\n", "each of 2 tp ranks has 16: its rule may have a `split`"),
+        ("axes: vocab hidden\n    split: vocab\n", "axes: vocab hidden\n", "2 tp ranks make 32 together: its rule"),
+        ("axes: hidden\n", "axes: hidden\n    split: hidden\n", "each of 2 tp ranks has 16: its rule may have a"),
     ],
     ids=["too little", "too much"],
 )
