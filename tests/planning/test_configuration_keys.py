@@ -470,7 +470,7 @@ def test_a_key_whose_type_alone_is_declared_is_not_told_to_be_itself(tmp_path: P
     """Nothing reads it: a declaration that only has its type does not say that its value does not matter."""
     (tmp_path / "m.yaml").write_text(
         f"mapping: 1\nname: m\nversion: 1.0.0\ndescription: m\nextends: {FAMILY}\n"
-        "keys:\n  source:\n    window: {type: integer}\n    \"*\": {type: integer}\n"
+        'keys:\n  source:\n    window: {type: integer}\n    "*": {type: integer}\n'
     )
     source = training(tmp_path / "ckpt", {"window": 4}, "v2_tp2_pp2")
     error = refused(engine.convert, tmp_path / "m.yaml", source, tmp_path / "out")
