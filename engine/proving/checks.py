@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from engine.errors import EngineError, rounded
 from engine.language.documents import changed
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
+from engine.planning.stored import instances
 from engine.planning.wanted import Wanted, wanted_by_mapping
 from engine.proving.counterexamples import counter_examples
 from engine.proving.lint import lint
@@ -23,7 +26,7 @@ from engine.proving.meta_model import asked, load_classes, misfits, wanted
 from engine.proving.proof import Check, Failure, check_of
 from engine.proving.roundtrip import compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
-from engine.proving.tiny import DIVISIBLE, World, Worlds, choices_text, guess_sizes
+from engine.proving.tiny import DIVISIBLE, NESTED, World, Worlds, choices_text, guess_sizes
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _FEW_LAYERS = 12  # a number of two digits that STAGES divide
@@ -133,7 +136,7 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
         if key in counted:
             continue
         try:
-            model = wanted(world.config, mapping.architecture)
+            world, model = _accepted(mapping, world)
         except EngineError as error:
             failures.append(Failure.of(error, world.label))
             break
@@ -141,7 +144,7 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
             return Check(MODEL, None, model)
         counted[key] = len(model.shapes)
         forms = (model, *model.others)  # current names, and other names that transformers loads too
-        told = min((misfits(world.shapes, form.shapes, world.pieces) for form in forms), key=len)
+        told = min((misfits(world.shapes, form.shapes, world.pieces, instances(mapping)) for form in forms), key=len)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break
@@ -149,6 +152,23 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
     if len(counted) > 1:
         told_of += f", in {len(counted)} configurations"
     return check_of(MODEL, told_of, failures)
+
+
+def _accepted(mapping: MappingFile, world: World) -> tuple[World, Wanted | str]:
+    """A world and its model; one whose sizes divide each other if transformers refuses the first one's configuration.
+
+    A class may want one size to be a multiple of another though no dim of the mapping says so.
+    """
+    try:
+        return world, wanted(world.config, mapping.architecture)
+    except EngineError as error:
+        worlds, tried = Worlds(mapping), (NESTED, NESTED[::-1]) if not mapping.expect else ()
+        for sizes, most in product((guess_sizes(mapping, apart=apart) for apart in tried), (False, True)):
+            other = worlds.make(world.choices, sizes, most=most)
+            if other is not None and {*other.shapes} == {*world.shapes}:
+                with suppress(EngineError):
+                    return other, wanted(other.config, mapping.architecture)
+        raise error from None
 
 
 def neighbours(mapping: MappingFile, worlds: Worlds, possible: Sequence[Combination], first: World) -> list[World]:

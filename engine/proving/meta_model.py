@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -18,6 +18,7 @@ from engine.language.names import without_numbers
 from engine.planning.as_model import beyond_building, class_named, fit_to_model, rules_of, shapes_of
 from engine.planning.attempts import Checkpoint
 from engine.planning.pieces import Pieces
+from engine.planning.stored import Instance
 from engine.planning.wanted import Wanted, wanted_by_mapping
 from engine.proving.class_names import wanted_of
 from engine.proving.proof import Failure
@@ -201,9 +202,16 @@ def _with_infinities(value: Any) -> Any:
 
 
 def misfits(
-    shapes: Mapping[str, tuple[int, ...]], model: Mapping[str, tuple[int, ...]], pieces: Pieces
+    shapes: Mapping[str, tuple[int, ...]],
+    model: Mapping[str, tuple[int, ...]],
+    pieces: Pieces,
+    every: Sequence[Instance],
 ) -> list[Failure]:
-    """Names that only one side has, and shapes that differ; one line per target of a rule."""
+    """Names that only one side has, and shapes that differ; one line per target of a rule.
+
+    Args:
+        every: the tensors of all rules, also of those that may be absent, which `pieces` may lack.
+    """
     told: list[tuple[str, Failure]] = []  # each with what makes it one of several that are alike
     for name, shape in shapes.items():
         spec = next((s for s in pieces.targets.values() if s.name.match(name) is not None), None)
@@ -216,7 +224,13 @@ def misfits(
             told.append((f"*{text}", Failure(f"`{name}` {both}", place)))
     for name, shape in model.items():
         if name not in shapes:
-            missing = Failure(f"`{name}` ({shape_text(shape)}) is missing: no rule writes it")
+            loose = (one for one in every if one.param == "bias" or one.rule.optional)
+            one = next((one for one in loose if any(to.match(name) is not None for to, _ in one.targets)), None)
+            why, where = "no rule writes it", None
+            if one is not None:
+                where = str(one.rule.place)
+                why = f"rule `{one.rule.name}` writes it only if `{one.sources[0].text}` is there"
+            missing = Failure(f"`{name}` ({shape_text(shape)}) is missing: {why}", where)
             told.append((f"+{without_numbers(name)}", missing))
     return [
         replace(first, message=f"{first.message}, and {len(more)} like it" if more else first.message)

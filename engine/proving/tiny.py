@@ -36,6 +36,7 @@ from engine.planning.whole_outputs import whole_groups
 _LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and other placeholders; divisors
 DIVISIBLE = 6  # a size that 2 and 3 ranks divide
 _APART = (36, 45, 28, 60, 52, 20, 44, 68)  # sizes of axes without other constraints
+NESTED = (768, 384, 192, 96, 48, 24, 12, 6)  # the same, if classes want some to be multiples of others
 EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same, if 2 and 3 ranks must divide them
 _MAX_OPTIONAL = 8
 

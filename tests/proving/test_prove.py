@@ -191,6 +191,26 @@ def test_a_configuration_that_transformers_refuses_is_told(broken: Callable[...,
     assert "E502 transformers refuses the configuration" in told(proof)
 
 
+def test_sizes_of_which_the_model_class_wants_multiples_are_found(broken: Callable[..., Proof]) -> None:
+    """No dim says that heads divide the width, and transformers refuses a Llama where they do not."""
+    vocabulary = "  vocab: vocab_size if vocab_size > 0 else omit"
+    proof = broken(
+        "meta-llama",
+        (f"  hidden: dim\n{vocabulary}", f"{vocabulary}\n  hidden: dim"),
+        ("head_dim: hidden // heads", "head_dim: head_size"),
+        ("training_config:\n", 'training_config:\n  head_size: "{{ head_dim }}"\n'),
+        ("\n  target:\n", "\n  source:\n    head_size: {type: integer}\n  target:\n"),
+    )
+    assert {check.name: check.holds for check in proof.checks}["model"], told(proof)
+
+
+def test_a_tensor_that_only_some_checkpoints_have_and_the_model_always_is_told(broken: Callable[..., Proof]) -> None:
+    line = '    target: "model.layers.{layer}.mlp.up_proj.weight"\n'
+    proof = broken("meta-llama", (line, f"{line}    optional: true\n"))
+    source = "layers.{layer}.feed_forward.w3.weight"
+    assert f"is missing: rule `{source}` writes it only if `{source}` is there" in told(proof)
+
+
 def test_a_release_whose_sizes_do_not_follow_is_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     family = ROOT / "mappings" / "families" / "meta-llama.yaml"
