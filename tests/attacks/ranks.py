@@ -203,6 +203,13 @@ def a_rank_whose_gate_is_its_up_projection(folder: Path) -> None:
     edit(folder / RANK, lambda own: own["blocks.0.mlp.w3.weight"].copy_(own["blocks.0.mlp.w1.weight"]))
 
 
+@attack("training", "E306", "holds the same slice of `blocks.0.mlp.w2.weight` as of `blocks.0.mlp.w1.weight`")
+def a_rank_whose_down_projection_has_the_bytes_of_its_gate(folder: Path) -> None:
+    edit(
+        folder / RANK, lambda own: own["blocks.0.mlp.w2.weight"].view(-1).copy_(own["blocks.0.mlp.w1.weight"].view(-1))
+    )
+
+
 @attack("training", None)
 def a_layer_that_is_a_copy_of_another_on_all_ranks(folder: Path) -> None:
     """As after upcycling."""

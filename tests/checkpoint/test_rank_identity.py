@@ -153,6 +153,22 @@ def test_slices_are_compared_by_their_type_and_size(
         slices.compare_slices(plan, one, gather, gather, meter, {})
 
 
+@pytest.mark.parametrize(("shape", "equal"), [((4, 16), True), ((16, 4), True), ((16, 4), False)], ids=str)
+def test_a_slice_with_the_bytes_of_another_tensor_is_a_copy_whatever_its_shape(
+    shape: tuple[int, int], equal: bool
+) -> None:
+    headers = [TensorHeader(name, "F32", held, (held[1], 1), 0) for name, held in (("w", (4, 16)), ("v", shape))]
+    sources = [SimpleNamespace(header=headers[at // 2], file=at % 2, name="wv"[at // 2]) for at in range(4)]
+    both = [slices.Slices((0, 1), "w"), slices.Slices((2, 3), "v")]
+    plan: Any = SimpleNamespace(sources=sources, slices=both, files=[SimpleNamespace(name=name) for name in "ab"])
+    gather: Any = Bytes([SOME, OTHER, SOME if equal else SOME[::-1], OTHER[::-1]])
+    meter: Any = SimpleNamespace(stopped=Event())
+    others: slices.Others = {}
+    with pytest.raises(EngineError, match="`a` holds the same slice of `v` as of `w`") if equal else nullcontext():
+        for one in both:
+            slices.compare_slices(plan, one, gather, gather, meter, others)
+
+
 def test_slices_of_every_tensor_that_is_cut_are_compared(tmp_path: Path) -> None:
     folder = made(V2, tmp_path / "step", tp=2, pp=2)
     plan = engine.plan(V2.mapping, folder, settings=LETTERS)

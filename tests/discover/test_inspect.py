@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from click.testing import CliRunner
 
 import engine
 from engine.commands.main import cli
+from engine.discover import steps
+from engine.storage.local import LocalStore
 from tests.support.terminal import ROOT
 
 FIXTURES = ROOT / "tests" / "fixtures" / "internevo"
@@ -172,3 +175,18 @@ def test_the_next_command_has_what_must_be_filled_in() -> None:
     assert "--mapping internlm --src" in told and told.splitlines()[-1].endswith(
         " --set mlp_letters=CHOICE   (fill in as described above)"
     )
+
+
+def test_steps_are_in_the_order_of_the_last_numbers_in_their_names_and_a_hidden_folder_is_none(tmp_path: Path) -> None:
+    for name in ("iter_0000200", "run900-step30", ".40"):
+        (tmp_path / name).mkdir()
+    assert steps.folders_of(LocalStore(tmp_path)) == ["run900-step30", "iter_0000200"]
+
+
+def test_a_folder_of_files_without_a_tensor_of_the_model_is_no_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "optimizer_0").mkdir()
+    found = SimpleNamespace(name="any"), SimpleNamespace(files=[SimpleNamespace(tensors=(), size=8)])
+    monkeypatch.setattr(steps, "read_any", lambda *_, **__: found)
+    assert steps.find_steps(LocalStore(tmp_path), None) is None

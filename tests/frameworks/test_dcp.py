@@ -478,6 +478,13 @@ def test_two_configurations_beside_the_weights_that_disagree_are_refused(tmp_pat
     assert not any("huggingface" in notice for notice in report.notices)
 
 
+def test_a_subfolder_that_has_files_of_a_checkpoint_is_listed_as_these_alone(tmp_path: Path) -> None:
+    for name in ("huggingface", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+    assert folders.list_folder(LocalStore(tmp_path), ["huggingface"]) == ["huggingface/config.json", "other"]
+
+
 @pytest.mark.parametrize("held", [None, {"a": 1}, {"a": 2}])
 def test_a_second_configuration_may_be_in_a_distributed_checkpoint(
     held: dict[str, int] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

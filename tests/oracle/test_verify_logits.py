@@ -343,9 +343,12 @@ def test_layers_in_another_order_are_found(out: Path) -> None:
     assert [one["place"] for one in found["wrong"]] == ["layer 1", "layer 2"]
 
 
-def test_a_model_of_other_sizes_than_its_files_is_told(out: Path) -> None:
+def test_a_model_of_other_sizes_than_its_files_or_without_a_tensor_is_told(out: Path) -> None:
     configure(out, intermediate_size=96)
-    assert "config makes it [96, 64]" in logits_of(out)["problems"][0]
+    change(out, lambda state: state.pop("model.layers.3.mlp.up_proj.weight"))
+    problems = logits_of(out)["problems"]
+    assert "config makes it [96, 64]" in problems[0]
+    assert "model.layers.3.mlp.up_proj.weight is missing" in problems
     assert engine.api.verify(out, load=True).problems
 
 

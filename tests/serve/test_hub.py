@@ -148,6 +148,25 @@ def test_a_step_that_could_not_be_read_for_a_moment_is_served_soon_after(
     assert found.find("main")[0].name == "200"
 
 
+def test_plans_of_the_steps_that_were_asked_for_last_are_kept_and_a_step_is_reported_once(tmp_path: Path) -> None:
+    made: list[str] = []
+    told: list[str] = []
+
+    def make(store: Store) -> Any:
+        made.append(store.place().rpartition("/")[2])
+        if made == [tmp_path.name]:
+            raise EngineError("E304", "no checkpoint")
+        return FOLDER
+
+    for step in range(9):
+        (tmp_path / str(step)).mkdir()
+    found = revisions.Revisions(store_at(tmp_path, "the run"), make, lambda: "", told.append)
+    for step in (*range(8), 0, 8, 0, 1):  # eight are kept, so that 8 takes the place of 1
+        found.find(str(step))
+    assert made[1:] == [*map(str, range(9)), "1"]
+    assert [line.split()[0] for line in told] == [*map(str, range(9))]
+
+
 def test_a_commit_is_found_while_a_newer_step_is_being_removed(
     run: Path, serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
