@@ -217,7 +217,7 @@ def _check_apart(instance: Instance, file: FilePattern, destination: Destination
     ranks = destination.sizes_of(file)
     cut = {axis: dim for dim, axis in cut_of(instance, file, destination.layout).dims if ranks.get(dim, 1) > 1}
     for node in instance.axes.dims:
-        dims = [cut[axis] for axis in leaves(node) if axis in cut]
+        dims = [cut[axis] for axis in dict.fromkeys(leaves(node)) if axis in cut]
         if len(dims) > 1:
             given = [f"{flag(dim)}{ranks[dim]}" for dim in dims]
             raise EngineError(

@@ -213,6 +213,22 @@ def test_more_ranks_than_key_value_heads_are_refused_with_the_numbers_that_work(
     refuse("E214", "stored 2 times", "--tp 1, 2", model=V2, tmp_path=tmp_path, tp=4)
 
 
+def test_an_axis_that_each_term_of_a_sum_has_is_cut_once(tmp_path: Path) -> None:
+    """All queries, then all keys, then all values: it was read, and then refused as an axis for each of the three."""
+    family = Path(__file__).parents[2] / "mappings" / "families" / "internlm2.yaml"
+    text = family.read_text(encoding="utf-8")
+    start = text.index("  - name: qkv ")
+    rule = text[start : text.index("  - name: ", start + 9)]
+    packed = rule.replace("(groups (queries + k + v) head_dim)", "((groups queries + groups k + groups v) head_dim)")
+    packed = "\n".join(line for line in packed.split("\n") if "pieces:" not in line)
+    assert packed.count("groups k + groups v") == 1
+    (tmp_path / "m.yaml").write_text(text.replace(rule, packed), encoding="utf-8")
+    source = FIXTURES / "v2_tp2_pp2"
+    engine.convert(tmp_path / "m.yaml", source, tmp_path / "hf")
+    engine.reverse(tmp_path / "m.yaml", tmp_path / "hf", tmp_path / "back", like=source)
+    same_files(rank_files(tmp_path / "back"), rank_files(source))
+
+
 def test_heads_that_do_not_divide_by_the_ranks_are_refused_with_the_numbers_that_work(tmp_path: Path) -> None:
     """Training cuts qkv by rows and then splits it per group, or per head: it could not load such files."""
     groups = Model("v2", hidden=24, heads=6, groups=3, ffn=32, bias=False)
