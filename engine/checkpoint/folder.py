@@ -25,17 +25,22 @@ _READERS = 4  # threads: indexing waits for storage, not for the processor
 _UNFINISHED = re.compile(r"[.]journal|[.]part-[0-9]{5}-of-[0-9]{5}")  # the engine's, until an output is complete
 
 
-def list_folder(folder: Store, inside: Sequence[str] = ()) -> list[str]:
+def list_folder(folder: Store, inside: Sequence[str] = (), files: Sequence[str] = ()) -> list[str]:
     """File names of a checkpoint folder, sorted; E304/E305 when there is none.
 
     Args:
         inside: patterns of subfolders whose files are listed too.
+        files: patterns of names that some trainers give to the folder of a step too: such folders are left out.
     """
     below = [pattern(text) for text in dict.fromkeys(inside)]
+    either = [pattern(text) for text in files]
     with listing(folder):
         every = folder.names()
         check_finished(folder, every)
         names = [name for name in every if not name.startswith(".")]
+        if alike := {name for name in names if any(one.match(name) is not None for one in either)}:
+            alike &= {name for name, state in folder.entries().items() if state is None}
+            names = [name for name in names if name not in alike]
         for name in [n for n in names if any(one.match(n) is not None for one in below)]:
             try:
                 names += (f"{name}/{one}" for one in folder.names(name) if not one.startswith("."))
@@ -138,7 +143,7 @@ def side_by_side(read: Callable[[str], FileHeader], names: Sequence[str]) -> Ite
 def read_configuration(
     folder: Store, layout: Layout, given: File | None = None, *, needed: bool = True
 ) -> tuple[str, dict[str, Any]]:
-    """The model's configuration and its file: the first of the layout's places that exists.
+    """The model's configuration and its file: the first of the layout's places that holds one.
 
     Args:
         given: a file of the target's configuration. If the layout's configuration is the target's, it is read instead
@@ -151,7 +156,8 @@ def read_configuration(
     """
     if given is not None and layout.config_of_target:
         return given.name, read_config(given, "json")
-    found = ((place.file, held) for place in layout.configs if (held := _held(folder, place)) is not None)
+    every = ((place.file, held) for place in layout.configs if (held := _held(folder, place)) is not None)
+    found = ((file, held) for file, held in every if not layout.config_has or layout.config_has & held.keys())
     for file, value in found:
         if layout.config_of_target:
             _check_alone(file, value, found)

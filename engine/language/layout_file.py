@@ -67,6 +67,7 @@ def _read(name: str, content: bytes) -> Layout:
         configs=tuple(map(_config_file, configs)),
         config_of_target=data["config"].get("of") == "target",
         config_from_target=data["config"].get("else") == "target",
+        config_has=frozenset(data["config"].get("has") or ()),
         training_file=training.get("file"),
         training_format=training.get("format"),
         training_repeats=training.get("repeats"),

@@ -273,6 +273,7 @@ class Layout:
     configs: tuple[ConfigFile, ...]  # its possible places; the first is `config_file`
     config_of_target: bool  # it is the target's own config.json, which may also be given
     config_from_target: bool  # if it is missing, a given config.json of the target replaces it
+    config_has: frozenset[str]  # keys of which every configuration has one; empty: it may have any
     training_file: str | None
     training_format: str | None  # python_source
     training_repeats: str | None  # the key under which it repeats the configuration
