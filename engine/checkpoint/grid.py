@@ -28,6 +28,11 @@ def folders_in(layout: Layout) -> list[str]:
     return [name.split("/")[0] for name in files if "/" in name]
 
 
+def either_in(layout: Layout) -> list[str]:
+    """Patterns of a layout's files that hold a whole state: a step that is a folder may have such a name too."""
+    return [file.name for mode in layout.modes if mode.format == "nested" for file in mode.files]
+
+
 def read_grid(
     names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
 ) -> RankGrid:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
-from engine.checkpoint.grid import check_ranks, check_refused, folders_in, read_grid
+from engine.checkpoint.grid import check_ranks, check_refused, either_in, folders_in, read_grid
 from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
 from engine.checkpoint.joined import joined_in
 from engine.checkpoint.order import check_order
@@ -63,7 +63,9 @@ def read_checkpoint(
         return name, configuration, read_config(beside, layout.training_format) if beside.exists else {}
 
     read = cache(configurations)
-    grid = read_grid(list_folder(folder, folders_in(layout)), layout, folder.place(), lambda: read()[1])
+    grid = read_grid(
+        list_folder(folder, folders_in(layout), either_in(layout)), layout, folder.place(), lambda: read()[1]
+    )
     name, configuration, training = read()
     signs = [beside.file for beside in grid.mode.beside]
     if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):

@@ -51,6 +51,17 @@ FORMS: dict[str, tuple[str, Callable[[State], Any]]] = {
     "without a configuration beside it": ("pytorch_model.bin", model),
     "DistributedDataParallel": ("model.pth", lambda s: {f"module.{k}": v for k, v in model(s).items()}),
     "a compiled model": ("model.pth", lambda s: {"model": {f"_orig_mod.{k}": v for k, v in model(s).items()}}),
+    "DeepSpeed without ZeRO, by another name": (
+        "model.pt",
+        lambda s: {
+            "module": model(s),
+            "buffer_names": ["rotary_emb.inv_freq"],
+            "optimizer": None,
+            "param_shapes": None,
+            "sparse_tensor_module_names": set(),
+            "ds_config": {"zero_optimization": {"stage": 0}},
+        },
+    ),
     "Lightning": (
         "epoch=1-step=10.ckpt",
         lambda s: {
@@ -227,3 +238,15 @@ def test_stages_in_folders_of_their_own_are_read_as_files_of_one_folder(saved: P
         dcp_to_torch_save(str(tmp_path / f"stage{stage}"), str(step / f"pytorch_model-{stage + 1:05}-of-00002.bin"))
     convert(step, tmp_path / "out")
     assert same(tmp_path / "out", saved / "hf")
+
+
+def test_a_step_that_is_a_folder_named_as_a_file_is_found_in_the_folder_of_the_steps(tmp_path: Path) -> None:
+    """Lightning gives a sharded checkpoint, which is a folder, the name of one that is a file."""
+    step = tmp_path / "epoch=0-step=10.ckpt"
+    shutil.copytree(GENUINE / "step-10", step)
+    torch.save({"epoch": 0, "global_step": 10}, step / "meta.pt")
+    found = engine.inspect(tmp_path)
+    assert found.kind == "steps" and found.facts["newest"] == step.name
+    with pytest.raises(EngineError, match=r"E304(.|\n)*epoch=0-step=10\.ckpt"):
+        convert(tmp_path, tmp_path / "out")
+    convert(step, tmp_path / "out")
