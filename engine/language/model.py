@@ -231,14 +231,11 @@ class Mode:
 
 @dataclass(frozen=True, slots=True)
 class ConfigFile:
-    """A place where a configuration may be: a file, and the dotted key in it.
-
-    `format` is pickled_mapping, json or dcp; of the last, `key` begins with the name of a value of the checkpoint.
-    """
+    """A place where a configuration may be: a file, and the dotted key in it."""
 
     file: str
-    format: str
-    key: str | None = None
+    format: str  # pickled_mapping, json or dcp
+    key: str | None = None  # for dcp it begins with the name of a value of the checkpoint
     kind: str | None = None  # `namespace`: written as an argparse.Namespace
     beside: tuple[str, ...] = ()  # keys next to the last of `key` that are read too
 
