@@ -144,7 +144,8 @@ def check_model(mapping: MappingFile, worlds: Sequence[World]) -> Check:
             return Check(MODEL, None, model)
         counted[key] = len(model.shapes)
         forms = (model, *model.others)  # current names, and other names that transformers loads too
-        told = min((misfits(world.shapes, form.shapes, world.pieces, instances(mapping)) for form in forms), key=len)
+        written = {name: shape for name, shape in world.shapes.items() if name not in world.tied}
+        told = min((misfits(written, form.shapes, world.pieces, instances(mapping)) for form in forms), key=len)
         failures += [replace(failure, where=world.label) for failure in told]
         if told:
             break

@@ -211,6 +211,17 @@ def test_a_tensor_that_only_some_checkpoints_have_and_the_model_always_is_told(b
     assert f"is missing: rule `{source}` writes it only if `{source}` is there" in told(proof)
 
 
+def test_a_head_that_is_tied_in_every_model_is_none_too_many(broken: Callable[..., Proof]) -> None:
+    head = "    target: lm_head.weight\n"
+    proof = broken(
+        "meta-llama",
+        (head, f"{head}    tied_to: model.embed_tokens.weight\n"),
+        ("tie_word_embeddings: {type: boolean, only: [false]", "tie_word_embeddings: {type: boolean, only: [true]"),
+        ("  tie_word_embeddings: false", "  tie_word_embeddings: true"),
+    )
+    assert {check.name: check.holds for check in proof.checks}["model"], told(proof)
+
+
 def test_a_release_whose_sizes_do_not_follow_is_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     family = ROOT / "mappings" / "families" / "meta-llama.yaml"
