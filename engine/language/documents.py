@@ -146,8 +146,8 @@ def merged(*trees: Mapping[str, Any]) -> dict[str, Any]:
 def completed(tree: Mapping[str, Any], absent: Mapping[str, Any]) -> dict[str, Any]:
     """A tree, with defaults for entries that are absent or null.
 
-    >>> completed({"a": {"b": 1}, "d": None}, {"a": {"b": 2, "c": 3}, "d": 4})
-    {'a': {'b': 1, 'c': 3}, 'd': 4}
+    >>> completed({"a": {"b": 1}, "d": None, "e": 0}, {"a": {"b": 2, "c": 3}, "d": 4, "e": 5})
+    {'a': {'b': 1, 'c': 3}, 'd': 4, 'e': 0}
     """
     result = dict(tree)
     for name, value in absent.items():
@@ -175,8 +175,8 @@ def tree_of(values: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
 def same(one: Any, two: Any) -> bool:
     """Whether two values are equal as JSON, where true is not 1.
 
-    >>> same([1, 2], [1.0, 2]), same({"a": [1]}, {"a": [True]})
-    (True, False)
+    >>> same([1, 2], [1.0, 2]), same([1], [1, 2]), same({"a": [1]}, {"a": [True]})
+    (True, False, False)
     """
     if isinstance(one, list | tuple) and isinstance(two, list | tuple):
         return len(one) == len(two) and all(map(same, one, two))
@@ -208,8 +208,8 @@ def grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
 def portions(items: Iterable[tuple[V, int]], most: int | None, count: int | None = None) -> Iterator[list[V]]:
     """Items with their sizes, in groups of at most `most` in all and at most `count` items; a larger one is alone.
 
-    >>> list(portions([("a", 2), ("b", 2), ("c", 5), ("d", 1)], 4))
-    [['a', 'b'], ['c'], ['d']]
+    >>> list(portions([("a", 2), ("b", 2), ("c", 5), ("d", 1), ("e", 1)], 4))
+    [['a', 'b'], ['c'], ['d', 'e']]
     """
     held: list[V] = []
     total = 0

@@ -51,6 +51,9 @@ def test_settings_go_to_the_mapping_that_has_them(tmp_path: Path) -> None:
     with pytest.raises(engine.EngineError, match="nowhere"):
         engine.reshard("families/internlm2.yaml", source, tmp_path / "x", to="transformers", settings={"nowhere": 1})
     assert not (tmp_path / "x").exists()
+    alone: dict[str, Any] = {"pp": 2, "chunks": 2, "settings": {"wrapped": True}}
+    with pytest.raises(engine.EngineError, match="wrapped has no effect"):
+        engine.plan_reshard("internlm2", FIXTURES / "v2_tp2_pp2", to="internlm2", **alone)
 
 
 @pytest.mark.parametrize(

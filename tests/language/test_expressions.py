@@ -1,10 +1,11 @@
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
 from engine.errors import EngineError, Place
-from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree
+from engine.language.expressions import OMIT, compile_expression, evaluate, names_in, render_tree, whole_number
 from engine.language.model import Expression
 
 PLACE = Place("x.yaml", 3, 9)
@@ -30,6 +31,10 @@ def refused(text: str, **names: Any) -> EngineError:
             11008,
         ),
         ("num_kv | default(heads)", {"heads": 32}, 32),
+        ("adapt_hf | default(true)", {"adapt_hf": False}, False),
+        ("bias | int", {"bias": True}, 1),
+        ("2.0 ** 100", {}, 2.0**100),
+        ("sizes[-3] | default(7)", {"sizes": [1, 2]}, 7),
         ("qk_interleaved | default(not (adapt_hf | default(true)))", {}, False),
         ("norm_head | default(false) and qk_interleaved is not defined", {"norm_head": True}, True),
         ("training.parallel.pipeline.mode | default('1F1B')", {"training": {}}, "1F1B"),
@@ -209,3 +214,9 @@ def test_numbers_beyond_any_float_are_refused_not_crashed_on(text: str) -> None:
         value = evaluate(Expression(text, Place("x.yaml")), {})
         raise AssertionError(value)
     assert caught.value.code == "E105"
+
+
+@pytest.mark.parametrize(("text", "held"), [("0", True), ("1", True), ("2", False), ("-1", False), ("n == 1", False)])
+def test_a_number_of_a_rank_is_a_whole_one_from_0_to_the_last(text: str, held: bool) -> None:
+    with nullcontext() if held else pytest.raises(EngineError, match="`stage` is not a whole number from 0 to 1"):
+        assert str(whole_number(Expression(text, PLACE), {"n": 1}, "stage", 2)) == text
