@@ -19,7 +19,7 @@ from engine.checkpoint.folder import _below
 from engine.errors import EngineError
 from engine.formats.headers import FileHeader, TensorHeader
 from engine.run import journal, runner
-from engine.storage.local import FileState
+from engine.storage.local import FileState, LocalStore
 from engine.storage.sinks import SinkFiles
 from tests.support.depth import crossed, sampled
 from tests.support.disk import Disk, contents, partials
@@ -325,3 +325,9 @@ def test_a_configuration_that_is_not_where_the_layout_says_is_refused(keys: list
 
 def test_a_configuration_in_a_list_is_found_by_its_number() -> None:
     assert _below([[], {"layers": 2}], ["1"], "config.pt") == {"layers": 2}
+
+
+def test_a_file_that_goes_while_a_folder_is_listed_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "here").touch()
+    assert LocalStore(tmp_path).entries().keys() == {"here"}

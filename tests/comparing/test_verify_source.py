@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -197,6 +198,11 @@ def test_a_long_list_of_differences_is_cut_but_counted(both: Path, monkeypatch: 
     assert len(found["differing"]) == 3
     assert found["more"] == found["tensors"] - 3
     assert "more tensors differ from the source" in verify(both).output
+
+
+def test_a_sample_has_other_blocks_in_each_layer() -> None:
+    layers: list[Any] = [SimpleNamespace(name=f"layers.{n}.w", shape=(1 << 14, 1 << 8)) for n in range(4)]
+    assert len({str(source._chosen(one, 0.25)) for one in layers}) > 1
 
 
 @sampled(2)
