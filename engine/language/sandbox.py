@@ -115,6 +115,15 @@ TESTS = frozenset((
 ))  # fmt: skip
 
 
+def _repeated(items: Any, times: int) -> Any:
+    """A list again and again; not one of lists, which a few repetitions would make too large."""
+    if any(isinstance(item, list | tuple | Mapping) for item in items):
+        raise TypeError("`*` repeats a list of single values, not of lists or mappings")
+    if len(items) * times > MAX_ITEMS:
+        raise OverflowError(f"a list of more than {MAX_ITEMS} values")
+    return items * times
+
+
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
@@ -122,9 +131,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Arithmetic on numbers of bounded size, `+` on texts and lists, and a list times a whole number."""
         defined(left), defined(right)
         if operator == "*" and isinstance(left, list | tuple) and type(right) is int:
-            if len(left) * right > MAX_ITEMS:
-                raise OverflowError(f"a list of more than {MAX_ITEMS} values")
-            return left * right
+            return _repeated(left, right)
         if operator == "+" and type(left) is type(right) and isinstance(left, str | list | tuple):
             return left + right
         _number(left, operator), _number(right, operator)

@@ -10,7 +10,7 @@ import xxhash
 
 from engine.errors import EngineError, Place
 from engine.formats.headers import FLOATS, ITEM_SIZES, TensorHeader
-from engine.move.blocks import BLOCK_BYTES, block_of, blocks
+from engine.move.blocks import BLOCK_BYTES, Block, block_of
 from engine.move.moves import Gatherer
 from engine.planning.boxes import Copy, in_order
 from engine.planning.model import Slices, Work
@@ -108,16 +108,21 @@ class _Held:
         self.size, self._row = math.prod(header.shape), header.shape[-1]
 
     def alike(self, one: int, two: int) -> bool:
-        copies = (blocks([whole(self.plan, source)], self.size, BLOCK_BYTES // self.item) for source in (one, two))
-        return all(
-            x.high == y.high and same(self._first.gather(x, self.dtype), self._other.gather(y, self.dtype))
-            for x, y in zip(*copies, strict=False)  # of other shapes and strides, blocks may be others
-        )
+        """Whether two slices of one size hold the same elements in the same order, also if their shapes differ."""
+        for low in range(0, self.size, BLOCK_BYTES // self.item):
+            ours = self._first.gather(self._block(one, low, BLOCK_BYTES), self.dtype)
+            theirs = self._other.gather(self._block(two, low, BLOCK_BYTES), self.dtype)
+            if not same(ours, theirs):
+                return False
+        return True
 
     def sample(self, source: int, low: int) -> bytes:
         """The bytes of elements from `low` on."""
-        block = block_of([whole(self.plan, source)], low, min(low + _SAMPLE // self.item, self.size))
-        return bytes(self._other.gather(block, self.dtype))
+        return bytes(self._other.gather(self._block(source, low, _SAMPLE), self.dtype))
+
+    def _block(self, source: int, low: int, nbytes: int) -> Block:
+        """A slice's elements from `low` on, so many bytes of them."""
+        return block_of([whole(self.plan, source)], low, min(low + nbytes // self.item, self.size))
 
     def beside(self, after: Slices, pair: Sequence[int]) -> Iterator[int]:
         """The slices of another tensor that are on the same ranks."""

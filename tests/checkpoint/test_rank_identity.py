@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -114,15 +115,18 @@ def test_heads_that_repeat_are_compared_with_tensors_of_as_many_slices() -> None
 
 
 class Bytes:
-    """Gathers vectors that are whole in memory."""
+    """Gathers from dense tensors that are whole in memory."""
 
     def __init__(self, held: list[bytes]) -> None:
         self._held = held
 
     def gather(self, block: Any, dtype: str) -> memoryview:
-        (copy,) = block.template
-        start, item = copy.source_offset + block.step * block.shifts[0], ITEM_SIZES[dtype]
-        return memoryview(bytearray(self._held[copy.source]))[start * item :][: (block.high - block.low) * item]
+        item = ITEM_SIZES[dtype]
+        found = bytearray()
+        for copy, shift in zip(block.template, block.shifts, strict=True):
+            start = (copy.source_offset + block.step * shift) * item
+            found += self._held[copy.source][start : start + prod(copy.shape) * item]
+        return memoryview(found)
 
 
 SOME, OTHER = (np.random.default_rng(seed).integers(1, 1 << 30, 64, dtype=np.uint32).tobytes() for seed in (1, 2))
@@ -153,10 +157,13 @@ def test_slices_are_compared_by_their_type_and_size(
         slices.compare_slices(plan, one, gather, gather, meter, {})
 
 
+@pytest.mark.parametrize("room", [64, 24], ids="a block of {} elements".format)
 @pytest.mark.parametrize(("shape", "equal"), [((4, 16), True), ((16, 4), True), ((16, 4), False)], ids=str)
 def test_a_slice_with_the_bytes_of_another_tensor_is_a_copy_whatever_its_shape(
-    shape: tuple[int, int], equal: bool
+    shape: tuple[int, int], equal: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also of tensors larger than a block, of which rows of 16 and of 4 elements fill another number."""
+    monkeypatch.setattr(slices, "BLOCK_BYTES", room * ITEM_SIZES["F32"])
     headers = [TensorHeader(name, "F32", held, (held[1], 1), 0) for name, held in (("w", (4, 16)), ("v", shape))]
     sources = [SimpleNamespace(header=headers[at // 2], file=at % 2, name="wv"[at // 2]) for at in range(4)]
     both = [slices.Slices((0, 1), "w"), slices.Slices((2, 3), "v")]
