@@ -1,4 +1,4 @@
-"""Completeness: every rule has its tensor for every layer and expert, on every rank that should hold a slice."""
+"""Completeness: every axis has a size, and every rule its tensor for each layer and expert, on each rank with a slice."""
 
 from __future__ import annotations
 
@@ -210,3 +210,16 @@ def check_repeated(attempt: Attempt, checkpoint: Checkpoint) -> None:
                 fix="Neighbouring ranks may repeat whole heads if these are equal, and here they are not. If the "
                 f"configuration is this model's, save it with at most {known.value} {dim} ranks.",
             )
+
+
+def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> None:
+    """E204 for the first axis with an unknown size, or the error that kept it from being computed."""
+    for one in used:
+        for axis in (*one.axis_names, *one.axes.names()):
+            if axis not in sizes:
+                raise unread.get(axis) or EngineError(
+                    "E204",
+                    f"the size of axis `{axis}` stays unknown",
+                    place=one.rule.place,
+                    fix="Give it in `dims`, or write the axes of a tensor that determines it.",
+                )

@@ -191,8 +191,8 @@ def _read(
         reads = plain and side.reads(path)
         key = find_key(side.keys, path)
         if key is not None and not (plain and (key.decided or inner or reads)):
-            key = find_pattern(side.keys, path)  # its type is declared, but nothing reads it
-            key = key if key is None or key.decided else None
+            general = find_pattern(side.keys, path)
+            key = general if general is not None and general.decided else None  # a type alone is not enough
         if value is None and not _must_be(key, inner):
             continue
         if inner and (key is None or "*" in key.name) and not isinstance(value, Mapping):
@@ -280,16 +280,17 @@ def _inexpressible(path: str, value: Any, key: Key, side: Side, *, absent: bool 
 def _unknown(path: str, value: Any, side: Side) -> EngineError:
     path = side.spelt.get(path, path)
     known = [name for name in (*side.keys, *sorted(side.read)) if "*" not in name and name != path]
-    typed = side.keys.get(path)  # its type is declared, but not that its value does not matter
+    typed = find_key(side.keys, path)  # its type is declared, but not that its value does not matter
     near = get_close_matches(path, known, 1, 0.8) if typed is None else []
+    expected = "a key that the mapping reads or declares in its `keys`"
+    if typed is not None:
+        expected = f"an expression that reads it: its declaration only tells which values it may have ({typed.place})"
     return EngineError(
         "E219",
         f"nothing reads `{path}` of {side.file}",
         place=Place(side.file),
         got=f"{path}: {shown(value)}",
-        expected="a key that the mapping reads or declares in its `keys`"
-        if typed is None
-        else f"an expression that reads it, as its declaration tells only which values it may have ({typed.place})",
+        expected=expected,
         fix=(f"Did you mean `{near[0]}`? " if near else "")
         + "It may change what the model computes, so it is not dropped. If it does not, a mapping that extends this "
         f"one can say so under `keys`: `{path}: {{ignored: why}}`.",

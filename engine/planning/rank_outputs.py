@@ -18,6 +18,7 @@ from engine.language.model import ConfigFile, Layout, MappingFile, Mode, Variant
 from engine.language.names import pattern
 from engine.planning.agreement import check_returns, with_parts
 from engine.planning.attempts import claims
+from engine.planning.completeness import check_known
 from engine.planning.config_keys import declared, read_config, read_training, shown, source_side
 from engine.planning.destination import Destination, flag
 from engine.planning.facts import UNASKED, present_in, render_known
@@ -26,7 +27,6 @@ from engine.planning.model import Output, OutputFile, Plan
 from engine.planning.rank_groups import RankGroups
 from engine.planning.request import Request
 from engine.planning.sides import keys_at
-from engine.planning.sizes import check_known
 from engine.planning.source import Source
 from engine.planning.variants import decide
 from engine.planning.written import Wanted, Written, configuration, fill, main_dtype

@@ -14,7 +14,7 @@ from engine.checkpoint.ranks import RankFile, RankGrid
 from engine.errors import EngineError, Place, shape_text
 from engine.language.axes import Axes, Axis, Node, Product, leaves
 from engine.planning.groups import Group
-from engine.planning.stored import Instance, Stored
+from engine.planning.stored import Stored
 
 Ranks = tuple[int, ...]  # a shard's coordinates in its group
 
@@ -228,7 +228,8 @@ class _Look:
     def _split(self, size: int, whole: int) -> str:
         """What may be wrong with a rule's `split` if two sizes differ by the number of ranks."""
         held = [self.files[one.file].ranks for stored in self.group.shards.values() for one in stored]
-        for dim, ranks in ((dim, len({one.get(dim) for one in held})) for dim in held[0]):
+        for dim in held[0]:
+            ranks = len({one.get(dim) for one in held})
             if size < whole == size * ranks and not self.group.cut.rank_dims():
                 return f"; {ranks} {dim} ranks make {whole} together: its rule may lack `split`"
             if whole < size == whole * ranks and dim in self.group.cut.rank_dims():
@@ -251,7 +252,8 @@ class _Look:
     def _odd(self) -> list[Ranks]:
         """The ranks with the rarest shapes; none if all have the same."""
         shapes = {ranks: stored[0].header.whole for ranks, stored in self.group.shards.items()}
-        fewest = min((counts := Counter(shapes.values())).values())
+        counts = Counter(shapes.values())
+        fewest = min(counts.values())
         return [ranks for ranks, shape in shapes.items() if counts[shape] == fewest] if len(counts) > 1 else []
 
     def _where(self, ranks: Ranks | None) -> str:
@@ -275,9 +277,10 @@ def size_error(found: Contradiction, grid: RankGrid) -> EngineError:
     """E203 with the text for users: what may be wrong depends on which files and ranks there are."""
     agree = "All ranks agree. " if grid.sizes and not found.file else ""
     another = f", or {found.file} is from another run (compare its date and training step with the others)"
+    axis = "the shape" if found.axis == "shape" else f"axis `{found.axis}`"
     return EngineError(
         "E203",
-        "sizes disagree: " + ("the shape" if found.axis == "shape" else f"axis `{found.axis}`"),
+        f"sizes disagree: {axis}",
         place=found.place,
         got=found.got,
         expected=found.expected,
@@ -285,16 +288,3 @@ def size_error(found: Contradiction, grid: RankGrid) -> EngineError:
         + (another if found.file and len(grid.files) > 1 else "")
         + (", or rank files are missing at the end." if grid.sizes else "."),
     )
-
-
-def check_known(used: Sequence[Instance], sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> None:
-    """E204 for the first axis with an unknown size, or the error that kept it from being computed."""
-    for one in used:
-        for axis in (*one.axis_names, *one.axes.names()):
-            if axis not in sizes:
-                raise unread.get(axis) or EngineError(
-                    "E204",
-                    f"the size of axis `{axis}` stays unknown",
-                    place=one.rule.place,
-                    fix="Give it in `dims`, or write the axes of a tensor that determines it.",
-                )

@@ -13,14 +13,14 @@ from engine.language.model import Layout, MappingFile
 from engine.language.names import pattern
 from engine.language.rules import loses
 from engine.planning.attempts import Checkpoint, Question, decide_by_shapes
-from engine.planning.completeness import check_repeated, check_slices, used_rules
+from engine.planning.completeness import check_known, check_repeated, check_slices, used_rules
 from engine.planning.config_keys import Read, shown
 from engine.planning.facts import facts_of
 from engine.planning.matching import Matches, check_names, check_refused, check_spellings, find_candidates, stages_of
 from engine.planning.model import Replicas, Slices
 from engine.planning.pieces import Pieces, match_pieces
 from engine.planning.sides import Side, keys_at
-from engine.planning.sizes import check_known, size_error
+from engine.planning.sizes import size_error
 from engine.planning.stages import Stages, laid_out
 from engine.planning.stored import Instance, Stored, at_end, instances, strip
 from engine.planning.variants import Decision, options_of

@@ -12,12 +12,12 @@ from engine.formats.safetensors import shard_names, split_shards
 from engine.language.axes import extent
 from engine.planning.agreement import with_given, with_parts
 from engine.planning.boxes import Copy
+from engine.planning.completeness import check_known
 from engine.planning.groups import Cut, Group
 from engine.planning.model import Output, OutputFile, Tied
 from engine.planning.pieces import Pieces
 from engine.planning.request import Request
 from engine.planning.sides import keys_at
-from engine.planning.sizes import check_known
 from engine.planning.source import Source
 from engine.planning.stored import Stored
 from engine.planning.written import Wanted, Written, configuration, fill, main_dtype

@@ -8,10 +8,10 @@ from engine.checkpoint.ranks import whole_grid
 from engine.formats.headers import FileHeader, TensorHeader, dense_strides
 from engine.language.axes import Axes, Axis
 from engine.language.names import pattern
+from engine.planning.completeness import check_known
 from engine.planning.groups import Cut, Group
 from engine.planning.pieces import Key
 from engine.planning.sides import Side
-from engine.planning.sizes import check_known
 from engine.planning.source import Source
 from engine.planning.stored import Instance, Stored
 from engine.storage.store import File

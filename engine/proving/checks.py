@@ -163,8 +163,10 @@ def _accepted(mapping: MappingFile, world: World) -> tuple[World, Wanted | str]:
     try:
         return world, wanted(world.config, mapping.architecture)
     except EngineError as error:
-        worlds, tried = Worlds(mapping), (NESTED, NESTED[::-1]) if not mapping.expect else ()
-        for sizes, most in product((guess_sizes(mapping, apart=apart) for apart in tried), (False, True)):
+        worlds = Worlds(mapping)
+        apart = () if mapping.expect else (NESTED, NESTED[::-1])  # a release has sizes of its own
+        for free, most in product(apart, (False, True)):
+            sizes = guess_sizes(mapping, apart=free)
             other = worlds.make(world.choices, sizes, most=most)
             if other is not None and {*other.shapes} == {*world.shapes}:
                 with suppress(EngineError):

@@ -201,6 +201,17 @@ def _with_infinities(value: Any) -> Any:
     return {key: _with_infinities(one) for key, one in value.items()}
 
 
+def _missing(name: str, shape: tuple[int, ...], every: Sequence[Instance]) -> Failure:
+    """A tensor that the model has and nothing writes, with the rule that writes it for other checkpoints."""
+    text = f"`{name}` ({shape_text(shape)}) is missing"
+    for one in every:
+        sometimes = one.param == "bias" or one.rule.optional
+        if sometimes and any(target.match(name) is not None for target, _ in one.targets):
+            when = f"rule `{one.rule.name}` writes it only if `{one.sources[0].text}` is there"
+            return Failure(f"{text}: {when}", str(one.rule.place))
+    return Failure(f"{text}: no rule writes it")
+
+
 def misfits(
     shapes: Mapping[str, tuple[int, ...]],
     model: Mapping[str, tuple[int, ...]],
@@ -224,14 +235,7 @@ def misfits(
             told.append((f"*{text}", Failure(f"`{name}` {both}", place)))
     for name, shape in model.items():
         if name not in shapes:
-            loose = (one for one in every if one.param == "bias" or one.rule.optional)
-            one = next((one for one in loose if any(to.match(name) is not None for to, _ in one.targets)), None)
-            why, where = "no rule writes it", None
-            if one is not None:
-                where = str(one.rule.place)
-                why = f"rule `{one.rule.name}` writes it only if `{one.sources[0].text}` is there"
-            missing = Failure(f"`{name}` ({shape_text(shape)}) is missing: {why}", where)
-            told.append((f"+{without_numbers(name)}", missing))
+            told.append((f"+{without_numbers(name)}", _missing(name, shape, every)))
     return [
         replace(first, message=f"{first.message}, and {len(more)} like it" if more else first.message)
         for first, *more in grouped(told).values()

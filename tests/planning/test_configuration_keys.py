@@ -466,11 +466,12 @@ def test_linears_that_were_not_cut_as_the_mapping_has_them_are_refused(tmp_path:
     assert error.code == "E202" and "enable_qkv_fusion" in str(error), error
 
 
-def test_a_key_whose_type_alone_is_declared_is_not_told_to_be_itself(tmp_path: Path) -> None:
+@pytest.mark.parametrize("own", ["window: {type: integer}\n    ", ""], ids=["its own", "a pattern's"])
+def test_a_key_whose_type_alone_is_declared_is_not_told_to_be_itself(own: str, tmp_path: Path) -> None:
     """Nothing reads it: a declaration that only has its type does not say that its value does not matter."""
     (tmp_path / "m.yaml").write_text(
         f"mapping: 1\nname: m\nversion: 1.0.0\ndescription: m\nextends: {FAMILY}\n"
-        'keys:\n  source:\n    window: {type: integer}\n    "*": {type: integer}\n'
+        f'keys:\n  source:\n    {own}"*": {{type: integer}}\n'
     )
     source = training(tmp_path / "ckpt", {"window": 4}, "v2_tp2_pp2")
     error = refused(engine.convert, tmp_path / "m.yaml", source, tmp_path / "out")
