@@ -1,4 +1,4 @@
-"""Completeness: every axis has a size, and every rule its tensor for each layer and expert, on each rank with a slice."""
+"""Completeness: every axis has a size, every rule its tensor for each layer and expert, on each rank with a slice."""
 
 from __future__ import annotations
 
