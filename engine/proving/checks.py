@@ -12,7 +12,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from engine.errors import EngineError, rounded
+from engine.errors import EngineError, counted, rounded
 from engine.language.documents import changed
 from engine.language.mapping_file import load_mapping
 from engine.language.model import Layout, MappingFile
@@ -26,7 +26,7 @@ from engine.proving.meta_model import asked, load_classes, misfits, wanted
 from engine.proving.proof import Check, Failure, check_of
 from engine.proving.roundtrip import compare_trip, plan_back, write_ranks, write_world
 from engine.proving.symbolic import prove_boxes
-from engine.proving.tiny import DIVISIBLE, NESTED, World, Worlds, choices_text, guess_sizes
+from engine.proving.tiny import APART, DIVISIBLE, EVEN, NAMED, NESTED, World, Worlds, choices_text, guess_sizes
 
 RULES, ROUND_TRIP, REAL_SIZES, MODEL = "rules", "round trip", "real sizes", "model"
 _FEW_LAYERS = 12  # a number of two digits that STAGES divide
@@ -56,8 +56,10 @@ def check_round_trip(
         failure = Failure("no set of tensors shows any combination of choices", str(mapping.place))
         return check_of(ROUND_TRIP, "no combination of choices is possible", [failure])
     mapping = replace(mapping, expect={})  # tiny sizes match no release
-    free = guess_sizes(mapping, DIVISIBLE)
-    refused: set[str] = set()
+    apart = EVEN if "layers" in layout.even else APART
+    several = DIVISIBLE if layout.indices else NAMED  # else each rank would hold one, which has number 0 there
+    free = guess_sizes(mapping, DIVISIBLE, apart, numbered=several)
+    refused: dict[str, str] = {}
     failures: list[Failure] = []
     trips = 0
     lossy: set[str] = set()
@@ -74,7 +76,7 @@ def check_round_trip(
             failures += compare_trip(trip, plan_back(mapping, layout, trip), own / "back")
         except EngineError as error:
             if error.code == "E214":  # too many ranks for sizes so small
-                refused.add(row.case.label)
+                refused.setdefault(row.case.label, error.message)
             else:
                 failures.append(Failure.of(error, f"{row.case.label}; {choices_text(row.choices)}"))
             continue
@@ -83,6 +85,7 @@ def check_round_trip(
         lossy |= set(world.lossy)
     sizes = ", ".join(f"{axis} {size}" for axis, size in free.items())
     told = f"{trips} round trips of {sizes} over {len(ran)} layouts, every element back at its place"
+    told += _unfit({label: why for label, why in refused.items() if label not in ran})
     if lossy:
         told += f"; only totality for {', '.join(sorted(lossy))}: values are changed or dropped"
     reached = {one for choices, _ in possible for one in choices.items()}
@@ -93,6 +96,11 @@ def check_round_trip(
     if not trips and not failures:
         failures.append(Failure("no layout can hold a tiny model", str(mapping.place)))
     return check_of(ROUND_TRIP, told, failures)
+
+
+def _unfit(refused: Mapping[str, str]) -> str:
+    """What a check was not made over, by the reason for each layout."""
+    return next((f"; not over {counted(len(refused), 'other')}, such as {one}: {refused[one]}" for one in refused), "")
 
 
 def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Check:
@@ -109,6 +117,7 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world
         if world.sizes.get(axis) != size
     ]
     ran: list[str] = []
+    refused: dict[str, str] = {}
     layers = world.sizes.get("layer", 0)
     few = {**mapping.expect, "layer": _FEW_LAYERS + layers % STAGES}
     shallow = usual_world(mapping, worlds, few) if "layer" in mapping.expect and layers > few["layer"] else None
@@ -119,11 +128,17 @@ def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world
                 failures += prove_boxes(mapping, layout, shallow or world, case)
             except EngineError as error:
                 if error.code == "E214":
+                    why = error.message
                     continue
                 failures.append(Failure.of(error, f"{case.label}; {world.label}"))
             ran.append(case.label)
             break
+        else:
+            refused[case.label] = why
     told = f"{rounded(world.elements)} elements over {' and '.join(ran)}, boxes tiled and inverse both ways"
+    told += _unfit(refused)
+    if not ran and not failures:
+        failures.append(Failure("no layout can hold the release", str(mapping.expect_place or mapping.place)))
     return check_of(REAL_SIZES, told, failures)
 
 

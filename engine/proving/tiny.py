@@ -33,9 +33,9 @@ from engine.planning.stored import Instance, instances
 from engine.planning.variants import options_of
 from engine.planning.whole_outputs import whole_groups
 
-_LAYERS, _NAMED, _SHARED = 4, 3, 3  # layers; experts and other placeholders; divisors
+_LAYERS, NAMED, _SHARED = 4, 3, 3  # layers; experts and other placeholders; divisors
 DIVISIBLE = 6  # a size that 2 and 3 ranks divide
-_APART = (36, 45, 28, 60, 52, 20, 44, 68)  # sizes of axes without other constraints
+APART = (36, 45, 28, 60, 52, 20, 44, 68)  # sizes of axes without other constraints
 NESTED = (768, 384, 192, 96, 48, 24, 12, 6)  # the same, if classes want some to be multiples of others
 EVEN = (36, 54, 30, 66, 42, 78, 90, 102)  # the same, if 2 and 3 ranks must divide them
 _MAX_OPTIONAL = 8
@@ -84,7 +84,12 @@ class World:
 
 
 def guess_sizes(
-    mapping: MappingFile, even: int = _SHARED, apart: Sequence[int] = _APART, stated: Mapping[str, int] | None = None
+    mapping: MappingFile,
+    even: int = _SHARED,
+    apart: Sequence[int] = APART,
+    *,
+    numbered: int = NAMED,
+    stated: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
     """A small size for every axis that the configuration or the tensors decide.
 
@@ -94,6 +99,7 @@ def guess_sizes(
     Args:
         even: the size of axes that training divides evenly, if nothing else decides it.
         apart: sizes of axes without other constraints.
+        numbered: how many experts, or whatever else placeholders number.
         stated: given sizes, such as a release's; divisors of these axes divide them.
     """
     divisions = {name: _divisions(e) for name, e in mapping.dims.items()}
@@ -124,7 +130,7 @@ def guess_sizes(
         elif axis == "layer":
             values[axis] = _LAYERS
         elif axis in named:
-            values[axis] = _NAMED
+            values[axis] = numbered
         elif axis in mapping.even:
             values[axis] = even
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 
 import pytest
@@ -17,6 +18,9 @@ from tests.support.depth import SOAK
 WITHOUT_CLASS = [
     f"families/{name}.yaml" for name in ("internlm-moe", "internlm2-official", "moe-grouped", "moe-stacked")
 ]
+
+# Families whose models have no experts, in a layout that has ranks for them.
+WITHOUT_EXPERTS = [f"families/megatron-{name}.yaml" for name in ("llama", "qwen2", "qwen3")]
 
 
 def proved_together() -> list[list[str]]:
@@ -55,5 +59,8 @@ def test_a_bundled_family_and_its_releases_are_proved(names: list[str]) -> None:
         assert names == ["families/transformers.yaml"]  # nothing can be written for it
         return
     assert "every element back at its place" in trip.told
+    # No layout is left out, but for ranks that divide what the model does not have.
+    left_out = re.findall("; not over .*?: ([^;]*)", trip.told)
+    assert left_out == ["the model has no `expert`"] * (names[0] in WITHOUT_EXPERTS), trip.told
     # What changes values is not compared, and said so.
     assert ("only totality for head_normalised" in trip.told) == ("head_normalised" in changes(names[0]))

@@ -17,10 +17,12 @@ from click.testing import CliRunner
 
 import engine
 from engine.commands.main import cli
+from engine.errors import EngineError
 from engine.language.axes import parse_axes
 from engine.language.documents import flat
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
+from engine.proving import checks
 from engine.proving import committed as committed_module
 from engine.proving import prove as proving
 from engine.proving.checks import check_round_trip
@@ -33,6 +35,7 @@ from engine.proving.committed import (
     write_meaning,
 )
 from engine.proving.matrix import cases, combinations_of, rows
+from engine.proving.meaning import usual_world
 from engine.proving.mutants import mutants_of, reordered, try_mutants
 from engine.proving.neighbour import laid_out_otherwise
 from engine.proving.proof import Check, Proof
@@ -268,6 +271,18 @@ def test_every_pair_of_choices_and_modes_and_every_layout_occurs_in_some_row() -
     }  # fmt: skip
     assert {row.case.label for row in chosen} == {case.label for case in layouts}
     assert len(chosen) < 25
+
+
+def test_a_release_that_no_layout_can_hold_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise EngineError("E214", "too many ranks")
+
+    monkeypatch.setattr(checks, "prove_boxes", refuse)
+    mapping = load_mapping("meta-llama-2-7b.yaml")
+    worlds = Worlds(mapping)
+    world = usual_world(mapping, worlds, mapping.expect)
+    check = checks.check_real_sizes(mapping, engine.api.load_layout(mapping.layout), worlds, world)
+    assert not check.holds and "not over 1 other, such as model_parallel tp1: too many ranks" in check.told
 
 
 def test_mutants_reorder_sums_and_products_one_step_at_a_time() -> None:
