@@ -9,6 +9,9 @@ state is examined before the whole pickle has been read: lists can grow until th
 FSDP cuts dimension 0 into chunks of ceil(rows / ranks), so that the last ranks may hold fewer rows or
 none (`_create_chunk_sharded_tensor` in torch/distributed/fsdp/_shard_utils.py). Any other record is
 refused.
+
+Weights that training casts to float8 on each use are rebuilt in the same way: such an object holds the weight in its
+own type, and beside it how it is cast.
 """
 
 from __future__ import annotations
@@ -33,6 +36,7 @@ from engine.formats.standins import (
     element_type,
     int_list,
     ints,
+    opaque,
     rebuild_from_type,
 )
 
@@ -45,6 +49,7 @@ class Sharded(Distributed):
 
 _SHARDED = OtherClass("ShardedTensor")  # never instantiated directly
 _GROUP = PlainClass("ProcessGroupState")
+_CAST = OtherClass("a weight that is cast on use")
 
 
 def _getattr(*arguments: Any) -> PlainClass | Instance | Opaque:
@@ -74,7 +79,9 @@ def _device(*arguments: Any) -> Opaque:
 
 def _empty(*arguments: Any) -> tuple[str, tuple[int, ...]]:
     """`_rebuild_wrapper_subclass`: class, type, shape, strides, offset, layout, device, requires_grad."""
-    if len(arguments) != 8 or not _distributed(arguments[0]) or not isinstance(arguments[1], DType):
+    if arguments and isinstance(arguments[0], OpaqueClass):
+        raise Refused("E303", arguments[0].call().kind)
+    if len(arguments) != 8 or not _rebuilt(arguments[0]) or not isinstance(arguments[1], DType):
         raise Refused("E301", "an empty tensor that is not a sharded one")
     return arguments[1].held, ints(arguments[2])
 
@@ -82,18 +89,31 @@ def _empty(*arguments: Any) -> tuple[str, tuple[int, ...]]:
 _EMPTY = Function(_empty)
 
 
-def _distributed(kind: Any) -> bool:
-    return kind is _SHARDED or (isinstance(kind, PlainClass) and kind.name == "DTensor")
+def _rebuilt(kind: Any) -> bool:
+    return kind is _SHARDED or kind is _CAST or (isinstance(kind, PlainClass) and kind.name == "DTensor")
+
+
+def _held(made: tuple[str, tuple[int, ...]], state: Any) -> Tensor:
+    """The tensor in an object that is cast on use, which must be of the type and shape that the object has."""
+    tensor = next((state[key] for key in ("_tensor", "_data") if key in state), None) if type(state) is dict else None
+    if not isinstance(tensor, Tensor) or (tensor.dtype or tensor.storage.dtype, tensor.shape) != made:
+        raise Refused("E301", f"a weight that is cast on use without a {made[0]} tensor of shape {made[1]}")
+    return tensor
 
 
 def _from_type(function: Any, kind: Any, arguments: Any, state: Any) -> Tensor | Sharded | Distributed:
     if function is not _EMPTY:
         return rebuild_from_type(function, kind, arguments, state)
-    if isinstance(kind, PlainClass) and _distributed(kind) and type(arguments) is tuple:
-        return Distributed(*_empty(*arguments), state)
-    if kind is not _SHARDED or type(arguments) is not tuple or type(state) is not tuple or len(state) != 5:
+    if type(arguments) is not tuple:
+        raise Refused("E301", "an empty tensor of another form than torch's")
+    made = _empty(*arguments)
+    if kind is _CAST:
+        return _held(made, state)
+    if isinstance(kind, PlainClass) and _rebuilt(kind):
+        return Distributed(*made, state)
+    if kind is not _SHARDED or type(state) is not tuple or len(state) != 5:
         raise Refused("E301", "a sharded tensor of another form than torch's")
-    return Sharded(*_empty(*arguments), state)
+    return Sharded(*made, state)
 
 
 _KNOWN: Mapping[tuple[str, str], Any] = {
@@ -105,6 +125,8 @@ _KNOWN: Mapping[tuple[str, str], Any] = {
     ("__builtin__", "getattr"): Function(_getattr),
     ("torch.distributed.remote_device", "_remote_device"): PlainClass("_remote_device"),
 }
+_CASTING = ("torchao.", "xtuner.v1.float8.")  # what else they name is how it is cast, or a quantised tensor's class
+_CAST_NAMES = ("Float8CastTensor", "TrainingWeightWrapperTensor")
 _PACKAGE = "torch.distributed._shard."
 _SPECS = ("ChunkShardingSpec", "EnumerableShardingSpec")
 _PARTS = ("Shard", "ShardMetadata", "ShardedTensorMetadata", "TensorProperties")
@@ -118,6 +140,8 @@ _IN_PACKAGE: Mapping[str, Any] = {
 
 def sharding_global(module: str, name: str) -> Any:
     """The stand-in for a global in pickled sharded tensors, or None."""
+    if module.startswith(_CASTING):
+        return _CAST if name.endswith(_CAST_NAMES) else opaque(f"{module}.{name}")
     return _IN_PACKAGE.get(name) if module.startswith(_PACKAGE) else _KNOWN.get((module, name))
 
 

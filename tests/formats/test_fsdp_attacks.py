@@ -8,6 +8,7 @@ import time
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 
 from engine.errors import EngineError
 from engine.formats.headers import Recorded
-from engine.formats.sharded import Sharded, ShardReader
-from engine.formats.standins import Refused
+from engine.formats.sharded import _EMPTY, Sharded, ShardReader, _from_type, sharding_global
+from engine.formats.standins import DType, Refused, Storage, Tensor
 from engine.formats.unpickle import load_pickle
 from tests.support.readers import read_rank_file
 
@@ -195,6 +196,30 @@ def test_a_pickle_that_does_more_than_describe_a_shard_is_refused(
     with pytest.raises(EngineError, match=re.escape(told)) as caught:
         read_rank_file(path)
     assert caught.value.code == code
+
+
+INNER = Tensor(Storage("0", "F32", 8), 0, (4, 2), (2, 1), None)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"_scale": INNER},
+        {"_tensor": [INNER]},
+        {"_tensor": replace(INNER, shape=(2, 4))},
+        {"_data": replace(INNER, dtype="F8_E4M3")},
+        {"_tensor": None, "_data": INNER},
+    ],
+    ids=str,
+)
+def test_a_weight_that_is_cast_on_use_holds_one_of_its_own_type_and_shape(state: Any) -> None:
+    kind = sharding_global("torchao.float8.fsdp_utils", "WeightWithDynamicFloat8CastTensor")
+    made = (kind, DType("float32"), (4, 2), (2, 1), 0, None, None, False)
+    assert _from_type(_EMPTY, kind, made, {"_tensor": INNER, "_scale": None}) is INNER
+    with pytest.raises(Refused, match=r"without a F32 tensor of shape \(4, 2\)"):
+        _from_type(_EMPTY, kind, made, state)
 
 
 def test_every_flipped_bit_of_a_sharded_pickle_is_read_or_refused(saved: Callable[..., Path]) -> None:

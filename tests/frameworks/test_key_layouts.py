@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -87,6 +89,55 @@ def test_torchtitans_llama_is_read_whatever_its_release(old: bool, tmp_path: Pat
     if not old:
         engine.convert("torchtitan-llama", save(fused(saved), tmp_path / "fused", LLAMA), tmp_path / "again")
         assert equal(tmp_path / "again", state)
+
+
+def cast(module: str, name: str, key: str, patch: pytest.MonkeyPatch) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A class of such a name whose objects hold a tensor, and settings of its library, as float8's weights do."""
+
+    def dispatch(kind: Any, func: Any, types: Any, args: Any, kwargs: Any = None) -> Any:
+        found = func(getattr(args[0], key), *args[1:], **(kwargs or {}))
+        return of(found) if isinstance(found, torch.Tensor) else found
+
+    kind: Any = type(name, (torch.Tensor,), {"__module__": module, "__torch_dispatch__": classmethod(dispatch)})
+    about: Any = type("Settings", (tuple,), {"__module__": module})
+    for where in accumulate(module.split("."), "{}.{}".format):
+        patch.setitem(sys.modules, where, ModuleType(where))
+    vars(sys.modules[module]).update({name: kind, "Settings": about})
+
+    def of(tensor: torch.Tensor) -> torch.Tensor:
+        made = torch.Tensor._make_wrapper_subclass(kind, tensor.shape, dtype=tensor.dtype)  # type: ignore[attr-defined]
+        made.__dict__.update({"_settings": about((True, None)), key: tensor, "_dtype": torch.float8_e4m3fn})
+        return made  # type: ignore[no-any-return]
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "key"),
+    [
+        ("torchao.float8.fsdp_utils", "WeightWithDynamicFloat8CastTensor", "_tensor"),
+        ("torchao.prototype.moe_training.tensor", "MXFP8TrainingWeightWrapperTensor", "_data"),
+        ("xtuner.v1.float8.fsdp_utils", "WeightWithDynamicTilewiseFloat8CastTensor", "_tensor"),
+    ],
+)
+def test_weights_that_training_casts_to_float8_are_read_as_what_they_hold(
+    module: str, name: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchtitan's and axolotl's with `enable_fsdp_float8_all_gather`, and XTuner's."""
+    state, of = model(LLAMA), cast(module, name, key, monkeypatch)
+    saved = {one: of(tensor) if "proj" in one else tensor for one, tensor in state.items()}
+    engine.convert("transformers", save(saved, tmp_path / "step", LLAMA), tmp_path / "out")
+    assert equal(tmp_path / "out", state)
+
+
+def test_weights_that_are_quantised_themselves_are_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, of = model(LLAMA), cast("torchao.dtypes", "AffineQuantizedTensor", "_data", monkeypatch)
+    folder = save({name: of(tensor) for name, tensor in state.items()}, tmp_path / "step", LLAMA)
+    with pytest.raises(EngineError, match=r"only code can rebuild: `torchao\.dtypes\.AffineQuantizedTensor`"):
+        engine.convert("transformers", folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["torchtitan 0.2", "torchtitan 0.3"])
