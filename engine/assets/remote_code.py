@@ -128,7 +128,7 @@ def _parse(path: Path) -> _Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about the user's file, such as unusual escapes
-            body = parsed(raw)
+            body = parsed(raw.decode())  # as transformers reads it, whatever encoding it declares
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = error.lineno if isinstance(error, SyntaxError) else None
         raise EngineError(

@@ -145,6 +145,7 @@ def test_what_a_module_imports_from_beside_itself_is_copied(tmp_path: Path) -> N
         ({"modeling_internlm2": b"x = '\0'"}, "is not Python"),
         ({"modeling_internlm2": b"(" * 100_000}, "is not Python"),
         ({"modeling_internlm2": b"\xff\xfe"}, "is not Python"),
+        ({"modeling_internlm2": MODELING + b"# caf\xe9\n"}, "is not Python"),  # transformers reads it as UTF-8
         ({"modeling_internlm2": MODELING + b"from .other import y\n"}, "imports `other.py`"),
         ({"modeling_internlm2": MODELING + b"from . import other\n"}, "imports `other.py`"),
         ({"modeling_internlm2": MODELING + b"from ..llama import y\n"}, "imports from another folder"),
