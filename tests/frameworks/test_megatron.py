@@ -18,6 +18,7 @@ from click.testing import CliRunner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 import engine
+from engine.checkpoint.folder import read_configuration
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.language.expressions import evaluate
@@ -25,6 +26,7 @@ from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning.config_keys import read_config, source_side, target_side
 from engine.planning.reading import read_checkpoint
+from engine.storage.local import LocalStore
 from tests.support.depth import sampled
 from tests.support.frameworks import logits_off, source_of, weights
 from tests.support.megatron import FAMILIES, MEGATRON, convert, rewritten
@@ -102,6 +104,12 @@ def test_without_arguments_the_models_configuration_counts_and_the_rest_is_asked
     convert(name, tmp_path / "known")
     for file in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "known" / file).read_bytes()
+
+
+def test_arguments_that_lack_a_size_of_the_model_are_still_its_own(tmp_path: Path) -> None:
+    torch.save({"args": argparse.Namespace(num_layers=4)}, tmp_path / "common.pt")
+    found = read_configuration(LocalStore(tmp_path), load_layout("megatron"), needed=False)
+    assert found == ("common.pt", {"num_layers": 4})
 
 
 def test_a_directory_of_the_class_that_core_0_15_derives_from_torchs_is_read(tmp_path: Path) -> None:

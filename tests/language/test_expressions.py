@@ -176,7 +176,20 @@ def test_work_and_depth_are_bounded(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["1 // 0", "'a' + 1", "true + 1", "-x", "'a' | int", "(-8) ** 0.5", "1 < 'a'", "1 | length", "gcd(4, 0.5)"]
+    "text",
+    [
+        "1 // 0",
+        "'a' + 1",
+        "true + 1",
+        "[1] * true",
+        "3 * [1]",
+        "-x",
+        "'a' | int",
+        "(-8) ** 0.5",
+        "1 < 'a'",
+        "1 | length",
+        "gcd(4, 0.5)",
+    ],
 )
 def test_a_wrong_type_or_value_is_an_error_at_its_place(text: str) -> None:
     assert text in str(refused(text, x="a").got)
