@@ -281,7 +281,7 @@ def _unknown(path: str, value: Any, side: Side) -> EngineError:
     path = side.spelt.get(path, path)
     known = [name for name in (*side.keys, *sorted(side.read)) if "*" not in name and name != path]
     typed = find_key(side.keys, path)  # its type is declared, but not that its value does not matter
-    near = get_close_matches(path, known, 1, 0.8) if typed is None else []
+    near = get_close_matches(path, known, 1, 0.8)
     expected = "a key that the mapping reads or declares in its `keys`"
     if typed is not None:
         expected = f"an expression that reads it: its declaration only tells which values it may have ({typed.place})"
