@@ -160,7 +160,7 @@ class _Look:
             constant, factor, unknown = form
             if unknown is None:
                 if constant != size:
-                    got = f"{size} from {self._where(ranks)}{self._split(size, constant)}"
+                    got = f"{size} from {self._where(ranks)}{self._split(size, constant, summed=ranks is None)}"
                     raise self._contradicts([ranks], str(node), got, f"{constant}{_because(node, self.state)}")
                 continue
             value, rest = divmod(size - constant, factor) if factor else (0, 1)
@@ -222,17 +222,18 @@ class _Look:
         if known is None:
             self._know(axis, value, self._where(None))
         elif known.value != value:
-            got = f"{value} from {self._where(None)}{self._split(value, known.value)}"
+            got = f"{value} from {self._where(None)}{self._split(value, known.value, summed=True)}"
             raise self._contradicts(self._odd(), axis, got, f"{known.value} from {known.why}")
 
-    def _split(self, size: int, whole: int) -> str:
-        """What may be wrong with a rule's `split` if two sizes differ by the number of ranks."""
+    def _split(self, size: int, whole: int, *, summed: bool) -> str:
+        """What may be wrong with a rule's `split` if a size of one rank, or `summed` of all, is not the whole one."""
+        cut = self.group.cut.rank_dims()
         held = [self.files[one.file].ranks for stored in self.group.shards.values() for one in stored]
         for dim in held[0]:
             ranks = len({one.get(dim) for one in held})
-            if size < whole == size * ranks and not self.group.cut.rank_dims():
+            if not cut and size < whole == size * ranks:
                 return f"; {ranks} {dim} ranks make {whole} together: its rule may lack `split`"
-            if whole < size == whole * ranks and dim in self.group.cut.rank_dims():
+            if summed and dim in cut and whole < size == whole * ranks:
                 return f"; each of {ranks} {dim} ranks has {whole}: its rule may have a `split` too many"
         return ""
 

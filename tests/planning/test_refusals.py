@@ -19,8 +19,10 @@ import torch
 import engine
 from engine import api
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning import rank_outputs
+from engine.planning.reading import read_checkpoint
 from engine.planning.request import request_of
 from engine.run import replicas
 from engine.run.running import Running
@@ -123,6 +125,16 @@ def test_sizes_that_disagree_as_a_rule_cuts_too_much_or_too_little_tell_so(
     assert old in text
     (tmp_path / "careless.yaml").write_text(text.replace(old, new), encoding="utf-8")
     refuse(source, "E203", told, mapping=str(tmp_path / "careless.yaml"), settings={"mlp_letters": "w2_is_down"})
+
+
+@pytest.mark.parametrize(("key", "size"), [("hidden_size", 8), ("vocab_size", 64)])
+def test_sizes_of_another_models_configuration_say_nothing_of_a_rule_that_cuts_rightly(
+    key: str, size: int, source: Path
+) -> None:
+    """Though a half and the double are what two ranks would make of a wrong `split`."""
+    config = read_checkpoint(source, load_layout("internevo")).config
+    torch.save({**config, key: size}, source / "model_config.pt")
+    assert "split" not in str(refuse(source, "E203", f"{size} from"))
 
 
 @pytest.mark.parametrize(
