@@ -158,20 +158,25 @@ def test_slices_are_compared_by_their_type_and_size(
 
 
 @pytest.mark.parametrize("room", [64, 24], ids="a block of {} elements".format)
-@pytest.mark.parametrize(("shape", "equal"), [((4, 16), True), ((16, 4), True), ((16, 4), False)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "held", "copied"),
+    [((4, 16), SOME, True), ((16, 4), SOME, True), ((16, 4), SOME[::-1], False), ((2, 16), SOME[:128], False)],
+    ids=["its shape", "another shape", "other bytes", "the first half"],
+)
 def test_a_slice_with_the_bytes_of_another_tensor_is_a_copy_whatever_its_shape(
-    shape: tuple[int, int], equal: bool, room: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], held: bytes, copied: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of tensors larger than a block, of which rows of 16 and of 4 elements fill another number."""
     monkeypatch.setattr(slices, "BLOCK_BYTES", room * ITEM_SIZES["F32"])
-    headers = [TensorHeader(name, "F32", held, (held[1], 1), 0) for name, held in (("w", (4, 16)), ("v", shape))]
+    monkeypatch.setattr(slices, "_SAMPLE", 128)
+    headers = [TensorHeader(name, "F32", sizes, (sizes[1], 1), 0) for name, sizes in (("w", (4, 16)), ("v", shape))]
     sources = [SimpleNamespace(header=headers[at // 2], file=at % 2, name="wv"[at // 2]) for at in range(4)]
     both = [slices.Slices((0, 1), "w"), slices.Slices((2, 3), "v")]
     plan: Any = SimpleNamespace(sources=sources, slices=both, files=[SimpleNamespace(name=name) for name in "ab"])
-    gather: Any = Bytes([SOME, OTHER, SOME if equal else SOME[::-1], OTHER[::-1]])
+    gather: Any = Bytes([SOME, OTHER, held, OTHER[::-1]])
     meter: Any = SimpleNamespace(stopped=Event())
     others: slices.Others = {}
-    with pytest.raises(EngineError, match="`a` holds the same slice of `v` as of `w`") if equal else nullcontext():
+    with pytest.raises(EngineError, match="`a` holds the same slice of `v` as of `w`") if copied else nullcontext():
         for one in both:
             slices.compare_slices(plan, one, gather, gather, meter, others)
 

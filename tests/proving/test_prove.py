@@ -22,6 +22,7 @@ from engine.language.axes import parse_axes
 from engine.language.documents import flat
 from engine.language.mapping_file import load_mapping
 from engine.language.search import list_names
+from engine.planning.stored import instances
 from engine.proving import checks
 from engine.proving import committed as committed_module
 from engine.proving import prove as proving
@@ -36,6 +37,7 @@ from engine.proving.committed import (
 )
 from engine.proving.matrix import cases, combinations_of, rows
 from engine.proving.meaning import usual_world
+from engine.proving.meta_model import misfits
 from engine.proving.mutants import mutants_of, reordered, try_mutants
 from engine.proving.neighbour import laid_out_otherwise
 from engine.proving.proof import Check, Proof
@@ -212,6 +214,13 @@ def test_a_tensor_that_only_some_checkpoints_have_and_the_model_always_is_told(b
     proof = broken("meta-llama", (line, f"{line}    optional: true\n"))
     source = "layers.{layer}.feed_forward.w3.weight"
     assert f"is missing: rule `{source}` writes it only if `{source}` is there" in told(proof)
+
+
+def test_a_bias_that_a_model_has_is_told_with_the_rule_that_writes_it_for_others() -> None:
+    written: Any = SimpleNamespace(targets={})
+    every = instances(load_mapping("families/internlm.yaml"))
+    (told,) = misfits({}, {"model.layers.0.self_attn.q_proj.bias": (4,)}, written, every)
+    assert "writes it only if `blocks.{layer}.mixer.Wqkv.bias` is there" in told.message and told.place
 
 
 def test_a_head_that_is_tied_in_every_model_is_none_too_many(broken: Callable[..., Proof]) -> None:
