@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import xxhash
@@ -351,8 +353,19 @@ def test_a_page_that_is_a_hole_is_told_wherever_it_begins(rows: int) -> None:
         assert suspicious([("w", "F16", (rows, 128), "digest", look)]), begin
     zeros = xxhash.xxh3_128(bytes((1 << 20) + 6)).hexdigest()
     assert suspicious([("w", "F16", (1, (1 << 19) + 3), zeros, Look())]) == ["nothing but zeros: w"]
-    few = Look().and_at(memoryview(bytes(2048) + b"\1" * (len(data) - 2048)), len(data))
+    few = Look().and_at(memoryview(bytes(1024) + b"\1" * (len(data) - 1024)), len(data))
     assert not suspicious([("w", "F16", (4000, 128), "digest", few)])
+
+
+@pytest.mark.parametrize("ranks", [2, 8])
+def test_a_page_that_is_a_hole_in_the_columns_of_one_rank_is_told_wherever_it_begins(ranks: int) -> None:
+    for row, begin in product((1024, 2752, 4096), range(0, 4096, 89)):
+        data = np.full((8192 * ranks // row + 2, row), 1, np.uint8)
+        held = data[:, row // ranks : 2 * row // ranks]
+        places = np.arange(held.size).reshape(held.shape)
+        held[(begin <= places) & (places < begin + 4096)] = 0
+        look = Look().and_at(memoryview(data).cast("B"), 4096 * 4096)
+        assert suspicious([("w", "F16", (4096, 2048), "digest", look)]), (row, begin)
 
 
 def test_a_few_zeros_are_not_told(tmp_path: Path) -> None:
