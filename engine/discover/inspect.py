@@ -13,7 +13,7 @@ from engine.checkpoint.folder import list_folder
 from engine.checkpoint.grid import NoWeights
 from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_config, read_hf_folder
 from engine.discover.fits import Fit, find_fits
-from engine.discover.steps import HUGGING_FACE, MOST_STEPS, find_steps, read_any
+from engine.discover.steps import HUGGING_FACE, MOST_STEPS, find_steps, one_of, read_any
 from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
 from engine.language.documents import grouped
@@ -66,6 +66,11 @@ class Inspection:
         """The traits in which the mappings that fit differ."""
         names = dict.fromkeys(name for fit in self.fitting for name in fit.traits)
         return tuple(name for name in names if len({fit.traits.get(name) for fit in self.fitting}) > 1)
+
+    @property
+    def step(self) -> str:
+        """Of a folder of steps, the one to look at next."""
+        return one_of(self.facts)
 
     def as_dict(self) -> dict[str, Any]:
         """The same, JSON-ready."""
@@ -124,7 +129,8 @@ def _nothing(folder: Store, names: Sequence[str]) -> EngineError:
         place=Place(folder.place()),
         got=", ".join(names[:6]) + (f", and {len(names) - 6} more" if len(names) > 6 else "") or "an empty folder",
         expected=Lines.of([*kinds, f"config.json with {WEIGHTS[0]} (Hugging Face)", "or a folder of such folders"]),
-        fix="Give the folder that holds the files of one step, or the folder of the steps.",
+        fix="Give the folder that holds the files of one step, or the folder of the steps. docs/frameworks.md says "
+        "which trainers' files are read, and what converts those of some others.",
     )
 
 

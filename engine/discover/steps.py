@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from engine.storage.store import Store
 
 HUGGING_FACE = "Hugging Face"  # the layout of a finished model among steps
 MOST_STEPS = 20  # steps whose files are read, the newest first
+_LEVELS = 3  # of folders: a run's own, a step's, and those of the models that it trains
 
 
 def read_any(
@@ -54,7 +55,7 @@ def find_steps(
 ) -> dict[str, Any] | None:
     """The checkpoints in a folder, oldest first, and the newest complete one; None if there are none.
 
-    If there are none, those one level deeper: some trainers save the files of a step in a subfolder of it.
+    If there are none, those one level deeper, or two: some trainers save the files of a step in a subfolder of it.
 
     Args:
         config, layouts: as for `read_any`.
@@ -62,19 +63,25 @@ def find_steps(
     """
     names = folders_of(folder)
     found = _found(folder, names, config, layouts, most)
-    if not found:
-        names = [f"{name}/{one}" for name in names[-(most or 0) :] for one in folders_of(folder.inside(name))]
-        found = _found(folder, names, config, layouts, most)
+    for _ in range(1, _LEVELS):
+        if not found:
+            names = [f"{name}/{one}" for name in names[-(most or 0) :] for one in folders_of(folder.inside(name))]
+            found = _found(folder, names, config, layouts, most)
     complete = [one["name"] for one in found if one["complete"]]
     return {"steps": found, "newest": max(complete, key=_numbers, default=None)} if found else None
 
 
 def step_below(error: EngineError, folder: Store, config: str | Path | None, layout: Layout) -> EngineError:
-    """The error of a folder without weights; if checkpoints of the layout lie below it, its fix names the newest."""
+    """The error of a folder without weights; if checkpoints of the layout lie below it, its fix names one."""
     found = find_steps(folder, config, [layout.name], most=4) if isinstance(error, NoWeights) else None
-    if found is not None and found["newest"] is not None:
-        error.fix = f"Give the folder of one step, like {folder.place(found['newest'])}."
+    if found is not None:
+        error.fix = f"Give the folder of one step, like {folder.place(one_of(found))}."
     return error
+
+
+def one_of(found: Mapping[str, Any]) -> str:
+    """The step to look at: the newest complete one, or the last, whose own message says more than the list."""
+    return str(found["newest"] or found["steps"][-1]["name"])
 
 
 def folders_of(folder: Store) -> list[str]:

@@ -119,7 +119,7 @@ def inspection(found: Inspection, config: str | None = None, *, every: bool = Fa
     rows = [("(this checkpoint)", *here.values()), *((", ".join(names), *row) for row, names in alike.items())]
     reasons = grouped((fit.why, fit.name) for fit in others if not fit.differing)
     given = "" if config is None else f" --config {quoted(config)}"
-    step = quoted(f"{found.folder.rstrip('/')}/{found.facts['newest']}") if found.kind == "steps" else ""
+    step = quoted(f"{found.folder.rstrip('/')}/{found.step}") if found.kind == "steps" else ""
     return render(f"{found.kind}.txt", found=found, folder=quoted(found.folder), step=step, given=given, every=every,
                   others=others, axes=axes, sized=rows, reasons=reasons, choice=_CHOICE)  # fmt: skip
 

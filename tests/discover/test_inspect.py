@@ -50,7 +50,7 @@ def test_a_hugging_face_folder_is_told_what_can_be_done_with_it(tmp_path: Path) 
         assert "Hugging Face checkpoint, llama, written" in inspected(tmp_path / "hf")
 
 
-@pytest.mark.parametrize("depth", ["100", "100/actor"])
+@pytest.mark.parametrize("depth", ["100", "100/actor", "100/dcp_checkpoint/_actor"])
 def test_a_step_below_the_folder_is_named_by_inspect_and_where_a_mapping_is_given(depth: str, tmp_path: Path) -> None:
     (tmp_path / "run" / depth).parent.mkdir(parents=True)
     (tmp_path / "run" / depth).symlink_to(FIXTURES / "v1_tp2_pp2")
@@ -91,6 +91,17 @@ def test_a_folder_of_steps_says_which_are_complete(tmp_path: Path) -> None:
     assert "rank file `model_tp0_pp1.pt` is missing" in inspected(tmp_path)
 
 
+def test_a_step_that_cannot_be_read_is_named_too_if_there_is_no_other(tmp_path: Path) -> None:
+    """DeepSpeed's advice names a program that lies in the folder above its files, which is the one that is given."""
+    step = tmp_path / "checkpoint-500" / "global_step500"
+    step.mkdir(parents=True)
+    torch.save({}, step / "mp_rank_00_model_states.pt")
+    assert inspected(step.parent).splitlines()[-1] == f"next: engine inspect {step}"
+    with pytest.raises(engine.EngineError) as caught:
+        engine.plan("transformers", tmp_path)
+    assert caught.value.fix == f"Give the folder of one step, like {step}."
+
+
 def test_a_folder_that_is_none_of_these_names_what_there_could_be(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").touch()
     done = CliRunner().invoke(cli, ["inspect", str(tmp_path)])
@@ -99,6 +110,7 @@ def test_a_folder_that_is_none_of_these_names_what_there_could_be(tmp_path: Path
         "notes.txt" in done.stderr
         and "model_tp{tp}_pp{pp}.pt (internevo)" in done.stderr
         and "--src" not in done.stderr
+        and "docs/frameworks.md" in done.stderr
     )
 
 
