@@ -57,8 +57,9 @@ def check_round_trip(
         return check_of(ROUND_TRIP, "no combination of choices is possible", [failure])
     mapping = replace(mapping, expect={})  # tiny sizes match no release
     apart = EVEN if "layers" in layout.even else APART
-    several = DIVISIBLE if layout.indices else NAMED  # else each rank would hold one, which has number 0 there
-    free = guess_sizes(mapping, DIVISIBLE, apart, numbered=several)
+    # Where ranks number their own experts from 0, each must hold several, or all would have number 0.
+    numbered = DIVISIBLE if layout.indices else NAMED
+    free = guess_sizes(mapping, DIVISIBLE, apart, numbered=numbered)
     refused: dict[str, str] = {}
     failures: list[Failure] = []
     trips = 0
@@ -99,8 +100,11 @@ def check_round_trip(
 
 
 def _unfit(refused: Mapping[str, str]) -> str:
-    """What a check was not made over, by the reason for each layout."""
-    return next((f"; not over {counted(len(refused), 'other')}, such as {one}: {refused[one]}" for one in refused), "")
+    """How many layouts a check left out, with the first one and its reason."""
+    if not refused:
+        return ""
+    label, why = next(iter(refused.items()))
+    return f"; not over {counted(len(refused), 'other')}, such as {label}: {why}"
 
 
 def check_real_sizes(mapping: MappingFile, layout: Layout, worlds: Worlds, world: World) -> Check:
