@@ -210,7 +210,8 @@ def _exchanged(
 
     Args:
         stored: the tensors of each buffer. All buffers of a file have one direction, so a small one, such as that of
-            two routers, needs no proof of its own if it is the only one of its element type: others are pieces.
+            two routers, needs no proof of its own if it is the only one of its element type. Several small ones of a
+            type may be linears that a program cut into pieces.
         tensors: those of the file, in the order of names.
         numbers: the place of each name in that order.
     """
