@@ -22,7 +22,7 @@ _LATER = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.GeneratorExp)
 _PARSING = threading.Lock()
 
 
-def parsed(source: str | bytes) -> list[ast.stmt]:
+def parsed(source: str) -> list[ast.stmt]:
     """The statements of a source, for any number of threads; errors as for `ast.parse`.
 
     Python 3.11 counts the depth of all trees being parsed, and raises SystemError if two threads parse at once.
