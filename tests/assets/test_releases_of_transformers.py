@@ -125,6 +125,15 @@ def test_releases_are_those_that_know_every_word_of_the_configuration(
     assert releases({"model_type": kind, **said}, "") == versions
 
 
+@pytest.mark.parametrize("name", [one for one in list_names() if re.search("(internevo|megatron)-qwen", one)])
+def test_what_is_written_for_qwen_has_no_window_in_any_release(name: str) -> None:
+    """Where `sliding_window` is absent it is 4096, which 4.40, 4.41 and 4.49 to 4.51 use whatever else is said."""
+    config = load_mapping(name).config
+    assert config["sliding_window"] is None
+    since = ">=4.51" if "qwen3" in name else ">=4.40"
+    assert releases({"model_type": config["model_type"], "sliding_window": None}, "") == since
+
+
 @pytest.mark.parametrize(
     ("kind", "versions"),
     [("roberta", ">=4.51"), ("llama4_text", ">=4.56"), ("deepseek_v3", ">=5.12"), ("bamba", ">=5.18"),
