@@ -205,7 +205,7 @@ def _find_tokenizer(
             )
         return given, None
     beside = None if file is None else local_copy(plan.files[0].file.beside(file))
-    if beside is not None and os.path.isfile(beside):
+    if beside is not None and os.path.lexists(beside):
         return beside, None
     ready = next((names for names in near if is_ready(names)), None)
     return None, None if ready is None else (plan.files[0].file.store, ready)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,15 @@ def test_a_folder_or_a_pipe_as_tokenizer_is_refused_first(source: Path, tmp_path
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
         refused("E501", source, tmp_path / "hf", mapping(), tokenizer=path)
+
+
+@pytest.mark.parametrize("put", [os.mkdir, lambda path: path.symlink_to("nothing"), os.mkfifo])
+def test_what_is_no_file_at_the_place_of_the_tokenizer_is_refused_first(
+    put: Callable[[Path], None], source: Path, tmp_path: Path, nothing_written: None
+) -> None:
+    put(source / "tokenizer.model")
+    with pytest.raises(EngineError, match="E305"):
+        engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
 
 
 def test_how_to_give_a_tokenizer_is_said_where_it_was_given_in_another_way(
