@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 
 from engine.errors import EngineError, counted, rounded
@@ -183,9 +182,8 @@ def _accepted(mapping: MappingFile, world: World) -> tuple[World, Wanted | str]:
         return world, wanted(world.config, mapping.architecture)
     except EngineError as error:
         worlds = Worlds(mapping)
-        apart = () if mapping.expect else (NESTED, NESTED[::-1])  # a release has sizes of its own
-        for free, most in product(apart, (False, True)):
-            sizes = guess_sizes(mapping, apart=free)
+        sizes = guess_sizes(mapping, apart=NESTED)
+        for most in () if mapping.expect else (False, True):  # a release has sizes of its own
             other = worlds.make(world.choices, sizes, most=most)
             if other is not None and {*other.shapes} == {*world.shapes}:
                 with suppress(EngineError):
