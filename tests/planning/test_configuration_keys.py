@@ -490,7 +490,6 @@ def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_pa
     "change",
     [
         {"drop_rate": 0.1, "attn_drop_rate": 0.1, "residual_in_fp32": True, "embed_grad_scale": 0.1, "checkpoint": 0.5},
-        {"use_dynamic_ntk_rope": False, "norm_head": 0, "is_reward": False, "adapt_hf": 1},
         {"init_type": "normal", "attn_wqkv_init_std": 0.1, "use_flash_attn": True},
         {"rope_scaling_factor": 1.0, "sliding_window": None, "num_shared_experts": 0, "activation_type": "swiglu"},
         {"rope_type": "normal", "head_dim": None, "max_window_layers": 28, "causal": True, "moe_drop_tokens": True},
@@ -501,6 +500,13 @@ def test_how_it_was_trained_does_not_matter(tmp_path: Path, change: dict[str, An
     plan = api.plan(FAMILY, training(tmp_path / "ckpt", change))
     assert plan.config == api.plan(FAMILY, FIXTURES / "v2_tp2_pp2").config
     assert not plan.noted
+
+
+def test_switches_may_be_numbers(tmp_path: Path) -> None:
+    change = {"use_dynamic_ntk_rope": False, "norm_head": 0, "is_reward": False, "adapt_hf": 1}
+    step = training(tmp_path / "ckpt", change)
+    (step / "config_file.pt").unlink()  # which has none of them: training adds no such values
+    assert api.plan(FAMILY, step).config == api.plan(FAMILY, FIXTURES / "v2_tp2_pp2").config
 
 
 def with_source(folder: Path, old: str, new: str, fixture: str = "v2_tp2_pp2") -> Path:
