@@ -94,6 +94,12 @@ ROWS = [
     ("gemma", {"hidden_act": "gelu"}, ">=4.40"),
     ("phi", {"qk_layernorm": True}, ">=4.48"),
     ("falcon", {"alibi": True}, ">=4.45"),
+    *[(kind, {"architectures": ["ForSequenceClassification"], "pad_token_id": 2, "sliding_window": None}, ">=4.49")
+      for kind in ("gemma", "llama", "mistral", "qwen2")],
+    ("llama", {"architectures": ["LlamaForSequenceClassification"], "pad_token_id": None}, ">=4.40"),
+    ("llama", {"architectures": ["LlamaForCausalLM"], "pad_token_id": 2}, ">=4.40"),
+    ("qwen2_moe", {"sliding_window": None, "mlp_only_layers": [0]}, ">=4.41"),
+    ("qwen2_moe", {"sliding_window": None, "mlp_only_layers": []}, ">=4.40"),
     ("bert", {"tie_word_embeddings": True}, ">=4.40"),
     ("bert", {"tie_word_embeddings": False}, ">=5"),
     ("olmo3", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 2e4}}},
