@@ -70,10 +70,14 @@ def write_ranks(
     write_weights(plan, LocalStore(folder), Running(workers=1, digests=False))
     for name, (kind, content) in plan.beside.items():
         (folder / name).write_bytes(encode_config(name, kind, content))
-    checkpoint = read_checkpoint(folder, layout)
-    if any("given" in names_in(dim) for dim in mapping.dims.values()):
-        checkpoint = replace(checkpoint, target_config=world.config)
+    checkpoint = with_given(read_checkpoint(folder, layout), mapping, world)
     return Trip(world, case, checkpoint, first_values(plan))
+
+
+def with_given(checkpoint: Checkpoint, mapping: MappingFile, world: World) -> Checkpoint:
+    """Rank files with the world's config.json, if sizes of the mapping depend on one that is given."""
+    given = any("given" in names_in(dim) for dim in mapping.dims.values())
+    return replace(checkpoint, target_config=world.config) if given else checkpoint
 
 
 def plan_back(mapping: MappingFile, layout: Layout, trip: Trip) -> Plan:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
+from engine.formats.dcp import DIRECTORY
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.documents import grouped
 from engine.language.model import Layout, MappingFile
@@ -21,8 +23,10 @@ from engine.planning.model import Plan
 from engine.planning.planner import make_plan
 from engine.planning.request import Request
 from engine.planning.sides import Side
+from engine.planning.zeros import ZEROS
 from engine.proving.matrix import Case
 from engine.proving.proof import Failure
+from engine.proving.roundtrip import with_given
 from engine.proving.tiny import World
 from engine.storage.store import File
 from engine.storage.virtual import VirtualStore
@@ -50,9 +54,13 @@ def written(plan: Plan, layout: Layout) -> Checkpoint:
     files = tuple(
         _file(f.name, [(o.name, o.dtype, o.shape) for o in (plan.outputs[i] for i in f.outputs)]) for f in plan.shards
     )
-    config = dict(plan.beside[layout.config_file][1])
+    if DIRECTORY in plan.beside:
+        boxes = {(file, one.name): one.recorded for file, one in plan.beside[DIRECTORY][1]}
+        files = tuple(
+            replace(f, tensors=tuple(replace(t, recorded=boxes[f.name, t.name]) for t in f.tensors)) for f in files
+        )
     training = dict(plan.beside.get(layout.training_file or "", ("", {}))[1])
-    return Checkpoint("the ranks of these sizes", plan.written, files, config, training, layout.config_file)
+    return Checkpoint("the ranks of these sizes", plan.written, files, dict(plan.config), training, layout.config_file)
 
 
 def reverse_of(mapping: MappingFile, layout: Layout, world: World, case: Case) -> Plan:
@@ -69,15 +77,20 @@ def prove_boxes(mapping: MappingFile, layout: Layout, world: World, case: Case) 
     back = reverse_of(mapping, layout, world, case)
     shapes = [v.name for v in mapping.variants.values() if v.decide == "shapes"]
     settings = {name: world.choices[name] for name in shapes}
-    forth = make_plan(mapping, layout, written(back, layout), Request(mapping, settings=settings))
+    ranks = with_given(written(back, layout), mapping, world)
+    forth = make_plan(mapping, layout, ranks, Request(mapping, settings=settings))
     where = f"{case.label}; {world.label}"
     told = [*inverse(forth, back), *(problem for plan in (forth, back) for problem in one_to_one(plan))]
     return [Failure(message, where=where) for message in dict.fromkeys(told)]
 
 
 def inverse(forth: Plan, back: Plan) -> Iterator[str]:
-    """Copies of one direction that are not those of the other with the sides exchanged, in words."""
+    """Copies of one direction that are not those of the other with the sides exchanged, in words.
+
+    Padding that is written as zeros is not read.
+    """
     read = [[(plan.files[one.file].name, one.header.name) for one in plan.sources] for plan in (forth, back)]
+    zeros = {s for s, one in enumerate(back.sources) if back.files[one.file] is ZEROS}
     replicas = {read[0][s] for one in forth.replicas for s in one.sources[1:]}
     names = [
         {i: (file.name, plan.outputs[i].name) for file in plan.shards for i in file.outputs} for plan in (forth, back)
@@ -92,6 +105,7 @@ def inverse(forth: Plan, back: Plan) -> Iterator[str]:
         for i in range(len(back.outputs))
         if names[1][i] not in replicas
         for c in back.copies(i)
+        if c.source not in zeros
     }
     for (file, name), target, *_ in sorted(ahead ^ behind, key=repr)[:1]:
         yield f"reading {file} {name} into {target} is not the inverse of writing it"

@@ -76,22 +76,23 @@ def _check_parts(held: _Held, begins: Mapping[int, bytes]) -> None:
 def _check_others(held: _Held, begins: Mapping[int, bytes], others: Others) -> None:
     """E306 for a slice that another tensor has too, if it has not all: after upcycling, layers are equal on all ranks.
 
-    Vectors of a few ranks may well have stayed equal since then.
+    They then have one shape. Vectors of a few ranks may well have stayed equal since then.
     """
     header = held.plan.sources[held.slices.sources[0]].header
     if len(header.shape) < 2 or held.dtype not in FLOATS:
         return
-    ours = _Begins(held.slices, tuple(map(xxhash.xxh3_128_digest, begins.values())))
+    ours = _Begins(held.slices, header.shape, tuple(map(xxhash.xxh3_128_digest, begins.values())))
     for (source, sample), digest in zip(begins.items(), ours.digests, strict=True):
         one, theirs = others.setdefault((held.size, held.dtype, digest), (source, ours))
-        if theirs.digests != ours.digests and not _few_values(sample, held.item) and held.alike(one, source):
+        if theirs[1:] != ours[1:] and not _few_values(sample, held.item) and held.alike(one, source):
             raise _copied_within(held.plan, {one: theirs.slices, source: held.slices})
 
 
 class _Begins(NamedTuple):
-    """A tensor, and how each of its slices begins."""
+    """A tensor, the shape of its slices, and how each of them begins."""
 
     slices: Slices
+    shape: tuple[int, ...]
     digests: tuple[bytes, ...]
 
 
@@ -173,13 +174,16 @@ def _copied(plan: Work, slices: Slices, one: int, source: int, got: str, what: s
 def _copied_within(plan: Work, held: Mapping[int, Slices]) -> EngineError:
     (one, first), (two, second) = sorted(held.items())
     name, twin = (plan.files[plan.sources[source].file].name for source in (one, two))
+    shapes = [" × ".join(map(str, plan.sources[source].header.shape)) for source in (one, two)]
     return EngineError(
         "E306",
         f"`{twin}` holds the same slice of `{second.name}` as "
         + (f"`{name}` of `{first.name}`" if name != twin else f"of `{first.name}`"),
         place=Place(twin, tensor=plan.sources[two].header.name),
-        got=f"bit-identical slices of {' × '.join(map(str, plan.sources[two].header.shape))}, only on some ranks",
-        expected="different ones, as on other ranks, or equal ones on all ranks, as after upcycling",
+        got=f"bit-identical slices of {shapes[0]}, only on some ranks"
+        if len({*shapes}) < 2
+        else f"bit-identical slices of {shapes[0]} and of {shapes[1]}",
+        expected="different ones, or equal ones of one shape on all ranks, as after upcycling",
         fix="One was copied from the other: copy the " + ("file" if name == twin else "files") + " again from the "
         "training run.",
     )

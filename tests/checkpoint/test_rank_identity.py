@@ -160,20 +160,30 @@ def test_slices_are_compared_by_their_type_and_size(
 @pytest.mark.parametrize("room", [64, 24], ids="a block of {} elements".format)
 @pytest.mark.parametrize(
     ("shape", "held", "copied"),
-    [((4, 16), SOME, True), ((16, 4), SOME, True), ((16, 4), SOME[::-1], False), ((2, 16), SOME[:128], False)],
-    ids=["its shape", "another shape", "other bytes", "the first half"],
+    [
+        ((4, 16), [SOME, OTHER[::-1]], True),
+        ((16, 4), [SOME, OTHER[::-1]], True),
+        ((16, 4), [SOME, OTHER], True),
+        ((4, 16), [SOME, OTHER], False),
+        ((16, 4), [SOME[::-1], OTHER[::-1]], False),
+        ((2, 16), [SOME[:128], OTHER[::-1]], False),
+    ],
+    ids=["its shape", "another shape", "another shape, all ranks", "all ranks", "other bytes", "the first half"],
 )
 def test_a_slice_with_the_bytes_of_another_tensor_is_a_copy_whatever_its_shape(
-    shape: tuple[int, int], held: bytes, copied: bool, room: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int], held: list[bytes], copied: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also of tensors larger than a block, of which rows of 16 and of 4 elements fill another number."""
+    """Also of tensors larger than a block, of which rows of 16 and of 4 elements fill another number.
+
+    Tensors of one shape may be equal on all ranks, as after upcycling.
+    """
     monkeypatch.setattr(slices, "BLOCK_BYTES", room * ITEM_SIZES["F32"])
     monkeypatch.setattr(slices, "_SAMPLE", 128)
     headers = [TensorHeader(name, "F32", sizes, (sizes[1], 1), 0) for name, sizes in (("w", (4, 16)), ("v", shape))]
     sources = [SimpleNamespace(header=headers[at // 2], file=at % 2, name="wv"[at // 2]) for at in range(4)]
     both = [slices.Slices((0, 1), "w"), slices.Slices((2, 3), "v")]
     plan: Any = SimpleNamespace(sources=sources, slices=both, files=[SimpleNamespace(name=name) for name in "ab"])
-    gather: Any = Bytes([SOME, OTHER, held, OTHER[::-1]])
+    gather: Any = Bytes([SOME, OTHER, *held])
     meter: Any = SimpleNamespace(stopped=Event())
     others: slices.Others = {}
     with pytest.raises(EngineError, match="`a` holds the same slice of `v` as of `w`") if copied else nullcontext():

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -292,6 +293,16 @@ def test_a_release_that_no_layout_can_hold_is_not_proved(monkeypatch: pytest.Mon
     world = usual_world(mapping, worlds, mapping.expect)
     check = checks.check_real_sizes(mapping, engine.api.load_layout(mapping.layout), worlds, world)
     assert not check.holds and "not over 1 other, such as model_parallel tp1: too many ranks" in check.told
+
+
+@pytest.mark.parametrize("family", ["megatron-qwen2", "torchtitan-llama"])
+def test_a_release_of_another_framework_is_proved_also_if_ranks_pad_or_cut_unevenly(family: str) -> None:
+    sizes = {"layer": 4, "hidden": 64, "heads": 8, "vocab": 99}
+    mapping = replace(load_mapping(f"families/{family}.yaml"), expect=sizes)
+    worlds = Worlds(mapping)
+    world = usual_world(mapping, worlds, mapping.expect)
+    check = checks.check_real_sizes(mapping, engine.api.load_layout(mapping.layout), worlds, world)
+    assert check.holds, check
 
 
 def test_mutants_reorder_sums_and_products_one_step_at_a_time() -> None:
