@@ -178,7 +178,9 @@ def real_cases(layout: Layout) -> list[list[Case]]:
             continue
         in_files = {dim: role for dim, role in cuts.items() if role != "runtime"}
         again = in_files in stored
-        tried = [_ranks(layout, mode, few, few if again else wide, 2 if number else STAGES) for few, wide in _REAL]
+        stages = (2 if number else STAGES, 1)  # a single one last, for models of one layer
+        counts = [(few, few if again else wide, many) for many in stages for few, wide in _REAL]
+        tried = [_ranks(layout, mode, *count) for count in counts]
         seen.append(cuts)
         stored.append(in_files)
         found.append([_case(mode, sizes) for sizes in tried])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -608,6 +609,16 @@ def test_a_rank_whose_arguments_are_of_another_model_is_refused_and_what_lies_be
         with pytest.raises(EngineError, match="not of the same save") as caught:
             convert("leg_t4_g2", tmp_path / "out", folder)
         assert caught.value.code == "E306" and told in str(caught.value)
+
+
+def test_a_value_that_is_no_number_is_told_as_such_not_as_one_that_differs_from_itself(
+    copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = copy("leg_t4_g2")
+    rewritten(folder, lambda args: args.update(layernorm_epsilon=math.nan))
+    with pytest.raises(EngineError, match="layernorm_epsilon") as caught:
+        convert("leg_t4_g2", tmp_path / "out", folder)
+    assert caught.value.code == "E218"
 
 
 def test_dense_copies_that_differ_between_expert_ranks_are_refused(copy: Callable[[str], Path], tmp_path: Path) -> None:

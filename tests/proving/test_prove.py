@@ -36,7 +36,7 @@ from engine.proving.committed import (
     read_meaning,
     write_meaning,
 )
-from engine.proving.matrix import cases, combinations_of, rows
+from engine.proving.matrix import cases, combinations_of, real_cases, rows
 from engine.proving.meaning import usual_world
 from engine.proving.meta_model import misfits
 from engine.proving.mutants import mutants_of, reordered, try_mutants
@@ -303,6 +303,11 @@ def test_a_release_of_another_framework_is_proved_also_if_ranks_pad_or_cut_uneve
     world = usual_world(mapping, worlds, mapping.expect)
     check = checks.check_real_sizes(mapping, engine.api.load_layout(mapping.layout), worlds, world)
     assert check.holds, check
+
+
+def test_a_release_of_one_layer_fits_into_a_single_stage() -> None:
+    layout = engine.api.load_layout("internevo")
+    assert all(modes[0].sizes["pp"] > 1 == modes[-1].sizes["pp"] for modes in real_cases(layout))
 
 
 def test_mutants_reorder_sums_and_products_one_step_at_a_time() -> None:
