@@ -34,11 +34,13 @@ class Claim:
     Attributes:
         saved_as: the rank file that it was saved as, by the zip's root or its content; None if neither says so.
         place: what distinguishes the file from others with the same tensors. Files with equal places may be replicas.
+        unnumbered: the same without ranks that number something: only experts differ in files where it is equal.
     """
 
     header: FileHeader
     saved_as: str | None
     place: tuple[object, ...]
+    unnumbered: tuple[object, ...]
 
     @property
     def name(self) -> str:
@@ -96,18 +98,26 @@ def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
                 )
 
 
-def place_of(header: FileHeader, file: FilePattern, ranks: Mapping[str, int], layout: Layout) -> tuple[object, ...]:
-    """A file's pattern with its ranks, except ranks over which the layers are not cut.
+def claim_of(
+    header: FileHeader, file: FilePattern, ranks: Mapping[str, int], layout: Layout, said: str | None
+) -> Claim:
+    """What a file claims; its place is its pattern with its ranks, except ranks over which the layers are not cut.
 
     Nor do ranks count that number something, as expert ranks do, in a file where at most layers have numbers.
+
+    Args:
+        said: the rank file that it is by its content; None where that does not say it.
     """
+    told = saved_as(header.root, layout) or said
     if file.boxes:
-        return (file.name,)
+        return Claim(header, told, (file.name,), (file.name,))
     cutting = {dim for dim, role in file.cuts.get("layers", {}).items() if role not in ("recorded", "runtime")}
     others = {dim for cuts in file.cuts.values() for dim in cuts} - cutting
-    if all(len(_NUMBERS.findall(one.name)) < 2 for one in header.tensors):
-        others |= {dim for axis in layout.indices for dim in index_dims(layout, axis)}
-    return (file.name, *(rank for dim, rank in ranks.items() if dim not in others))
+    numbering = {dim for axis in layout.indices for dim in index_dims(layout, axis)}
+    unnumbered = (file.name, *(rank for dim, rank in ranks.items() if dim not in others | numbering))
+    if not any(map(_numbered, header.tensors)):
+        return Claim(header, told, unnumbered, unnumbered)
+    return Claim(header, told, (file.name, *(rank for dim, rank in ranks.items() if dim not in others)), unnumbered)
 
 
 def check_identities(claims: Sequence[Claim]) -> None:
@@ -169,7 +179,9 @@ def _check_contents(claims: list[Claim]) -> None:
         groups = [alike for each in samples for alike in each.values() if len(alike) > 1]
     for group in groups if telling else ():
         for other in group[1:]:
-            if all(_equal(group[0], other, t.name) for t in order):
+            if all(_equal(group[0], other, t.name) for t in order) and not _may_be_equal(
+                group[0], other, claims, group
+            ):
                 raise _refused(
                     f"`{other.name}` and `{group[0].name}` hold the same tensors",
                     other,
@@ -177,6 +189,30 @@ def _check_contents(claims: list[Claim]) -> None:
                     "different slices or layers on each rank",
                     "One is a copy of the other under a wrong name: copy the missing file from the training run.",
                 )
+
+
+def _may_be_equal(one: Claim, other: Claim, claims: Sequence[Claim], group: Sequence[Claim]) -> bool:
+    """Whether equal files hold the same experts, as after upcycling.
+
+    Both say which ranks they are, or all of three or more expert ranks are equal, or all experts in each file are.
+
+    Args:
+        claims: every file with the same tensors; `group`, those that are equal.
+    """
+    if one.unnumbered != other.unnumbered:
+        return False
+    every = [claim in group for claim in claims if claim.unnumbered == one.unnumbered]
+    if None not in (one.saved_as, other.saved_as) or (len(every) > 2 and all(every)):
+        return True
+    experts = [*grouped((name, t) for t in one.header.tensors if (name := _numbered(t))).values()]
+    same = (_same(one.header, each[0], one.header, tensor) for each in experts for tensor in each[1:])
+    return min(map(len, experts), default=0) > 1 and all(same)
+
+
+def _numbered(tensor: TensorHeader) -> str:
+    """The name without its last number, if that is another than its layer's; else nothing."""
+    numbers = [*_NUMBERS.finditer(tensor.name)]
+    return tensor.name[: numbers[-1].start()] + tensor.name[numbers[-1].end() :] if len(numbers) > 1 else ""
 
 
 def begins(header: FileHeader, tensor: TensorHeader) -> bytes:
@@ -189,11 +225,13 @@ def _tensor(claim: Claim, name: str) -> TensorHeader:
 
 
 def _equal(one: Claim, other: Claim, name: str) -> bool:
+    return _same(one.header, _tensor(one, name), other.header, _tensor(other, name))
+
+
+def _same(file: FileHeader, tensor: TensorHeader, twin: FileHeader, other: TensorHeader) -> bool:
     """Whether two tensors hold the same bytes; only known if both have the same strides."""
-    pair = _tensor(one, name), _tensor(other, name)
-    return pair[0].strides == pair[1].strides and all(
-        x == y
-        for x, y in zip(_blocks(one.header, pair[0], _BLOCK), _blocks(other.header, pair[1], _BLOCK), strict=False)
+    return tensor.strides == other.strides and all(
+        x == y for x, y in zip(_blocks(file, tensor, _BLOCK), _blocks(twin, other, _BLOCK), strict=False)
     )
 
 

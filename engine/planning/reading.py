@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
 from engine.checkpoint.grid import check_ranks, check_refused, either_in, folders_in, read_grid
-from engine.checkpoint.identity import Claim, check_alike, check_identities, place_of, said_rank, saved_as, told_by
+from engine.checkpoint.identity import check_alike, check_identities, claim_of, said_rank, told_by
 from engine.checkpoint.joined import joined_in
 from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
@@ -82,11 +82,7 @@ def read_checkpoint(
     files = list(zip(grid.files, headers, strict=True))
     said = [said_rank(h, f.pattern, layout) for f, h in files]
     said = said if len(set(said)) > 1 else [None] * len(files)
-    claims = [
-        Claim(h, saved_as(h.root, layout) or own, place_of(h, f.pattern, f.ranks, layout))
-        for (f, h), own in zip(files, said, strict=True)
-    ]
-    check_identities(claims)
+    check_identities([claim_of(h, f.pattern, f.ranks, layout, own) for (f, h), own in zip(files, said, strict=True)])
     buffers = grid.mode.format == "torch"
     renamed = check_order(headers, buffers=buffers)
     joined = joined_in(headers, layout.joined) if buffers else {}

@@ -370,7 +370,7 @@ def claims_of(folder: Path, files: list[tuple[bytes, bytes]]) -> list[identity.C
         begins = zip("ab", held, (0, len(held[0])), strict=True)
         tensors = tuple(TensorHeader(name, "U8", (len(one),), (1,), begin) for name, one, begin in begins)
         header = FileHeader(File(LocalStore(folder), str(at)), 0, tensors, "")
-        made.append(identity.Claim(header, None, (at,)))
+        made.append(identity.Claim(header, None, (at,), (at,)))
     return made
 
 
@@ -399,12 +399,22 @@ def test_files_are_copies_if_all_their_bytes_are_equal(
         identity.check_identities(claims)
 
 
+@pytest.mark.parametrize(("held", "copied"), [("xx", True), ("xxx", False), ("xxy", True)])
+def test_files_of_all_expert_ranks_may_be_equal_if_they_are_three_or_more(
+    held: str, copied: bool, tmp_path: Path
+) -> None:
+    """Each has one expert, as Mixtral's on eight ranks."""
+    claims = claims_of(tmp_path, [(START + one.encode(), START) for one in held])
+    with pytest.raises(EngineError, match="E306 `1` and `0` hold the same tensors") if copied else nullcontext():
+        identity.check_identities([replace(one, unnumbered=("the same",)) for one in claims])
+
+
 def test_links_to_one_file_are_refused_even_if_it_holds_only_zeros(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(4, 4)}, tmp_path / "one.pt")
     (tmp_path / "other.pt").hardlink_to(tmp_path / "one.pt")
     headers = [read_rank_file(tmp_path / name) for name in ("one.pt", "other.pt")]
     with pytest.raises(EngineError, match=r"E306 `other[.]pt` and `one[.]pt` are one file"):
-        identity.check_identities([identity.Claim(header, None, (header.name,)) for header in headers])
+        identity.check_identities([identity.Claim(header, None, (header.name,), (header.name,)) for header in headers])
 
 
 @pytest.mark.parametrize("key", ["step", "seed"])
@@ -441,8 +451,9 @@ def test_expert_ranks_count_in_files_in_which_something_has_a_number_besides_tha
     (file,) = (one for mode in layout.modes for one in mode.files if mode.name == "torch_pp_ep")
     tensors = tuple(TensorHeader(name, "U8", (1,), (1,), 0) for name in names)
     header = FileHeader(File(LocalStore(Path()), "f"), 0, tensors, "")
-    places = {identity.place_of(header, file, {"tp": 0, "pp": 1, "ep": ep}, layout) for ep in range(2)}
-    assert len(places) == (2 if counts else 1)
+    claims = [identity.claim_of(header, file, {"tp": 0, "pp": 1, "ep": ep}, layout, None) for ep in range(2)]
+    assert len({one.place for one in claims}) == (2 if counts else 1)
+    assert len({one.unnumbered for one in claims}) == 1
 
 
 STACK = {

@@ -8,6 +8,7 @@ import math
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +258,35 @@ def test_experts_may_all_be_equal_as_after_upcycling(copy: Callable[[str], Path]
     with pytest.raises(EngineError, match="hold the same slice") as caught:
         convert("dist-ep2-moe", tmp_path / "copied", copied)
     assert caught.value.code == "E306"
+
+
+@pytest.mark.parametrize(
+    ("same_as", "ranks_told", "taken"),
+    [
+        (lambda expert: 0, False, True),
+        (lambda expert: expert % 2, False, False),
+        (lambda expert: expert % 2, True, True),
+    ],
+    ids=["all", "as of a copied file", "as of a granularity of 2, where arguments tell ranks"],
+)
+def test_files_of_expert_ranks_may_be_equal_as_after_upcycling(
+    same_as: Callable[[int], int], ranks_told: bool, taken: bool, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    rewritten(folder := copy("torch-ep2-moe"), lambda args: None)
+    saved = [torch.load(folder / f"mp_rank_00_00{ep}" / "model_optim_rng.pt", weights_only=False) for ep in (0, 1)]
+    held = {(name, ep): one.clone() for ep in (0, 1) for name, one in saved[ep]["model"].items() if one is not None}
+    for ep, one in enumerate(saved):
+        for name in (name for name, tensor in one["model"].items() if tensor is not None and "local_experts" in name):
+            of, number = divmod(same_as(ep * 2 + int(name.split("local_experts.")[1][0])), 2)
+            one["model"][name] = held[re.sub(r"local_experts\.\d", f"local_experts.{number}", name), of]
+        one["args"].rank = ep if ranks_told else 0
+        torch.save(one, folder / f"mp_rank_00_00{ep}" / "model_optim_rng.pt")
+    with nullcontext() if taken else pytest.raises(EngineError, match=r"E306 .* hold the same tensors"):
+        told = convert("torch-ep2-moe", tmp_path / "out", folder).notices
+        assert any("as after upcycling, or if a file was copied" in one for one in told)
+        found = {name: one for name, one in weights(tmp_path / "out").items() if ".experts." in name}
+        pairs = ((name, re.sub(r"(?<=experts\.)\d", lambda n: str(same_as(int(n[0]))), name)) for name in found)
+        assert found and all(torch.equal(found[name], found[other]) for name, other in pairs)
 
 
 def test_each_command_that_reads_a_training_checkpoint_takes_its_config_json(tmp_path: Path) -> None:
