@@ -173,6 +173,7 @@ def test_a_configuration_that_is_not_read_back_alike_fails_the_round_trip(
     check = check_round_trip(mapping, layout, worlds, [pairs], tmp_path / "trips")
     assert "E216 variant `rotary` would be read as halves" in told(check)
     assert all("rotary=pairs" in (failure.where or "") for failure in check.failures)
+    assert len({failure.where for failure in check.failures}) == 5  # layouts; more are not tried
 
 
 @pytest.mark.parametrize(
@@ -283,16 +284,28 @@ def test_every_pair_of_choices_and_modes_and_every_layout_occurs_in_some_row() -
     assert len(chosen) < 25
 
 
-def test_a_release_that_no_layout_can_hold_is_not_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("code", "message", "left_out"),
+    [
+        ("E214", "no layout can hold", "not over 1 other, such as model_parallel tp1: odd"),
+        ("E207", "E207 odd", ""),
+    ],
+)
+def test_what_no_layout_can_hold_or_planning_refuses_is_not_proved(
+    code: str, message: str, left_out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def refuse(*args: Any) -> Any:
-        raise EngineError("E214", "too many ranks")
+        raise EngineError(code, "odd")
 
-    monkeypatch.setattr(checks, "prove_boxes", refuse)
+    for name in ("prove_boxes", "write_ranks"):
+        monkeypatch.setattr(checks, name, refuse)
     mapping = load_mapping("meta-llama-2-7b.yaml")
-    worlds = Worlds(mapping)
+    layout, worlds = engine.api.load_layout(mapping.layout), Worlds(mapping)
     world = usual_world(mapping, worlds, mapping.expect)
-    check = checks.check_real_sizes(mapping, engine.api.load_layout(mapping.layout), worlds, world)
-    assert not check.holds and "not over 1 other, such as model_parallel tp1: too many ranks" in check.told
+    large = checks.check_real_sizes(mapping, layout, worlds, world)
+    small = check_round_trip(mapping, layout, worlds, [(world.choices, False)], tmp_path)
+    assert not large.holds and message in told(large) and left_out in large.told
+    assert not small.holds and message in told(small)
 
 
 @pytest.mark.parametrize("family", ["megatron-qwen2", "torchtitan-llama"])
