@@ -166,6 +166,11 @@ def _central(member: Member, crc: int) -> bytes:
 
 
 def _end(count: int, size: int, start: int) -> bytes:
+    """The end of a directory; numbers that are too large for it, or the largest, are in 64 bits before it.
+
+    >>> [len(_end(count, 0, 0)) for count in (0xFFFE, 0xFFFF)]
+    [22, 98]
+    """
     large = b""
     if count >= 0xFFFF or size >= _LIMIT or start >= _LIMIT:
         record = _END64.pack(b"PK\x06\x06", 44, 45, 45, 0, 0, count, count, size, start)

@@ -457,6 +457,17 @@ def test_a_tied_head_stored_on_one_side_only_is_no_difference(tied: str, tmp_pat
     assert done.same() and verdict(done, "lm_head.weight").other == "model.embed_tokens.weight"
 
 
+@pytest.mark.parametrize(("tied", "rows"), [(False, None), (True, -1)], ids=["not tied", "fewer rows"])
+def test_a_head_that_one_side_lacks_is_a_difference_unless_its_embedding_takes_its_place(
+    tied: bool, rows: int | None, tmp_path: Path
+) -> None:
+    whole = model()
+    whole["lm_head.weight"] = whole["model.embed_tokens.weight"][:rows].clone()
+    short = {name: tensor for name, tensor in whole.items() if name != "lm_head.weight"}
+    done = compared(tmp_path, short, whole, out=CONFIG | {"tie_word_embeddings": tied})
+    assert unequal(done) == {"lm_head.weight": "missing"}
+
+
 def test_a_tied_head_that_both_sides_store_equally_is_a_difference(tmp_path: Path) -> None:
     """The one takes its embedding for it, which is another matrix."""
     done = compared(tmp_path, model(), model(), out=CONFIG | {"tie_word_embeddings": True})

@@ -664,6 +664,15 @@ def test_threads_parse_python_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert most == [1]
 
 
+def test_a_payload_with_its_checksum_behind_it_has_its_sizes_there_too_as_torch_writes_it() -> None:
+    buffer, made = io.BytesIO(), torch_file([("w", "F32", (40,))], "archive")
+    torch.save({"w": torch.ones(40)}, buffer)
+    own = dict(made.start())[made.tensors[0].header]
+    theirs = zipfile.ZipFile(buffer).getinfo("archive/data/0").header_offset
+    flags_and_sizes = struct.Struct("<6xH6xIII")
+    assert flags_and_sizes.unpack_from(own) == flags_and_sizes.unpack_from(buffer.getvalue(), theirs)
+
+
 def test_members_beyond_4_gib_are_written_as_torch_and_others_read_them(tmp_path: Path) -> None:
     """Large ones are holes in the file, and are not read."""
     size, path = (1 << 32) + 3, tmp_path / "model.pt"

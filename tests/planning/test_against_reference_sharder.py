@@ -211,6 +211,15 @@ def test_a_whole_embedding_is_written_cut_and_the_configuration_says_so(
     same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "cut"))), truth)
 
 
+def test_a_cut_embedding_with_replicas_leaves_the_configuration_as_it_is(tmp_path: Path) -> None:
+    model = Model("v2", layers=2, hidden=24, heads=6, groups=6, ffn=36)
+    save(model, tmp_path / "step", mode="isp", tp=2, wp=4)
+    config = model.config(1)
+    torch.save(config, tmp_path / "step" / "model_config.pt")
+    engine.reshard(model.mapping, tmp_path / "step", tmp_path / "cut", tp=2)
+    assert torch.load(tmp_path / "cut" / "model_config.pt", weights_only=True) == config
+
+
 @pytest.mark.parametrize("row", [0, 500])
 def test_whole_embeddings_that_differ_between_ranks_are_refused(row: int, tmp_path: Path) -> None:
     model = Model(layers=1, vocab=512, embedding="whole")
