@@ -350,11 +350,38 @@ def test_names_that_a_program_sorted_by_their_numbers_say_nothing() -> None:
     assert check_order([header_of(names, [names[1], names[0], *names[2:]])]) == ()
 
 
-def test_most_of_a_buffer_in_another_order_says_nothing() -> None:
-    """A program that orders parameters otherwise exchanges many pairs: here gate and up of five layers of six."""
-    names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(6) for kind in ("w3", "w1")]
-    moved = [one for at in range(0, 10, 2) for one in names[at : at + 2][::-1]]
-    assert check_order([header_of(names, moved + names[10:])]) == ()
+@pytest.mark.parametrize(
+    ("layers", "moved", "told"),
+    [(5, 1, False), (6, 1, True), (6, 2, False), (6, 5, False), (12, 6, True), (12, 7, False)],
+)
+def test_pairs_that_exchanged_names_are_few_of_a_buffer(layers: int, moved: int, told: bool) -> None:
+    """A program that orders parameters otherwise exchanges many pairs: here gate and up of the first layers.
+
+    Of few tensors a quarter may be moved, of twice as many the half. Fewer than twelve may be in order by chance.
+    """
+    names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(layers) for kind in ("w3", "w1")]
+    stored = [one for at in range(layers) for one in names[2 * at : 2 * at + 2][:: -1 if at < moved else 1]]
+    with pytest.raises(EngineError, match="have exchanged names") if told else nullcontext():
+        assert check_order([header_of(names, stored)]) == ()
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_only_a_single_pair_of_other_layers_and_parameters_is_told(pairs: int) -> None:
+    names = [(f"layers.{at}.{kind}.weight", (8,)) for at in range(12) for kind in ("w3", "w1")]
+    stored = [*names]
+    for at in range(0, 4 * pairs, 4):
+        stored[at], stored[-at - 1] = stored[-at - 1], stored[at]
+    with pytest.raises(EngineError, match="have exchanged names") if pairs == 1 else nullcontext():
+        assert check_order([header_of(names, stored)]) == ()
+
+
+@pytest.mark.parametrize(("kinds", "told"), [(5, False), (6, True)])
+def test_layers_of_few_tensors_that_have_each_others_places_are_refused(kinds: int, told: bool) -> None:
+    """Of more, a program may store the layers in another order."""
+    names = [(f"layers.{at}.w{kinds - one}.weight", (8,)) for at in range(3) for one in range(kinds)]
+    stored = [*names[-kinds:], *names[kinds:-kinds], *names[:kinds]]
+    with nullcontext() if told else pytest.raises(EngineError, match="have exchanged names"):
+        assert check_order([header_of(names, stored)]) == ("all of layers.0, layers.2 in model_tp0_pp0.pt",)
 
 
 @pytest.mark.parametrize("also", [False, True], ids=["alone", "beside tensors of other sizes"])
@@ -366,11 +393,21 @@ def test_an_exchange_is_told_unless_tensors_of_unequal_sizes_have_another_order_
         assert check_order([header_of(names, stored)]) == ()
 
 
-@pytest.mark.parametrize(("names", "layers", "told"), [(6, 2, False), (6, 3, True), (5, 3, False), (5, 4, True)])
-def test_an_order_of_names_is_known_from_enough_layers(names: int, layers: int, told: bool) -> None:
-    """Of many names from two, of few from three: then it is not by chance. The last layer has another order."""
-    listed = [(f"layers.{at}.w{one}.weight", (8,)) for at in range(layers) for one in range(names)]
-    listed[-2:] = listed[:-3:-1]
+@pytest.mark.parametrize(
+    ("names", "layers", "others", "told"),
+    [
+        (6, 2, 1, False), (6, 3, 1, True), (5, 3, 1, False), (5, 4, 1, True),
+        (6, 8, 4, True), (5, 8, 2, True), (5, 8, 3, False),
+    ],
+)  # fmt: skip
+def test_an_order_of_names_is_known_from_enough_layers(names: int, layers: int, others: int, told: bool) -> None:
+    """Of many names from two and the half, of few from three and three quarters: then it is not by chance.
+
+    The last layers have another order.
+    """
+    orders = [[*range(names)] if at < layers - others else [*range(names - 2), names - 1, names - 2]
+              for at in range(layers)]  # fmt: skip
+    listed = [(f"layers.{at}.w{one}.weight", (8,)) for at, order in enumerate(orders) for one in order]
     with pytest.raises(EngineError, match="have exchanged names") if told else nullcontext():
         check_order([header_of(listed, listed)], buffers=False)
 

@@ -26,7 +26,7 @@ import engine
 from engine.checkpoint import identity
 from engine.commands.main import cli
 from engine.errors import EngineError
-from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
+from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader, dense_strides
 from engine.language.layout_file import load_layout
 from engine.run import slices
 from engine.storage.local import LocalStore
@@ -134,22 +134,23 @@ PART = SOME[:128] + OTHER[128:]  # 32 elements are those of `SOME`
 
 
 @pytest.mark.parametrize(
-    ("dtypes", "two", "size", "copied"),
+    ("dtypes", "two", "size", "repeats", "copied"),
     [
-        (("F32", "F32"), PART, 64, "a part of the same slice"),
-        (("I32", "I32"), PART, 64, None),
-        (("I32", "I32"), SOME, 64, "the same slice"),
-        (("F32", "I32"), SOME, 64, None),
-        (("F32", "F32"), SOME, 32, "the same slice"),
-        (("F32", "F32"), SOME, 31, None),
+        (("F32", "F32"), PART, 64, 1, "a part of the same slice"),
+        (("F32", "F32"), PART, 64, 4, None),  # experts, of which training may have changed a part
+        (("I32", "I32"), PART, 64, 1, None),
+        (("I32", "I32"), SOME, 64, 1, "the same slice"),
+        (("F32", "I32"), SOME, 64, 1, None),
+        (("F32", "F32"), SOME, 32, 1, "the same slice"),
+        (("F32", "F32"), SOME, 31, 1, None),
     ],
 )
 def test_slices_are_compared_by_their_type_and_size(
-    dtypes: tuple[str, str], two: bytes, size: int, copied: str | None
+    dtypes: tuple[str, str], two: bytes, size: int, repeats: int, copied: str | None
 ) -> None:
     sources = [SimpleNamespace(header=TensorHeader("w", dtype, (size,), (1,), 0), file=at, name="w")
                for at, dtype in enumerate(dtypes)]  # fmt: skip
-    one = slices.Slices((0, 1), "w")
+    one = slices.Slices((0, 1), "w", repeats)
     plan: Any = SimpleNamespace(sources=sources, slices=[one], files=[SimpleNamespace(name=name) for name in "ab"])
     gather: Any = Bytes([SOME, two])
     meter: Any = SimpleNamespace(stopped=Event())
@@ -167,19 +168,29 @@ def test_slices_are_compared_by_their_type_and_size(
         ((4, 16), [SOME, OTHER], False),
         ((16, 4), [SOME[::-1], OTHER[::-1]], False),
         ((2, 16), [SOME[:128], OTHER[::-1]], False),
+        ((64,), [SOME, OTHER[::-1]], False),
     ],
-    ids=["its shape", "another shape", "another shape, all ranks", "all ranks", "other bytes", "the first half"],
+    ids=[
+        "its shape",
+        "another shape",
+        "another shape, all ranks",
+        "all ranks",
+        "other bytes",
+        "the first half",
+        "vectors",
+    ],
 )
 def test_a_slice_with_the_bytes_of_another_tensor_is_a_copy_whatever_its_shape(
-    shape: tuple[int, int], held: list[bytes], copied: bool, room: int, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...], held: list[bytes], copied: bool, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also of tensors larger than a block, of which rows of 16 and of 4 elements fill another number.
 
-    Tensors of one shape may be equal on all ranks, as after upcycling.
+    Tensors of one shape may be equal on all ranks, as after upcycling, and vectors on any.
     """
     monkeypatch.setattr(slices, "BLOCK_BYTES", room * ITEM_SIZES["F32"])
     monkeypatch.setattr(slices, "_SAMPLE", 128)
-    headers = [TensorHeader(name, "F32", sizes, (sizes[1], 1), 0) for name, sizes in (("w", (4, 16)), ("v", shape))]
+    shapes = ((4, 16) if len(shape) == 2 else shape, shape)
+    headers = [TensorHeader(name, "F32", one, dense_strides(one), 0) for name, one in zip("wv", shapes, strict=True)]
     sources = [SimpleNamespace(header=headers[at // 2], file=at % 2, name="wv"[at // 2]) for at in range(4)]
     both = [slices.Slices((0, 1), "w"), slices.Slices((2, 3), "v")]
     plan: Any = SimpleNamespace(sources=sources, slices=both, files=[SimpleNamespace(name=name) for name in "ab"])

@@ -220,6 +220,8 @@ def test_a_weight_that_is_cast_on_use_holds_one_of_its_own_type_and_shape(state:
     assert _from_type(_EMPTY, kind, made, {"_tensor": INNER, "_scale": None}) is INNER
     with pytest.raises(Refused, match=r"without a F32 tensor of shape \(4, 2\)"):
         _from_type(_EMPTY, kind, made, state)
+    with pytest.raises(Refused, match="of another form than torch's"):
+        _from_type(_EMPTY, kind, [*made], {"_tensor": INNER})
 
 
 def test_every_flipped_bit_of_a_sharded_pickle_is_read_or_refused(saved: Callable[..., Path]) -> None:
