@@ -420,12 +420,26 @@ def test_files_of_all_expert_ranks_may_be_equal_if_they_are_three_or_more(
         identity.check_identities([replace(one, unnumbered=("the same",)) for one in claims])
 
 
+def test_equal_bytes_in_another_order_of_elements_are_no_copy(tmp_path: Path) -> None:
+    one, other = claims_of(tmp_path, [(START + b"1", START)] * 2)
+    square = [TensorHeader("a", "U8", (3, 3), strides, 0) for strides in ((3, 1), (1, 3))]
+    one, other = (replace(claim, header=replace(claim.header, tensors=(held,)))
+                  for claim, held in zip((one, other), square, strict=True))  # fmt: skip
+    identity.check_identities([one, other])
+    with pytest.raises(EngineError, match="hold the same tensors"):
+        identity.check_identities([one, replace(other, header=replace(other.header, tensors=one.header.tensors))])
+
+
 def test_links_to_one_file_are_refused_even_if_it_holds_only_zeros(tmp_path: Path) -> None:
+    """Some file systems give one inode to two files: what is saved in them tells these apart."""
     torch.save({"w": torch.zeros(4, 4)}, tmp_path / "one.pt")
     (tmp_path / "other.pt").hardlink_to(tmp_path / "one.pt")
-    headers = [read_rank_file(tmp_path / name) for name in ("one.pt", "other.pt")]
+    one, other = (
+        identity.Claim(read_rank_file(tmp_path / name), None, (name,), (name,)) for name in ("one.pt", "other.pt")
+    )
+    identity.check_identities([one, replace(other, header=replace(other.header, identity="another"))])
     with pytest.raises(EngineError, match=r"E306 `other[.]pt` and `one[.]pt` are one file"):
-        identity.check_identities([identity.Claim(header, None, (header.name,), (header.name,)) for header in headers])
+        identity.check_identities([one, other])
 
 
 @pytest.mark.parametrize("key", ["step", "seed"])
@@ -441,6 +455,7 @@ def test_files_of_one_save_agree_in_everything_that_they_say_of_it(key: str) -> 
 def test_whether_roots_tell_anything_is_the_layout_s_to_say() -> None:
     layout = load_layout("internevo")
     assert identity.saved_as("model_tp1_pp0", layout) == "model_tp1_pp0.pt"
+    assert identity.saved_as("model_tp1_pp0.pt", layout) == "model_tp1_pp0.pt"  # saved as model_tp1_pp0.pt.tmp
     assert identity.saved_as("model_tp1_pp0", replace(layout, zip_root=None)) is None
     assert identity.saved_as("consolidated.01", load_layout("meta-llama")) == "consolidated.01.pth"
     assert identity.saved_as("consolidated", load_layout("meta-llama")) is None  # as in Meta's own

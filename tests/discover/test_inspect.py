@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,9 @@ from click.testing import CliRunner
 import engine
 from engine.commands.main import cli
 from engine.discover import steps
+from engine.discover.fits import find_fits
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
 from engine.storage.local import LocalStore
 from tests.support.terminal import ROOT
 
@@ -37,6 +41,13 @@ def test_all_says_of_each_other_mapping_why_it_does_not_fit() -> None:
     assert "(this checkpoint)" in told and "internlm-7b, internlm-chat-7b" in told
     assert "it is for model_type INTERNLM3 or INTERNLM3_M8, this is INTERNLM" in told
     assert "INTERNLM3" not in inspected(FIXTURES / "v1_tp2_pp2")
+
+
+def test_releases_are_told_before_families_and_a_family_before_what_extends_it() -> None:
+    names = ["families/internevo-gemma", "families/internlm2-official", "families/internlm2", "internlm2-7b"]
+    checkpoint: Any = SimpleNamespace(training={"model_type": "ANOTHER"})
+    found, _ = find_fits(checkpoint, load_layout("internevo"), map(load_mapping, names))
+    assert [fit.name for fit in found] == ["internlm2-7b", "internlm2", "internlm2-official", "internevo-gemma"]
 
 
 def test_a_hugging_face_folder_is_told_what_can_be_done_with_it(tmp_path: Path) -> None:
