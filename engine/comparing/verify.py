@@ -168,10 +168,10 @@ def _check_written(folder: Store, data: Mapping[str, Any], advance: Callable[[in
     wrong: dict[str, None] = {}
     looks: dict[str, Look] = {}
 
-    def look(tensor: TensorHeader, block: memoryview) -> None:
-        looks[tensor.name] = looks.get(tensor.name, Look()).and_at(block, tensor.nbytes)
-        if tensor.name not in wrong and not all_finite(block, tensor.dtype):
-            wrong[tensor.name] = None
+    def look(name: str, tensor: TensorHeader, block: memoryview) -> None:
+        looks[name] = looks.get(name, Look()).and_at(block, tensor.nbytes)
+        if name not in wrong and not all_finite(block, tensor.dtype):
+            wrong[name] = None
 
     found, nbytes, read, problems = read_contents(folder, data, advance, look)
     problems += check_index(folder, tensors)

@@ -7,6 +7,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from engine.errors import EngineError, Place, first_of, printable
@@ -118,13 +119,13 @@ def read_contents(
     folder: Store,
     data: Mapping[str, Any],
     advance: Callable[[int], None] = lambda _: None,
-    look: Callable[[TensorHeader, memoryview], None] = lambda tensor, block: None,
+    look: Callable[[str, TensorHeader, memoryview], None] = lambda name, tensor, block: None,
     headers: Mapping[str, FileHeader] | None = None,
 ) -> tuple[Found, int, int, list[str]]:
     """Read every file that the manifest names; returns tensors, their bytes, how many have digests, and problems.
 
     Args:
-        look: called with every block of every tensor that has a digest.
+        look: called with the manifest's name of every tensor that has a digest, the tensor and each of its blocks.
         headers: those of all weights files, by name, if they are known.
     """
     tensors: Mapping[str, Any] = data["tensors"]
@@ -145,7 +146,8 @@ def read_contents(
                 if key is None or entry is None:
                     problems.append(f"{file}:{one.name} is not in the manifest")
                     continue
-                digest = digest_of(_blocks(sources, one, advance, look)) if "digest" in entry else ""
+                blocks = _blocks(sources, one, advance, partial(look, key))
+                digest = digest_of(blocks) if "digest" in entry else ""
                 read += bool(digest)
                 nbytes += one.nbytes
                 found[key] = (one.dtype, one.shape, digest)

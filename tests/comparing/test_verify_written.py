@@ -297,6 +297,9 @@ def test_the_slice_of_one_rank_that_is_zeros_or_no_numbers_is_told(
     assert engine.api.verify(tmp_path / "hf").values == (f"NaN or infinity: {whole}" if value else zeros,)
     back = engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "back", tp=1)
     assert any(told.split(":")[0] in one for one in back.notices)
+    named = f"model_tp0_pp0.pt:layers.1.feed_forward.{name}.weight"
+    wanted = f"NaN or infinity: {named}" if value else zeros.replace(whole, named)
+    assert engine.api.verify(tmp_path / "back").values == (wanted,)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
