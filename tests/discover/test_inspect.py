@@ -104,9 +104,10 @@ def test_a_folder_of_steps_says_which_are_complete(tmp_path: Path) -> None:
 
 def test_a_step_that_cannot_be_read_is_named_too_if_there_is_no_other(tmp_path: Path) -> None:
     """DeepSpeed's advice names a program that lies in the folder above its files, which is the one that is given."""
-    step = tmp_path / "checkpoint-500" / "global_step500"
-    step.mkdir(parents=True)
-    torch.save({}, step / "mp_rank_00_model_states.pt")
+    for number in (400, 500):
+        step = tmp_path / f"checkpoint-{number}" / f"global_step{number}"
+        step.mkdir(parents=True)
+        torch.save({}, step / "mp_rank_00_model_states.pt")
     assert inspected(step.parent).splitlines()[-1] == f"next: engine inspect {step}"
     with pytest.raises(engine.EngineError) as caught:
         engine.plan("transformers", tmp_path)

@@ -378,7 +378,13 @@ def test_what_is_told_of_a_class_is_what_the_class_says(architecture: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("was", "now"), [("axes: hidden ffn", "axes: ffn hidden"), ("tied_to", "keep: dtype  #"), ("nothing", "")]
+    ("was", "now"),
+    [
+        ("axes: hidden ffn", "axes: ffn hidden"),
+        ("tied_to", "keep: dtype  #"),
+        ("tied_to: model.embed_tokens.weight", "tied_to: model.norm.weight"),
+        ("nothing", ""),
+    ],
 )
 def test_a_class_that_is_told_wrongly_is_not_proved(was: str, now: str, tmp_path: Path) -> None:
     text = Path(find_file("classes/llama")).read_text()
