@@ -24,7 +24,7 @@ _KINDS = bytes(_ZERO if not one else _WILD if one & 0x7F >= 0x7C else 0 for one 
 _ZEROS = bytes(8)
 _WORDS = 1 << 17  # of which digests are computed at a time
 _STEP = 8 * 61  # bytes of which one word is looked at in a large tensor
-# Bytes: at least as many are seen of the least that a file system leaves out, also if ranks cut the tensor's columns.
+# At least so many bytes are seen of a page, the least that a file system leaves out, also where ranks cut columns.
 _HOLE = 4096 // _STEP // 2 * _STEP
 _FEW = 32  # elements that may be equal by chance
 _SPLIT = re.compile(r"([0-9]+)").split
