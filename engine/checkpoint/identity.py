@@ -87,7 +87,7 @@ def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
     for path in _alike(layout):
         told = [(header, header.says[path]) for header in headers if path in header.says]
         for header, value in told[1:]:
-            if value != told[0][1] and str(value) != str(told[0][1]):  # nan differs from itself
+            if value != told[0][1] and repr(value) != repr(told[0][1]):  # nan differs from itself
                 raise EngineError(
                     "E306",
                     f"`{header.name}` is not of the same save as `{told[0][0].name}`",
