@@ -308,17 +308,24 @@ def test_what_no_layout_can_hold_or_planning_refuses_is_not_proved(
     assert not small.holds and message in told(small)
 
 
-def at_sizes(family: str, **sizes: int) -> Check:
+def at_sizes(family: str, choices: Mapping[str, str], **sizes: int) -> Check:
     mapping = replace(load_mapping(f"families/{family}.yaml"), expect=sizes)
     worlds = Worlds(mapping)
     world = usual_world(mapping, worlds, mapping.expect)
+    assert world is not None
+    world = replace(world, choices={**world.choices, **choices})
     return checks.check_real_sizes(mapping, engine.api.load_layout(mapping.layout), worlds, world)
 
 
-@pytest.mark.parametrize("family", ["megatron-qwen2", "torchtitan-llama", "internevo-gemma"])
-def test_a_release_of_another_framework_is_proved_also_if_ranks_pad_or_cut_unevenly(family: str) -> None:
-    vocab = 96 if family == "internevo-gemma" else 99  # InternEvo cuts evenly; Gemma's norms are less one
-    check = at_sizes(family, layer=4, hidden=64, heads=8, vocab=vocab)
+@pytest.mark.parametrize(
+    ("family", "choices"),
+    [("megatron-qwen2", {}), ("torchtitan-llama", {}), ("megatron-llama", {"norms": "minus_one"})],
+    ids=["megatron-qwen2", "torchtitan-llama", "values that change"],
+)
+def test_a_release_of_another_framework_is_proved_also_if_ranks_pad_or_cut_unevenly(
+    family: str, choices: dict[str, str]
+) -> None:
+    check = at_sizes(family, choices, layer=4, hidden=64, heads=8, vocab=99)
     assert check.holds, check
 
 
@@ -329,7 +336,7 @@ def test_a_release_of_one_layer_fits_into_a_single_stage() -> None:
 
 def test_two_directions_that_do_not_undo_each_other_are_no_proof_of_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(symbolic, "swap", lambda copy: copy)
-    check = at_sizes("torchtitan-llama", layer=2, hidden=64, heads=8, vocab=64)
+    check = at_sizes("torchtitan-llama", {}, layer=2, hidden=64, heads=8, vocab=64)
     assert "is not the inverse of writing it" in told(check)
 
 
