@@ -13,7 +13,11 @@ from safetensors.torch import load_file, save_file
 
 import engine
 from engine import api
-from engine.errors import EngineError
+from engine.errors import EngineError, Place
+from engine.language.keys import Key, Limits
+from engine.language.layout_file import load_layout
+from engine.language.mapping_file import load_mapping
+from engine.planning.config_keys import Side, read_config, read_training
 from engine.proving.lint import lint_file
 from tests.support.depth import sampled
 from tests.support.genuine import family_of, settings_of
@@ -477,6 +481,35 @@ def test_a_key_whose_type_alone_is_declared_is_not_told_to_be_itself(own: str, t
     error = refused(engine.convert, tmp_path / "m.yaml", source, tmp_path / "out")
     assert error.code == "E219" and "Did you mean" not in str(error), error
     assert "window" in str(error) and "m.yaml:8" in str(error.expected)
+
+
+def test_a_value_in_place_of_keys_and_values_is_refused_though_a_pattern_takes_any() -> None:
+    place = Place("m.yaml")
+    keys = {"*": Key("*", Limits(), place, ignored="it is of training"), "a.b": Key("a.b", Limits(), place)}
+    side = Side(keys, frozenset(["a.b"]), "config.json")
+    assert read_config({"a": {"b": 1}, "c": 2}, side).config == {"a": {"b": 1}, "c": 2}
+    error = refused(read_config, {"a": 2}, side)
+    assert error.code == "E218" and error.expected == "keys and values"
+
+
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [
+        ({}, None),
+        ({"seed": 1}, 1),
+        ({"untold": {"moe": True}}, None),
+        ({"moe": {}, "untold": {"moe.top_k": True}}, None),
+        ({"untold": {"others": True}}, None),
+        ({"moe": {}, "untold": {"moe": False, "others": True}}, 1),
+    ],
+    ids=str,
+)
+def test_a_default_counts_only_where_the_training_file_leaves_no_such_key_open(
+    config: dict[str, Any], experts: int | None
+) -> None:
+    """Of how many experts a token goes to: the file may lack it, or say what its text alone does not tell."""
+    told = read_training(load_mapping(FAMILY), load_layout("internevo"), config)
+    assert told.get("moe", {}).get("top_k") == experts
 
 
 def test_a_token_goes_to_no_more_experts_than_there_are_in_reverse_either(tmp_path: Path) -> None:
