@@ -420,6 +420,22 @@ def test_files_of_all_expert_ranks_may_be_equal_if_they_are_three_or_more(
         identity.check_identities([replace(one, unnumbered=("the same",)) for one in claims])
 
 
+@pytest.mark.parametrize(
+    ("said", "elsewhere", "copied"),
+    [("01", False, False), ("0", False, True), ("1", False, True), ("", False, True), ("01", True, True)],
+    ids=["both say it", "the first says it", "the other says it", "neither says it", "of other layers"],
+)
+def test_files_of_experts_may_be_equal_if_both_say_which_ranks_they_are(
+    said: str, elsewhere: bool, copied: bool, tmp_path: Path
+) -> None:
+    claims = [
+        replace(one, saved_as=one.name if one.name in said else None, unnumbered=(elsewhere and one.name,))
+        for one in claims_of(tmp_path, [(START, START)] * 2)
+    ]
+    with pytest.raises(EngineError, match="E306 `1` and `0` hold the same tensors") if copied else nullcontext():
+        identity.check_identities(claims)
+
+
 def test_equal_bytes_in_another_order_of_elements_are_no_copy(tmp_path: Path) -> None:
     one, other = claims_of(tmp_path, [(START + b"1", START)] * 2)
     square = [TensorHeader("a", "U8", (3, 3), strides, 0) for strides in ((3, 1), (1, 3))]

@@ -30,6 +30,13 @@ def test_the_internevo_layout_holds_what_its_file_says() -> None:
     assert layout.refuse == ()
 
 
+def test_a_layout_that_does_not_say_it_has_extra_layers_last_and_extra_units_first(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("".join(line for line in INTERNEVO.splitlines(keepends=True) if "uneven: " not in line))
+    layout = load_layout(str(path))
+    assert (layout.layers.uneven, layout.uneven) == ("last", "first")
+
+
 def test_files_that_a_layout_refuses_are_told_with_reason_and_fix() -> None:
     layout = load_layout("internevo")
     refused = RefusedFile(("other.pt", "model_{part}.bin"), "it is of another kind", "save it anew", layout.place)

@@ -211,9 +211,12 @@ def test_a_whole_embedding_is_written_cut_and_the_configuration_says_so(
     same(dict(engine.iter_tensors(engine.plan(model.mapping, tmp_path / "cut"))), truth)
 
 
-def test_a_cut_embedding_with_replicas_leaves_the_configuration_as_it_is(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [{"mode": "isp", "tp": 2, "wp": 4}, {"tp": 1}], ids=["replicas", "one rank"])
+def test_an_embedding_that_no_two_ranks_hold_whole_leaves_the_configuration_as_it_is(
+    layout: dict[str, Any], tmp_path: Path
+) -> None:
     model = Model("v2", layers=2, hidden=24, heads=6, groups=6, ffn=36)
-    save(model, tmp_path / "step", mode="isp", tp=2, wp=4)
+    save(model, tmp_path / "step", **layout)
     config = model.config(1)
     torch.save(config, tmp_path / "step" / "model_config.pt")
     engine.reshard(model.mapping, tmp_path / "step", tmp_path / "cut", tp=2)

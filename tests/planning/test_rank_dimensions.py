@@ -16,8 +16,8 @@ from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
 from engine.language.model import Expression, RankMap
-from engine.planning.destination import mode_of, ranks_of
-from engine.planning.stages import in_order
+from engine.planning.destination import cut_layers, mode_of, ranks_of
+from engine.planning.stages import in_order, laid_out
 from engine.planning.zeros import ZEROS
 from tests.support.depth import sampled
 from tests.support.shards import State
@@ -243,6 +243,14 @@ def test_a_layout_must_number_each_stage_once(stage: str, told: str) -> None:
     with pytest.raises(EngineError, match=r"own\.yaml:3") as caught:
         in_order(layout, {"tp": 1, "pp": 2}, ("pp",), 2, {})
     assert caught.value.code == "E105" and told in str(caught.value)
+
+
+def test_stages_in_another_order_than_is_asked_for_are_not_taken_over() -> None:
+    layout = load_layout("internevo")
+    order = in_order(layout, {"pp": 2}, ("pp",), 2, {"schedule": "zbv"})
+    like = laid_out(zip(order, (1, 1, 1, 5), strict=True), 2, ("pp",))
+    assert cut_layers(layout, 8, {"pp": 2}, 2, {"schedule": "zbv"}, like) is like
+    assert [*cut_layers(layout, 8, {"pp": 2}, 2, {"schedule": "interleaved"}, like).counts.values()] == [2, 2, 2, 2]
 
 
 @pytest.mark.parametrize("rank", ["10 ** 30", "none", "rank - 1", "rank > 0"])

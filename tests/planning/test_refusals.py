@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +20,11 @@ import torch
 import engine
 from engine import api
 from engine.errors import EngineError
+from engine.language.axes import parse_axes
 from engine.language.layout_file import load_layout
 from engine.language.mapping_file import load_mapping
 from engine.planning import rank_outputs
+from engine.planning.completeness import check_known
 from engine.planning.reading import read_checkpoint
 from engine.planning.request import request_of
 from engine.run import replicas
@@ -125,6 +128,15 @@ def test_sizes_that_disagree_as_a_rule_cuts_too_much_or_too_little_tell_so(
     assert old in text
     (tmp_path / "careless.yaml").write_text(text.replace(old, new), encoding="utf-8")
     refuse(source, "E203", told, mapping=str(tmp_path / "careless.yaml"), settings={"mlp_letters": "w2_is_down"})
+
+
+@pytest.mark.parametrize("unknown", ["expert", "ffn"])
+def test_a_size_of_a_number_in_names_must_be_known_as_that_of_an_axis(unknown: str) -> None:
+    one: Any = SimpleNamespace(axis_names=("expert",), axes=parse_axes("hidden ffn"), rule=SimpleNamespace(place=None))
+    sizes = dict.fromkeys(("expert", "hidden", "ffn"), 4)
+    check_known([one], sizes, {})
+    with pytest.raises(EngineError, match=f"E204 the size of axis `{unknown}` stays unknown"):
+        check_known([one], {axis: size for axis, size in sizes.items() if axis != unknown}, {})
 
 
 @pytest.mark.parametrize(("key", "size"), [("hidden_size", 8), ("vocab_size", 64)])

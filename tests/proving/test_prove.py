@@ -211,6 +211,23 @@ def test_sizes_of_which_the_model_class_wants_multiples_are_found(broken: Callab
     assert {check.name: check.holds for check in proof.checks}["model"], told(proof)
 
 
+@pytest.mark.parametrize(("name", "tried"), [("families/meta-llama", 3), ("meta-llama-2-7b", 1)])
+def test_other_sizes_are_tried_of_a_family_that_its_class_refuses_and_not_of_a_release(
+    name: str, tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def refuse(config: Any, architecture: str | None) -> Any:
+        asked.append(config)
+        raise EngineError("E502", "odd")
+
+    monkeypatch.setattr(checks, "wanted", refuse)
+    mapping = load_mapping(name)
+    world = usual_world(mapping, Worlds(mapping), mapping.expect)
+    assert world is not None
+    assert told(checks.check_model(mapping, [world])) == "E502 odd" and len(asked) == tried
+
+
 def test_a_tensor_that_only_some_checkpoints_have_and_the_model_always_is_told(broken: Callable[..., Proof]) -> None:
     line = '    target: "model.layers.{layer}.mlp.up_proj.weight"\n'
     proof = broken("meta-llama", (line, f"{line}    optional: true\n"))
