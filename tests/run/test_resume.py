@@ -25,7 +25,7 @@ from engine.errors import EngineError
 from engine.move import blocks
 from engine.planning.model import Plan
 from engine.run import writer
-from engine.run.journal import Begun, Interrupted, Journal, identity_of, read_journal, split, states_of
+from engine.run.journal import Begun, Done, Interrupted, Journal, identity_of, read_journal, split, states_of
 from engine.run.schedule import Job, Unit
 from engine.storage.replacing import OutputLock
 from engine.storage.sinks import SinkFiles
@@ -202,6 +202,15 @@ def test_an_entry_that_no_run_wrote_is_passed_over(entry: str, tmp_path: Path) -
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text() + f'{{"0": {entry}, "1": ["a", 1], "2": ["b", 0, 8]}}\n')
     assert read_journal(tmp_path, plan).begun == {1: Begun("a", None), 2: Begun("b", 8)}
+
+
+def test_a_line_that_the_system_writes_in_part_is_written_on_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, write = engine.plan(MODEL.mapping, FIXTURES / "internevo" / "v2_tp2_pp2"), os.write
+    monkeypatch.setattr(os, "write", lambda descriptor, data: write(descriptor, data[:99]))
+    Journal(tmp_path, plan, {7: Done("a" * 200, 1)}).close()
+    assert read_journal(tmp_path, plan).begun == {7: Begun("a" * 200, None)}
 
 
 def test_what_a_run_goes_on_with_depends_on_what_is_known_of_its_sources() -> None:
