@@ -19,6 +19,7 @@ from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
+from engine.run.schedule import layout_of
 from engine.storage.json_text import parse_json
 from engine.storage.store import Store
 
@@ -50,7 +51,7 @@ def manifest(
         "engine": __version__,
         **(made or making(plan)),
         "tensors": tensors,
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted(small.items())},
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in sorted({**_bare(plan), **small}.items())},
     }
     if all("digest" in entry for entry in tensors.values()):
         result["digest"] = ALGORITHM
@@ -58,6 +59,18 @@ def manifest(
             {name: (entry["dtype"], tuple(entry["shape"]), entry["digest"]) for name, entry in tensors.items()}
         )
     return result
+
+
+def _bare(plan: Plan) -> dict[str, bytes]:
+    """Weights files without a tensor, which no tensor's entry names: of ranks for which a small model has no rows."""
+    found: dict[str, bytes] = {}
+    for file in plan.shards:
+        if not file.outputs:
+            layout = layout_of(plan, file)
+            data = found[file.name] = bytearray(layout.size)
+            for offset, part in [*layout.start(), *layout.finish(())]:
+                data[offset : offset + len(part)] = part
+    return found
 
 
 def index_file(plan: Plan) -> dict[str, bytes]:

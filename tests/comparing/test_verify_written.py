@@ -217,6 +217,16 @@ def test_files_of_other_frameworks_that_were_written_verify_too(
     assert "has other bytes than were written" in verify(tmp_path / "back").output
 
 
+def test_files_of_ranks_for_which_a_small_model_has_no_rows_are_the_engines_too(made: Path, tmp_path: Path) -> None:
+    """torch writes them too, without a byte."""
+    back = tmp_path / "back"
+    engine.reverse("transformers", made / "hf", back, ranks="dp=20")
+    assert (back / "__19_0.distcp").stat().st_size == 0
+    assert verify(back).exit_code == 0
+    engine.reverse("transformers", made / "hf", back, ranks="dp=2", overwrite=True)
+    assert not (back / "__19_0.distcp").exists()
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "theta": {"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
     "epsilon": {"rms_norm_eps": 1e-6},
