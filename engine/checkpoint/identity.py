@@ -83,9 +83,9 @@ def said_rank(header: FileHeader, file: FilePattern, layout: Layout) -> str | No
 
 
 def check_alike(headers: Sequence[FileHeader], layout: Layout) -> None:
-    """E306 for a file whose content gives another step or model than the first file's."""
+    """E306 for a file whose content gives another step, run or model than the first file's, or does not give one."""
     for path in _alike(layout):
-        told = [(header, header.says[path]) for header in headers if path in header.says]
+        told = [(header, header.says.get(path, "is not there")) for header in headers]
         for header, value in told[1:]:
             if value != told[0][1] and repr(value) != repr(told[0][1]):  # nan differs from itself
                 raise EngineError(

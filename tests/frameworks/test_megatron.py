@@ -625,6 +625,18 @@ def test_a_rank_of_another_step_is_refused(copy: Callable[[str], Path], tmp_path
     assert caught.value.code == "E306" and "iteration 10" in str(caught.value)
 
 
+@pytest.mark.parametrize("told", [{"seed": 8}, {"lr": 0.5}, {"consumed_train_samples": 9}, {"save": "/other"}, None])
+def test_a_stage_of_another_run_is_refused(told: dict[str, Any] | None, copy: Callable[[str], Path]) -> None:
+    """No replica contradicts a whole stage, but its arguments do, also if it alone has none."""
+    folder = copy("leg_p2_uneven")
+    first, *_ = sorted(folder.glob("mp_rank_*/*"))
+    kept = first.read_bytes()
+    rewritten(folder, dict.clear if told is None else lambda args: args.update(told))
+    first.write_bytes(kept)
+    with pytest.raises(EngineError, match="not of the same save"):
+        engine.plan("megatron-llama", folder, config=MEGATRON / "leg_p2_uneven" / "hf_config.json")
+
+
 def test_a_rank_whose_arguments_are_of_another_model_is_refused_and_what_lies_beside_the_model_told(
     copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
