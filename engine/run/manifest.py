@@ -67,9 +67,10 @@ def _bare(plan: Plan) -> dict[str, bytes]:
     for file in plan.shards:
         if not file.outputs:
             layout = layout_of(plan, file)
-            data = found[file.name] = bytearray(layout.size)
+            data = bytearray(layout.size)
             for offset, part in [*layout.start(), *layout.finish(())]:
                 data[offset : offset + len(part)] = part
+            found[file.name] = bytes(data)
     return found
 
 
