@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.checkpoint.grid import read_grid
+from engine.checkpoint.grid import NoWeights, read_grid
 from engine.errors import EngineError, Place
 from engine.language.expressions import evaluate
 from engine.language.layout_file import load_layout
@@ -35,6 +35,30 @@ def test_a_layout_that_does_not_say_it_has_extra_layers_last_and_extra_units_fir
     path.write_text("".join(line for line in INTERNEVO.splitlines(keepends=True) if "uneven: " not in line))
     layout = load_layout(str(path))
     assert (layout.layers.uneven, layout.uneven) == ("last", "first")
+
+
+@pytest.mark.parametrize(("layout", "file"), [("torch-dcp", "config.json"), ("internevo", "model_config.pt")])
+def test_a_configuration_without_weights_is_a_save_that_has_not_ended_unless_any_model_has_it(
+    layout: str, file: str
+) -> None:
+    with pytest.raises(EngineError) as caught:
+        read_grid([file], load_layout(layout), "step")
+    assert isinstance(caught.value, NoWeights) is (file == "config.json")
+    assert ("saving has not ended" in caught.value.message) is (file == "model_config.pt")
+
+
+def test_common_file_names_without_a_configuration_are_not_the_layout_s() -> None:
+    with pytest.raises(NoWeights, match=r"__\{rank\}_\{number\}.distcp beside model_config.pt"):
+        read_grid(["__0_0.distcp"], load_layout("internevo"), "step")
+    assert read_grid(["__0_0.distcp", "model_config.pt"], load_layout("internevo"), "step").mode.name == "dcp"
+
+
+def test_of_two_patterns_that_a_file_matches_the_first_counts() -> None:
+    layout = load_layout("internevo")
+    (file, *others) = layout.modes[0].files
+    mode = replace(layout.modes[0], files=(file, replace(file, name="model_tp{tp}_pp{other}.pt"), *others))
+    grid = read_grid(["model_tp0_pp0.pt"], replace(layout, modes=(mode,)), "step")
+    assert grid.files[0].pattern is file
 
 
 def test_files_that_a_layout_refuses_are_told_with_reason_and_fix() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import engine
 from engine.checkpoint.identity import said_rank
-from engine.checkpoint.ranks import expected_files
+from engine.checkpoint.ranks import RankFile, RankGrid, expected_files, sizes_in
 from engine.errors import EngineError, Place
 from engine.formats.headers import FileHeader
 from engine.language.layout_file import load_layout
@@ -270,6 +270,21 @@ def test_a_rank_of_a_mode_s_first_files_is_below_their_number() -> None:
     counts, sizes = {"tps": 2, "wps": 4, "pps": 1}, {"tp": 2, "wp": 4, "pp": 1}
     with pytest.raises(EngineError, match=r"`ranks.tp` is not a whole number from 0 to 1"):
         list(expected_files(replace(file, ranks=wrong), sizes, counts, main=True))
+
+
+@pytest.mark.parametrize(("told", "ranks"), [(2, 2), (1, 1), (0, 1), (-1, 1), (True, 1), (None, 1)])
+def test_as_many_ranks_of_experts_are_expected_as_the_training_file_says(told: object, ranks: int) -> None:
+    """Where it says no number, as many as there are."""
+    layout = load_layout("internevo")
+    mode = next(mode for mode in layout.modes if mode.name == "isp_wp")
+    main, experts = mode.files
+    files = (
+        RankFile("model_wp0_pp0.pt", main, {"wp": 0}),
+        RankFile("model_moe_layer0_expert0_wp0.pt", experts, {"wp": 0}),
+    )
+    said = {"options": {}, "training": {"parallel": {"expert_weight": {"size": told}}}}
+    assert sizes_in(main, RankGrid(mode, {"wp": 4, "pp": 1}, files), said)["wp"] == 4
+    assert sizes_in(experts, RankGrid(mode, {"wp": 4, "pp": 1}, files), said)["wp"] == ranks
 
 
 @pytest.mark.parametrize("rank", ["none", "{'a': 1}", "args.rank"])
