@@ -38,9 +38,10 @@ def list_folder(folder: Store, inside: Sequence[str] = (), files: Sequence[str] 
         every = folder.names()
         check_finished(folder, every)
         names = [name for name in every if not name.startswith(".")]
-        if alike := {name for name in names if any(one.match(name) is not None for one in either)}:
-            alike &= {name for name, state in folder.entries().items() if state is None}
-            names = [name for name in names if name not in alike]
+        alike = {name for name in names if any(one.match(name) is not None for one in either)}
+        if alike:
+            folders = {name for name, state in folder.entries().items() if state is None}
+            names = [name for name in names if name not in alike & folders]
         for name in [n for n in names if any(one.match(n) is not None for one in below)]:
             try:
                 names += (f"{name}/{one}" for one in folder.names(name) if not one.startswith("."))
