@@ -57,8 +57,10 @@ def source_side(mapping: MappingFile, layout: Layout) -> Side:
     return Side(declared(mapping, layout, "source"), frozenset(read), layout.config_file)
 
 
-def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The value of `training` in expressions; only declared keys are checked.
+def read_training(
+    mapping: MappingFile, layout: Layout, config: Mapping[str, Any], *, expressed: bool = False
+) -> dict[str, Any]:
+    """The value of `training` in expressions; only declared keys are checked, as by `read_config`.
 
     An absent key has its default if there is a configuration whose text leaves no such key undetermined.
     """
@@ -69,7 +71,7 @@ def read_training(mapping: MappingFile, layout: Layout, config: Mapping[str, Any
         if not config or left_out or (name.split(".")[0] not in untold and untold.get(OTHERS)):
             keys[name] = replace(key, default=None)
     side = Side(keys, frozenset(keys), layout.training_file or "the training config")
-    return read_config(config, side, expressed=False).config
+    return read_config(config, side, expressed=expressed).config
 
 
 def target_side(mapping: MappingFile) -> Side:

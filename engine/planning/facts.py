@@ -54,7 +54,7 @@ def facts_of(
     if checkpoint.end == "training":
         side = replace(source_side(mapping, layout), file=checkpoint.config_name)
         read = read_config(_saved_or_computed(mapping, layout, checkpoint, options), side, expressed=expressed)
-        training = read_training(mapping, layout, checkpoint.training)
+        training = read_training(mapping, layout, checkpoint.training, expressed=expressed)
         check_repeated(checkpoint.config, checkpoint.training, read.side, layout)
         saved = [*names, *(name for file in checkpoint.files for name in file.left)]
         given = {"given": dict(checkpoint.target_config), "training": training, "present": present_in(saved)}

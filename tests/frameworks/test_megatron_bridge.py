@@ -52,7 +52,8 @@ def test_what_the_run_says_is_not_asked_for(tmp_path: Path) -> None:
     ("model", "text", "asks"),
     [
         ({"layernorm_epsilon": 1e-6}, None, "epsilon"), ({"rotary_base": 500000}, None, "rotary base"),
-        ({"rope_scaling": True}, None, "scaling of angles"),
+        ({"rope_scaling": True}, None, "scaling of angles"), ({"num_attention_heads": 4}, None, "heads"),
+        ({"num_query_groups": 8}, None, "heads"), ({"kv_channels": 16}, None, "heads"),
         ({"layernorm_zero_centered_gamma": True, "transformer_impl": "local"}, None, "norms"),
         ({}, "model: [", "rotary pairs"), ({}, "- model", "rotary pairs"), ({}, "[" * 100_000, "rotary pairs"),
         ({}, "a: &a [x]\nb: &b [*a, *a]\nc: !!python/object:os.system {}", "rotary pairs"),
@@ -67,8 +68,63 @@ def test_what_the_run_says_otherwise_or_does_not_say_is_asked_for(
     assert caught.value.code == "E202" and not (tmp_path / "out").exists()
 
 
+@sampled(2, "told")
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        ({"rotary_percent": 0.5}, "model.rotary_percent"), ({"seq_len_interpolation_factor": 4.0}, "model.seq_len"),
+        ({"window_size": [128, 0]}, "model.window_size"), ({"softmax_scale": 0.3}, "model.softmax_scale"),
+        ({"position_embedding_type": "none"}, "model.position_embedding_type"), ({"qk_l2_norm": True}, "model.qk_l2"),
+        ({"activation_func": {"_target_": "torch.nn.functional.gelu", "_call_": False}}, "model.activation_func"),
+        ({"gated_linear_unit": False}, "model.gated_linear_unit"), ({"normalization": "LayerNorm"}, "model.norm"),
+        ({"no_rope_freq": [0, 1, 1, 1]}, "model.no_rope_freq"), ({"softmax_type": "learnable"}, "model.softmax_type"),
+        ({"attention_output_gate": True}, "model.attention_output_gate"), ({"mtp_num_layers": 1}, "model.mtp_num"),
+    ],
+)  # fmt: skip
+def test_what_the_run_says_of_another_model_is_refused(model: dict[str, Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=rf"E209 what `{told}.*run_config.yaml"):
+        convert(NAME, tmp_path / "out", saved(tmp_path / "step", **model))
+
+
+def test_what_every_run_says_is_no_other_model(tmp_path: Path) -> None:
+    """As a dense provider has it, with what is not set."""
+    silu = {"_target_": "torch.nn.functional.silu", "_call_": False}
+    said: dict[str, Any] = {
+        "rotary_percent": 1.0, "seq_len_interpolation_factor": None, "window_size": None, "softmax_scale": None,
+        "position_embedding_type": "rope", "normalization": "RMSNorm", "activation_func": silu, "moe_layer_freq": 1,
+        "gated_linear_unit": True, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 8,
+        "moe_router_topk": 2, "rope_scaling_factor": 8.0, "softmax_type": "vanilla", "no_rope_freq": None,
+        "glu_linear_offset": 0.0, "mtp_num_layers": None, "num_moe_experts": None, "generation_config": None,
+    }  # fmt: skip
+    convert(NAME, tmp_path / "out", saved(tmp_path / "step", **said))
+
+
 def test_the_configuration_that_belongs_to_the_run_is_taken(tmp_path: Path) -> None:
     config = json.loads((MEGATRON / NAME / "hf_config.json").read_text()) | {"rms_norm_eps": 1e-6}
     (tmp_path / "config.json").write_text(json.dumps(config))
     convert(NAME, tmp_path / "out", saved(tmp_path / "step", layernorm_epsilon=1e-6), config=tmp_path / "config.json")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == 1e-6
+
+
+def test_the_factor_of_scaled_angles_is_the_run_s(tmp_path: Path) -> None:
+    """8 in Llama 3.1, 32 in 3.2; until 2025 the run had other names for it, and no switch."""
+    scaled = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}  # fmt: skip
+    config = json.loads((MEGATRON / NAME / "hf_config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_parameters": scaled}))
+    given: Any = {"config": tmp_path / "config.json"}
+    older: dict[str, Any] = {
+        "rope_scaling": None,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "old_context_len": 8192,
+    }
+    newer: dict[str, Any] = {"rope_scaling": True, "rope_scaling_factor": 8.0}
+    for number, said in enumerate((newer, older | {"scale_factor": 8.0})):
+        source = saved(tmp_path / f"right{number}", **said)
+        convert(NAME, tmp_path / f"out{number}", source, **given)
+    for number, said in enumerate((newer | {"rope_scaling_factor": 32.0}, older | {"scale_factor": 32.0})):
+        with pytest.raises(EngineError, match=r"(?s)E202.*scaling of angles"):
+            convert(NAME, tmp_path / "no", saved(tmp_path / f"other{number}", **said), **given)
+    with pytest.raises(EngineError, match=r"(?s)E202.*scaling of angles"):
+        convert(NAME, tmp_path / "no", tmp_path / "right1")
