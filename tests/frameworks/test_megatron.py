@@ -625,7 +625,7 @@ def test_a_rank_of_another_step_is_refused(copy: Callable[[str], Path], tmp_path
     assert caught.value.code == "E306" and "iteration 10" in str(caught.value)
 
 
-@pytest.mark.parametrize("told", [{"seed": 8}, {"lr": 0.5}, {"consumed_train_samples": 9}, {"save": "/other"}, None])
+@pytest.mark.parametrize("told", [{"seed": 8}, {"lr": 0.5}, {"consumed_train_samples": 9}, None])
 def test_a_stage_of_another_run_is_refused(told: dict[str, Any] | None, copy: Callable[[str], Path]) -> None:
     """No replica contradicts a whole stage, but its arguments do, also if it alone has none."""
     folder = copy("leg_p2_uneven")
