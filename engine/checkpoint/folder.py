@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import translate
 from typing import Any
@@ -175,10 +176,7 @@ _NO_MATTER = ("transformers_version", "_name_or_path", "_commit_hash", "dtype", 
 def _check_alone(first: str, value: Mapping[str, Any], others: Iterable[tuple[str, Mapping[str, Any]]]) -> None:
     """E218 when another of the layout's places holds another configuration: which one is the model's?"""
     for file, other in others:
-        if file == first:
-            continue
-        keys = {*value, *other}.difference(_NO_MATTER)
-        differ = sorted(key for key in keys if value.get(key) != other.get(key))
+        differ = [] if file == first else _differing(value, other)
         if differ:
             raise EngineError(
                 "E218",
@@ -188,6 +186,20 @@ def _check_alone(first: str, value: Mapping[str, Any], others: Iterable[tuple[st
                 expected=f"{value.get(differ[0])!r:.100}, as in {first}",
                 fix="Either may be the model's. Give the right one with --config, or move the other away.",
             )
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    keys = {*one, *other}.difference(_NO_MATTER)
+    return sorted(key for key in keys if one.get(key) != other.get(key))
+
+
+def passed_over(folder: Store, layout: Layout, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of which a folder's own configurations of the target have other values than the given one, and the file."""
+    told: list[str] = []
+    for place in layout.configs if layout.config_of_target else ():
+        with suppress(EngineError):  # the given one may take the place of one that cannot be read
+            told += [f"{key} in {place.file}" for key in _differing(given, _held(folder, place) or given)]
+    return tuple(told)
 
 
 def _held(folder: Store, place: ConfigFile) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ class Checkpoint:
     target_config: Mapping[str, Any] = field(default_factory=dict)  # the target's configuration, if it is given
     end: End = "training"
     renamed: tuple[str, ...] = ()  # names that another program exchanged in all layers, and in which file
+    passed_over: tuple[str, ...] = ()  # keys of its own config.json that a given one says otherwise, and the file
     joined: Mapping[str, Joined] = field(default_factory=dict)  # what the places of tensors say of the layout's keys
 
 

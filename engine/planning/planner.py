@@ -209,6 +209,7 @@ def _notices(source: Source, *, crosses: bool) -> tuple[str, ...]:
         ("not part of the model, not converted", left, 4),
         ("another program replaced these tensors after training had saved them", replaced, 4),
         (moved, checkpoint.renamed, 4),
+        ("the given configuration is taken, where one beside the weights has another value", checkpoint.passed_over, 4),
     ):
         more = f" and {len(names) - most} more" if len(names) > most else ""
         if names:

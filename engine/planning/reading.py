@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint.folder import list_folder, no_configuration, read_configuration, read_headers
+from engine.checkpoint.folder import list_folder, no_configuration, passed_over, read_configuration, read_headers
 from engine.checkpoint.grid import check_ranks, check_refused, either_in, folders_in, read_grid
 from engine.checkpoint.identity import check_alike, check_identities, claim_of, said_rank, told_by
 from engine.checkpoint.joined import joined_in
@@ -88,6 +88,8 @@ def read_checkpoint(
     joined = joined_in(headers, layout.joined) if buffers else {}
     if layout.config_of_target:
         target = configuration
+    over = () if file is None else passed_over(folder, layout, target)
     return Checkpoint(
-        given.place(), grid, headers, configuration, training, name, target, renamed=renamed, joined=joined
-    )
+        given.place(), grid, headers, configuration, training, name, target,
+        renamed=renamed, passed_over=over, joined=joined,
+    )  # fmt: skip

@@ -478,6 +478,23 @@ def test_two_configurations_beside_the_weights_that_disagree_are_refused(tmp_pat
     assert not any("huggingface" in notice for notice in report.notices)
 
 
+@pytest.mark.parametrize(
+    ("beside", "told"),
+    [({"rms_norm_eps": 1e-3, "torch_dtype": "float16"}, ["rms_norm_eps in config.json"]), ({}, []), (None, [])],
+    ids=["another value", "the same", "damaged"],
+)
+def test_a_given_configuration_that_the_one_beside_the_weights_contradicts_is_told(
+    beside: dict[str, Any] | None, told: list[str], tmp_path: Path
+) -> None:
+    fixture, folder = DCP / "hf_verl_fsdp4", tmp_path / "step"
+    shutil.copytree(source_of(fixture), folder)
+    config = json.loads((fixture / "hf_config.json").read_text())
+    (folder / "config.json").write_text("{" if beside is None else json.dumps(config | beside))
+    report = engine.convert("transformers", folder, tmp_path / "out", config=fixture / "hf_config.json")
+    assert [one.rpartition(": ")[2] for one in report.notices if "given configuration is taken" in one] == told
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["rms_norm_eps"] == config["rms_norm_eps"]
+
+
 def test_a_subfolder_that_has_files_of_a_checkpoint_is_listed_as_these_alone(tmp_path: Path) -> None:
     for name in ("huggingface", "other"):
         (tmp_path / name).mkdir()
