@@ -34,7 +34,7 @@ class Total:
         if self._checksum is not None:
             self._checksum.add(start, data)
         if self._digest is not None:
-            self.look = self.look.and_at(data, self._size)
+            self.look = self.look.and_at(data[-start % 8 :], self._size)  # whole words: parts begin at any byte
         if self._digest is not None and self._in_order:
             if start == self.end:
                 self._digest.update(data)
