@@ -26,11 +26,11 @@ MODEL: dict[str, Any] = {  # of GPTModelProvider, as PyYAML writes it
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
-def saved(folder: Path, *, less_one: bool = False, text: str | None = None, **model: Any) -> Path:
-    """The genuine checkpoint as Megatron-Bridge saves it."""
-    held = state_of(source_of(MEGATRON / NAME))
+def saved(folder: Path, *, name: str = NAME, less_one: bool = False, text: str | None = None, **model: Any) -> Path:
+    """A genuine checkpoint as Megatron-Bridge saves it."""
+    held = state_of(source_of(MEGATRON / name))
     dcp.save({n: one - 1 if less_one and "norm" in n else one for n, one in held.items()}, checkpoint_id=folder)
-    (folder / "metadata.json").write_bytes((source_of(MEGATRON / NAME) / "metadata.json").read_bytes())
+    (folder / "metadata.json").write_bytes((source_of(MEGATRON / name) / "metadata.json").read_bytes())
     told = yaml.safe_dump({"model": MODEL | model, "train": {"train_iters": 10}, "also": MODEL})
     (folder / "run_config.yaml").write_text(told if text is None else text)
     return folder
@@ -79,6 +79,9 @@ def test_what_the_run_says_otherwise_or_does_not_say_is_asked_for(
         ({"gated_linear_unit": False}, "model.gated_linear_unit"), ({"normalization": "LayerNorm"}, "model.norm"),
         ({"no_rope_freq": [0, 1, 1, 1]}, "model.no_rope_freq"), ({"softmax_type": "learnable"}, "model.softmax_type"),
         ({"attention_output_gate": True}, "model.attention_output_gate"), ({"mtp_num_layers": 1}, "model.mtp_num"),
+        ({"moe_router_score_function": "sigmoid"}, "model.moe_router_sc"), ({"moe_layer_freq": [0, 1]}, "model.moe_la"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "model.moe_router_topk_s"), ({"use_mup": True}, "model.use_mup"),
+        ({"moe_router_num_groups": 2}, "model.moe_router_n"), ({"moe_expert_capacity_factor": 1.0}, "model.moe_exp"),
     ],
 )  # fmt: skip
 def test_what_the_run_says_of_another_model_is_refused(model: dict[str, Any], told: str, tmp_path: Path) -> None:
@@ -95,8 +98,19 @@ def test_what_every_run_says_is_no_other_model(tmp_path: Path) -> None:
         "gated_linear_unit": True, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 8,
         "moe_router_topk": 2, "rope_scaling_factor": 8.0, "softmax_type": "vanilla", "no_rope_freq": None,
         "glu_linear_offset": 0.0, "mtp_num_layers": None, "num_moe_experts": None, "generation_config": None,
+        "moe_router_pre_softmax": False, "moe_router_score_function": "softmax", "moe_router_group_topk": None,
+        "moe_router_load_balancing_type": "aux_loss", "moe_expert_capacity_factor": None, "is_hybrid_model": False,
     }  # fmt: skip
     convert(NAME, tmp_path / "out", saved(tmp_path / "step", **said))
+
+
+def test_how_a_router_weighs_experts_is_the_run_s(tmp_path: Path) -> None:
+    name = "dist-ep2-moe"
+    told: dict[str, Any] = {"rotary_base": 10000, "num_moe_experts": 4, "moe_router_topk": 2, "moe_layer_freq": [1] * 4}
+    for number, more in enumerate(({}, {"moe_router_pre_softmax": False})):
+        convert(name, tmp_path / f"out{number}", saved(tmp_path / f"step{number}", name=name, **told, **more))
+    with pytest.raises(EngineError, match=r"(?s)E202.*experts of a token and their weights"):
+        convert(name, tmp_path / "no", saved(tmp_path / "step", name=name, **told, moe_router_pre_softmax=True))
 
 
 def test_the_configuration_that_belongs_to_the_run_is_taken(tmp_path: Path) -> None:
