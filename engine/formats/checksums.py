@@ -1,8 +1,9 @@
-"""Reads source files again to check them: the CRC-32 of every zip member, and `.md5` sidecars."""
+"""Reads source files again to check them: the CRC-32 of zip members, `.md5` sidecars, and Meta's `checklist.chk`."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 import zipfile
@@ -30,11 +31,10 @@ def check_files(files: Iterable[File], advance: Callable[[int], None]) -> list[s
     for file in files:
         try:
             checked = _check_members(file, advance)
-            sidecar = file.beside(file.name + ".md5")
-            if sidecar.exists:
-                compared = _check_md5(file, sidecar)
+            for sidecar, alone in ((file.beside(file.name + ".md5"), True), (file.beside("checklist.chk"), False)):
+                compared = sidecar.exists and _check_md5(file, sidecar, alone)
                 checked = checked or compared
-                unchecked += [] if compared else [sidecar.name]
+                unchecked += [sidecar.name] if alone and sidecar.exists and not compared else []
         except (zipfile.BadZipFile, ValueError, OverflowError, struct.error, RuntimeError, OSError) as error:
             raise _damaged(file, None, str(error)[:200], "a zip as torch.save writes it") from None
         if not checked:
@@ -90,10 +90,12 @@ def _check_member(file: File, opened: OpenFile, info: zipfile.ZipInfo, advance: 
         raise _damaged(file, info.filename, f"CRC-32 {found:08x}", f"{info.CRC:08x}, as recorded at saving")
 
 
-def _check_md5(file: File, sidecar: File) -> bool:
-    """Whether the sidecar holds an MD5, with which the file agrees."""
+def _check_md5(file: File, sidecar: File, alone: bool) -> bool:
+    """Whether the sidecar holds an MD5 of the file, with which it agrees: its only one, or the one before its name."""
+    named = re.escape(os.fsencode(file.name.lower()))
+    text = _MD5 if alone else re.compile(rb"^[0-9a-f]{32}(?= [ *]" + named + rb"\s*$)", re.MULTILINE)
     with sidecar.open() as opened:
-        recorded = _MD5.search(opened.read(4096).lower())
+        recorded = text.search(opened.read(_BLOCK).lower())
     if recorded is None:
         return False
     with file.open() as opened:

@@ -503,6 +503,20 @@ def test_a_file_is_checked_by_what_is_recorded_of_it(spelt: Callable[[str], str]
         check_files(files, lambda _: None)
 
 
+def test_a_file_is_checked_by_a_list_of_checksums_beside_it(tmp_path: Path) -> None:
+    """As Meta's releases have it; files of Meta's that exchanged names show it nowhere else."""
+    names = ("consolidated.00.pth", "consolidated.01.pth")
+    for number, name in enumerate(names):
+        torch.save({"a": torch.full((4,), number)}, tmp_path / name, _use_new_zipfile_serialization=False)
+    sums = {name: hashlib.md5((tmp_path / name).read_bytes()).hexdigest() for name in names}
+    files, beside = [local_file(tmp_path / name) for name in names], tmp_path / "checklist.chk"
+    beside.write_text(f"{sums[names[1]]}  {names[1]}\n{'0' * 32}  params.json\n")
+    assert check_files(files, lambda _: None) == [names[0]]
+    beside.write_text(f"{sums[names[1]]} *{names[0]}\n{sums[names[0]]} *{names[1]}\n")
+    with pytest.raises(EngineError, match=r"(?s)E301.*checklist.chk"):
+        check_files(files, lambda _: None)
+
+
 def boxes_file(path: Path, tensor: torch.Tensor, info: dict[str, list[int]]) -> None:
     told = {name: {"saved_offsets": starts} for name, starts in info.items()}
     save_file({"w": tensor}, path, {"DCP_SHARDING_INFO": json.dumps(told)})
