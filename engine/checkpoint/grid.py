@@ -14,8 +14,10 @@ from engine.checkpoint.ranks import MOST_FILES, RankFile, RankGrid, counts_of, e
 from engine.errors import EngineError, Lines, Place
 from engine.formats.headers import FileHeader
 from engine.language.expressions import evaluate, names_in
-from engine.language.model import Layout, Mode
+from engine.language.model import Expression, Layout, Mode
 from engine.language.names import pattern
+
+Config = Callable[[Expression], Mapping[str, Any]]  # the configuration, where an expression can read it
 
 
 class NoWeights(EngineError):
@@ -33,9 +35,7 @@ def either_in(layout: Layout) -> list[str]:
     return [file.name for mode in layout.modes if mode.format == "nested" for file in mode.files]
 
 
-def read_grid(
-    names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]] = dict
-) -> RankGrid:
+def read_grid(names: Sequence[str], layout: Layout, folder: str, config: Config = lambda _: {}) -> RankGrid:
     """Sort a folder's file names into weights files, known files and unknown ones.
 
     Args:
@@ -48,7 +48,7 @@ def read_grid(
     for refused in layout.refuse:
         listed = [pattern(text) for text in refused.patterns]
         hit = next((n for n in sorted(names) if any(one.match(n) is not None for one in listed)), None)
-        if hit is not None and (refused.when is None or evaluate(refused.when, config())):
+        if hit is not None and (refused.when is None or evaluate(refused.when, config(refused.when))):
             raise EngineError("E303", refused.why, place=Place(hit), fix=refused.fix)
     mode = _mode_of(names, layout, folder, config)
     known = {
@@ -68,17 +68,17 @@ def read_grid(
     return grid
 
 
-def check_refused(files: Sequence[FileHeader], layout: Layout, config: Callable[[], Mapping[str, Any]]) -> None:
+def check_refused(files: Sequence[FileHeader], layout: Layout, config: Config) -> None:
     """E303 for the first tensor whose name the layout refuses."""
     for refused in (one for one in layout.refuse if one.tensors):
         listed = re.compile("|".join(map(translate, refused.tensors)))
         hits = ((file.name, one.name) for file in files for one in file.tensors if listed.match(one.name))
         hit = next(hits, None)
-        if hit is not None and (refused.when is None or evaluate(refused.when, config())):
+        if hit is not None and (refused.when is None or evaluate(refused.when, config(refused.when))):
             raise EngineError("E303", refused.why, place=Place(hit[0], tensor=hit[1]), fix=refused.fix)
 
 
-def _mode_of(names: Sequence[str], layout: Layout, folder: str, config: Callable[[], Mapping[str, Any]]) -> Mode:
+def _mode_of(names: Sequence[str], layout: Layout, folder: str, config: Config) -> Mode:
     """The one mode whose files are in the folder; E304 for none and for several."""
     found = [(mode, name) for mode in layout.modes if (name := _first(mode, names)) is not None]
     own = layout.config_from_target or layout.config_of_target or any(one.file in names for one in layout.configs)
@@ -91,8 +91,7 @@ def _mode_of(names: Sequence[str], layout: Layout, folder: str, config: Callable
         raise _no_weights(names, layout, folder, beside="" if own else f" beside {layout.config_file}")
     held = {name: mode for mode, name in found if mode in modes}
     if len(held) == 1 and any(mode.when is not None for mode in modes):  # it selects between modes
-        facts = config()
-        modes = [m for m in modes if m.when is None or evaluate(m.when, facts)]
+        modes = [m for m in modes if m.when is None or evaluate(m.when, config(m.when))]
         if not modes:
             raise EngineError(
                 "E304",

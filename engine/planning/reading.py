@@ -14,8 +14,11 @@ from engine.checkpoint.joined import joined_in
 from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
 from engine.formats.headers import FileHeader
-from engine.language.model import Layout
+from engine.language.expressions import names_in
+from engine.language.model import Expression, Layout
 from engine.planning.attempts import Checkpoint
+from engine.planning.config_keys import Side
+from engine.planning.config_keys import read_config as read_keys
 from engine.storage.folders import one_of_two
 from engine.storage.local import local_file
 from engine.storage.places import Source, followed, store_at
@@ -63,9 +66,16 @@ def read_checkpoint(
         return name, configuration, read_config(beside, layout.training_format) if beside.exists else {}
 
     read = cache(configurations)
-    grid = read_grid(
-        list_folder(folder, folders_in(layout), either_in(layout)), layout, folder.place(), lambda: read()[1]
-    )
+
+    def readable(expression: Expression) -> dict[str, Any]:
+        """The model's configuration; E218 where an expression of the layout reads a value that cannot be."""
+        name, configuration, _ = read()
+        keys = {key: one for key, one in layout.keys.get("source", {}).items() if key in names_in(expression)}
+        values = {key: configuration[key] for key in keys if key in configuration}
+        read_keys(values, Side(keys, frozenset(keys), name), expressed=False)
+        return configuration
+
+    grid = read_grid(list_folder(folder, folders_in(layout), either_in(layout)), layout, folder.place(), readable)
     name, configuration, training = read()
     signs = [beside.file for beside in grid.mode.beside]
     if signs and layout.config_from_target and not configuration and not any(map(folder.has, signs)):
@@ -77,7 +87,7 @@ def read_checkpoint(
     with_tensors = {header.name for header in headers} | {".metadata"}  # their states are known
     if name not in with_tensors and repr(configurations()) != repr(read()):
         raise has_changed(name, "another configuration", "the one that was read before the headers")
-    check_refused(headers, layout, lambda: configured)
+    check_refused(headers, layout, lambda when: {**readable(when), "training": training})
     check_alike(headers, layout)
     files = list(zip(grid.files, headers, strict=True))
     said = [said_rank(h, f.pattern, layout) for f, h in files]

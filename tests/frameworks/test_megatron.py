@@ -653,12 +653,17 @@ def test_a_rank_whose_arguments_are_of_another_model_is_refused_and_what_lies_be
         assert caught.value.code == "E306" and told in str(caught.value)
 
 
-def test_a_value_that_is_no_number_is_told_as_such_not_as_one_that_differs_from_itself(
-    copy: Callable[[str], Path], tmp_path: Path
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("norm_epsilon", math.nan), ("pipeline_model_parallel_size", None), ("num_experts", "4")],
+    ids=["no number", "a number of ranks", "what tells a folder that is refused"],
+)
+def test_a_value_that_cannot_be_is_told_with_its_key_also_if_the_layout_reads_it(
+    key: str, value: Any, copy: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = copy("leg_t4_g2")
-    rewritten(folder, lambda args: args.update(layernorm_epsilon=math.nan))
-    with pytest.raises(EngineError, match="layernorm_epsilon") as caught:
+    rewritten(folder, lambda args: args.update({"norm_epsilon": 1e-5, key: value}))
+    with pytest.raises(EngineError, match=f"`{key}` of mp_rank_00/model_optim_rng.pt cannot be") as caught:
         convert("leg_t4_g2", tmp_path / "out", folder)
     assert caught.value.code == "E218"
 
