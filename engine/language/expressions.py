@@ -5,14 +5,15 @@ Arithmetic is intercepted: `2 ** 10 ** 9` and `"a" * 10 ** 9` are refused instea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any, NoReturn
 
 from jinja2.exceptions import TemplateError, UndefinedError
 
-from engine.errors import EngineError, Lines
+from engine.errors import EngineError, Lines, Place
 from engine.language.allowed import BUILTIN, MAX_DEPTH, Compiled, Refused, read_expression
 from engine.language.model import Expression
 from engine.language.sandbox import OMIT, Omit, defined, kind_of
@@ -73,6 +74,24 @@ def evaluate(expression: Expression, names: Mapping[str, Any]) -> Any:
             got=Lines.of([_shown(expression.text), *read[:8]]),
             fix="Check the types of the values it reads.",
         ) from None
+
+
+@contextmanager
+def valued_in(file: str) -> Iterator[None]:
+    """Let an E105 for a key without a value name the file that lacks the key."""
+    try:
+        yield
+    except EngineError as error:
+        if error.code != "E105" or not error.message.endswith("has no value"):
+            raise
+        raise EngineError(
+            "E105",
+            f"{error.message} in {file}",
+            place=Place(file),
+            got=f"{error.got} ({error.place})",
+            expected=error.expected,
+            fix=(error.fix or "").replace("in the configuration", f"in {file}"),
+        ) from error
 
 
 def whole_number(expression: Expression, names: Mapping[str, Any], what: str, below: int | None = None) -> int:

@@ -12,7 +12,7 @@ from engine.checkpoint.joined import Joined
 from engine.checkpoint.ranks import RankGrid, whole_grid
 from engine.errors import EngineError, Lines, shape_text
 from engine.formats.headers import FileHeader
-from engine.language.expressions import OMIT, evaluate, names_in
+from engine.language.expressions import OMIT, evaluate, names_in, valued_in
 from engine.language.model import Layout, MappingFile, Variant
 from engine.language.names import form
 from engine.planning.groups import Group, GroupKey, group_shards, share_units
@@ -226,7 +226,8 @@ def claims(
     unread: dict[str, EngineError] = {}
     for axis, expression in mapping.dims.items():
         try:
-            value = evaluate(expression, scope)
+            with valued_in(config_name):
+                value = evaluate(expression, scope)
         except EngineError as error:
             # the config lacks a key: the tensors may still give the size
             later = [name for name in mapping.dims if name in names_in(expression) and name not in (axis, *scope)]

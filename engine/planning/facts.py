@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
-from engine.errors import EngineError, Place
+from engine.errors import EngineError
 from engine.language.documents import grouped
-from engine.language.expressions import OMIT, evaluate, names_in, render_tree
+from engine.language.expressions import OMIT, evaluate, names_in, render_tree, valued_in
 from engine.language.model import Expression, Layout, MappingFile
 from engine.language.names import form, pattern
 from engine.planning.agreement import check_repeated, told_by_places
@@ -101,24 +100,6 @@ def _saved_or_computed(
     target = read_config(checkpoint.target_config, target_side(mapping)).config
     computed: Mapping[str, Any] = render_known(mapping.training_config, {**target, "options": options})
     return computed
-
-
-@contextmanager
-def valued_in(file: str) -> Iterator[None]:
-    """Let an E105 for a key without a value name the file that lacks the key."""
-    try:
-        yield
-    except EngineError as error:
-        if error.code != "E105" or not error.message.endswith("has no value"):
-            raise
-        raise EngineError(
-            "E105",
-            f"{error.message} in {file}",
-            place=Place(file),
-            got=f"{error.got} ({error.place})",
-            expected=error.expected,
-            fix=(error.fix or "").replace("in the configuration", f"in {file}"),
-        ) from error
 
 
 def _unasked(mapping: MappingFile, settings: Mapping[str, Any]) -> dict[str, Decision]:

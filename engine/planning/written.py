@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 from engine.checkpoint.ranks import RankGrid
 from engine.errors import counted
 from engine.formats.headers import DTYPES, FLOATS, TORCH_NAMES
-from engine.language.expressions import compile_expression, evaluate, render_tree
+from engine.language.expressions import compile_expression, evaluate, render_tree, valued_in
 from engine.language.keys import Key, as_declared
 from engine.language.model import Expression
 from engine.language.rules import TRANSFORMS, loses
 from engine.planning.classes import CopyTable
-from engine.planning.facts import valued_in
 from engine.planning.groups import Group
 from engine.planning.model import Output, OutputFile, Tied
 from engine.planning.sides import Keys, Side

@@ -54,6 +54,8 @@ def test_a_dim_that_reads_a_later_one_is_told_to_be_moved(text: str, moved: bool
     assert facts["late"].value == 4
     assert ("move `late` up" in str(unread["early"].fix)) is moved
     assert "move `early`" not in str(unread["early"].fix)
+    lacks = text.replace("early + ", "").removesuffix(" * 2")
+    assert unread["early"].message == f"`{lacks}` has no value in config.json"
 
 
 @pytest.mark.parametrize(("known", "wrong"), [(3, ["4 from {expert} in tensor names"]), (4, []), (5, [])])
