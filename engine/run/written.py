@@ -10,12 +10,14 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from engine.checkpoint.folder import read_headers
 from engine.errors import EngineError, Place, first_of, printable
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
 from engine.formats.safetensors import INDEX, METADATA, index_json, read_safetensors_metadata
 from engine.language.layout_file import load_layout
-from engine.planning.reading import read_checkpoint
+from engine.language.model import FilePattern
+from engine.language.names import pattern
 from engine.run.digests import digest_of
 from engine.run.manifest import NAME, read_manifest
 from engine.storage.folders import listing
@@ -173,15 +175,21 @@ def _headers(folder: Store, data: Mapping[str, Any]) -> tuple[dict[str, FileHead
         and all(_inside(file) for file in problems)
         and str(next(iter(data["tensors"]))).split(":")[0] in problems
     ):
+        here = [file for file in problems if folder.has(file)]
         try:
             layout = load_layout(str(data["layout"]["name"]))
-            written = {header.name: header for header in read_checkpoint(folder, layout, needed=False).files}
-        except EngineError as error:
-            return headers, [*problems.values(), f"as files of layout {data['layout']['name']}: {error.message}"]
-        for file in [file for file in problems if file in written]:
-            headers[file] = written[file]
-            del problems[file]
+            mode = next(m for m in layout.modes if all(any(map(partial(_named, file), m.files)) for file in problems))
+            read = read_headers(folder, here, mode, layout.skip_tensors, wrappers=layout.wrappers, some=True)
+        except (EngineError, StopIteration) as error:
+            told = error.message if isinstance(error, EngineError) else "it has no files of these names"
+            return headers, [f"as files of layout {data['layout']['name']}: {told}", *problems.values()]
+        headers |= zip(here, read, strict=True)
+        problems = {file: told for file, told in problems.items() if file not in here}
     return headers, list(problems.values())
+
+
+def _named(name: str, file: FilePattern) -> bool:
+    return pattern(file.name).match(name) is not None
 
 
 def extra_files(folder: Store, known: Collection[str]) -> tuple[list[str], list[str]]:

@@ -227,6 +227,24 @@ def test_files_of_ranks_for_which_a_small_model_has_no_rows_are_the_engines_too(
     assert not (back / "__19_0.distcp").exists()
 
 
+@pytest.mark.parametrize(
+    ("mapping", "ranks", "gone"),
+    [("transformers", "dp=3", "__1_0.distcp"), ("megatron-llama", "tp=2", "mp_rank_00/model_optim_rng.pt")],
+)
+def test_where_a_file_is_missing_the_others_are_still_the_engines(
+    mapping: str, ranks: str, gone: str, made: Path, tmp_path: Path
+) -> None:
+    back = tmp_path / "back"
+    engine.reverse(mapping, made / "hf", back, ranks=ranks)
+    (back / gone).unlink()
+    told = verify(back)
+    assert told.exit_code == 1
+    assert f"{gone}: " in told.output
+    assert "1 problem in" in told.output
+    engine.reverse(mapping, made / "hf", back, ranks=ranks, overwrite=True)
+    assert verify(back).exit_code == 0
+
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "theta": {"rope_theta": 10001.0, "rope_parameters": {"rope_theta": 10001.0, "rope_type": "default"}},
     "epsilon": {"rms_norm_eps": 1e-6},
