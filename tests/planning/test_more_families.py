@@ -516,6 +516,17 @@ def test_the_scaling_of_a_release_is_not_that_of_a_model_of_other_sizes(tmp_path
         assert plan.config["rope_scaling"]["factor"] == factor
 
 
+def test_the_tokens_at_which_a_given_configuration_ends_are_its_own(tmp_path: Path) -> None:
+    """Llama 3.1 Instruct's has three, and params.json has none."""
+    config_of(model_of("meta", **TINY, **THIRD, vocab=16), tmp_path / "3.1", use_scaled_rope=True)
+    told = {"rope_factor": 8.0, "max_position_embeddings": 131072}
+    config = engine.plan("meta-llama", tmp_path / "3.1", settings=told).config
+    ends = {"bos_token_id": 3, "eos_token_id": [4, 5, 6]}
+    (tmp_path / "config.json").write_text(json.dumps({**config, **ends}))
+    plan = engine.plan("meta-llama", tmp_path / "3.1", settings=told, config=tmp_path / "config.json")
+    assert {**plan.config, **ends} == plan.config and (config["bos_token_id"], config["eos_token_id"]) == (1, 2)
+
+
 @pytest.mark.parametrize(
     ("lines", "gone"),
     [({"n_kv_heads": None, "ffn_dim_multiplier": None}, []), ({"later": {"key": [1]}}, ["multiple_of", "vocab_size"])],
