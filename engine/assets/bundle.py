@@ -40,7 +40,6 @@ from engine.language.expressions import names_in, render_tree
 from engine.language.version import __version__
 from engine.planning.as_model import class_named
 from engine.planning.model import Plan
-from engine.planning.release import family_of
 from engine.run.execute import Small
 from engine.storage.local import LocalStore
 from engine.storage.places import local_copy
@@ -246,7 +245,7 @@ def title(plan: Plan) -> str:
     """A title for the model: its release if one was chosen, else its family and size."""
     if not plan.departures:
         return plan.mapping.name
-    return f"{family_of(plan.mapping)} of {rounded(sum(output.elements for output in plan.outputs))} parameters"
+    return f"{plan.mapping.family} of {rounded(sum(output.elements for output in plan.outputs))} parameters"
 
 
 def card_facts(plan: Plan, notices: list[str]) -> dict[str, Any]:

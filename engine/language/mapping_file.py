@@ -18,7 +18,7 @@ from engine.language.declared import check_mapping, undeclared
 from engine.language.documents import Document
 from engine.language.expressions import compile_expression
 from engine.language.keys import read_keys, read_limits
-from engine.language.merging import Kept, chain_of, merged
+from engine.language.merging import Kept, chain_of, family_in, merged
 from engine.language.model import Exclusion, Expression, MappingFile, Option, Variant
 from engine.language.names import check_file_name, pattern
 from engine.language.rules import read_rule
@@ -56,7 +56,7 @@ def _built(chain: tuple[Kept, ...]) -> MappingFile:
     """The mapping of some files, cached until one of them changes."""
     document = merged(chain)
     check_schema(document, "mapping", merged=True)
-    return build_mapping(document, tuple(one.name for one in chain))
+    return replace(build_mapping(document, tuple(one.name for one in chain)), family=family_in(chain))
 
 
 def build_mapping(document: Document, files: tuple[str, ...]) -> MappingFile:

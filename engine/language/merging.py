@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import lru_cache, reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,12 @@ def merged(chain: Sequence[Kept]) -> Document:
         EngineError: E106 for entries that do not fit the parent.
     """
     return reduce(_over, map(_read, chain))
+
+
+def family_in(chain: Sequence[Kept]) -> str:
+    """The name of the family of a chain: of the last file before one that expects a release's sizes."""
+    families = [*takewhile(lambda one: "expect" not in _read(one).data, chain)] or chain
+    return families[-1].path.stem
 
 
 def _parent(chain: Sequence[Kept], named: Path | None) -> Path | None:

@@ -162,6 +162,7 @@ class MappingFile:
     remote_code: Mapping[str, Any] | None = None  # `auto_map`, if transformers lacks the target's classes
     transformers: Any = None
     also: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # other model types that are the same model
+    family: str = ""  # the nearest of its files that is of no release, without its suffix
 
 
 @dataclass(frozen=True, slots=True)

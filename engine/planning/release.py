@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from difflib import SequenceMatcher
-from pathlib import PurePath
 from typing import Any
 
 from engine.errors import EngineError, first_of, meant
@@ -83,11 +82,6 @@ def check_asked(
                 fix=f"{error.fix} `{mapping.name}` has " + ", ".join(f"{n} {v}" for n, v in taken.items()) + ".",
                 answers=variant.answers,
             ) from error
-
-
-def family_of(mapping: MappingFile) -> str:
-    """The name of the family that a release belongs to; its own when it extends none."""
-    return PurePath(mapping.files[0]).stem if len(mapping.files) > 1 else mapping.name
 
 
 def _releases_of(mapping: MappingFile, sizes: Mapping[str, int]) -> list[str]:

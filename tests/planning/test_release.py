@@ -61,6 +61,22 @@ def test_a_model_of_other_sizes_is_not_titled_after_the_release(source: Path, tm
     assert found == {key: {"got": SIZES[key], "expected": 2 * SIZES[key]}}
 
 
+@pytest.mark.parametrize(
+    ("release", "family"),
+    [
+        ("llama2-7b", "llama"),
+        ("internlm2_5-7b-chat-1m", "internlm2"),
+        ("internlm2_5-7b-chat-official", "internlm2-official"),
+        ("internlm3-8b-instruct", "internlm3"),
+        ("meta-llama-3-8b", "meta-llama"),
+    ],
+)
+def test_the_family_in_such_a_title_is_the_releases_own_and_not_the_one_that_it_is_made_of(
+    release: str, family: str
+) -> None:
+    assert load_mapping(release).family == family
+
+
 def test_the_release_itself_is_titled_after_it(source: Path, tmp_path: Path) -> None:
     report = engine.convert(release(tmp_path / "own", "famous-7b"), source, tmp_path / "out", settings=SETTINGS)
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
