@@ -189,8 +189,10 @@ def _check_alone(first: str, value: Mapping[str, Any], others: Iterable[tuple[st
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    keys = {*one, *other}.difference(_NO_MATTER)
-    return sorted(key for key in keys if one.get(key) != other.get(key))
+    """The keys that differ, first those that say something in both: an absent one may say what is the default."""
+    keys = sorted({*one, *other}.difference(_NO_MATTER))
+    differ = [key for key in keys if one.get(key) != other.get(key)]
+    return sorted(differ, key=lambda key: not one.get(key) or not other.get(key))
 
 
 def passed_over(folder: Store, layout: Layout, given: Mapping[str, Any]) -> tuple[str, ...]:

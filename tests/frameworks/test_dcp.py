@@ -480,8 +480,16 @@ def test_two_configurations_beside_the_weights_that_disagree_are_refused(tmp_pat
 
 @pytest.mark.parametrize(
     ("beside", "told"),
-    [({"rms_norm_eps": 1e-3, "torch_dtype": "float16"}, ["rms_norm_eps in config.json"]), ({}, []), (None, [])],
-    ids=["another value", "the same", "damaged"],
+    [
+        ({"rms_norm_eps": 1e-3, "torch_dtype": "float16"}, ["rms_norm_eps in config.json"]),
+        ({}, []),
+        (None, []),
+        (
+            {"rms_norm_eps": 1e-3, "chunk_size_feed_forward": 0, "is_decoder": False},
+            ["rms_norm_eps in config.json, chunk_size_feed_forward in config.json, is_decoder in config.json"],
+        ),
+    ],
+    ids=["another value", "the same", "damaged", "what both say is first"],
 )
 def test_a_given_configuration_that_the_one_beside_the_weights_contradicts_is_told(
     beside: dict[str, Any] | None, told: list[str], tmp_path: Path
