@@ -114,7 +114,7 @@ def _split(lines: list[str], pairs: list[Any], column: int) -> tuple[list[str], 
         end = starts[index + 1] if index + 1 < len(pairs) else len(lines)
         last = _last_line(value)
         body = lines[line:end]
-        while len(body) > last - line + 1 and not body[-1]:
+        while not body[-1]:  # also those that end a `|` or `>`: a text that keeps them is left as it is
             body.pop()
         spaced = starts[index] > 0 and not lines[starts[index] - 1] and index > 0
         blocks.append(_Block(str(key.value), lines[starts[index] : line], body, spaced, last > line))

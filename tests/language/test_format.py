@@ -82,6 +82,8 @@ def test_a_key_of_one_line_stays_beside_the_next_though_a_comment_follows_it() -
         'name: "a\n  b "\nmapping: 1\n',
         "description: >-\n  one\n\n  two\n# end\nmapping: 1\n# last\n",
         "a: {}\n\n\n\nmapping: 1\n\n\n",
+        "mapping: 1\n\ndescription: >-\n  one\n\nextends: a\n",
+        "mapping: 1\n\ndescription: |+\n  one\n\nextends: a\n",
     ],
 )
 def test_unusual_spellings_keep_data_and_comments(text: str) -> None:
