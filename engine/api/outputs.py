@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from engine.assets.bundle import make_assets
+from engine.checkpoint.manifests import NAME
 from engine.errors import EngineError
 from engine.formats.configs import encode_config
 from engine.language.layout_file import load_layout
@@ -15,7 +16,6 @@ from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.planning.saved_plan import SavedPlan, check_tokenizer
 from engine.run.execute import Small
-from engine.run.manifest import NAME
 from engine.storage.objects import ObjectStore
 from engine.storage.output import clean as remove
 from engine.storage.output import leftovers

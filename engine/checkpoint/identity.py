@@ -217,7 +217,7 @@ def _numbered(tensor: TensorHeader) -> str:
 
 def begins(header: FileHeader, tensor: TensorHeader) -> bytes:
     """The first bytes of a tensor; tensors that differ nearly always differ there."""
-    return next(_blocks(header, tensor, _SAMPLE), b"")
+    return next(blocks(header, tensor, _SAMPLE), b"")
 
 
 def _tensor(claim: Claim, name: str) -> TensorHeader:
@@ -231,11 +231,11 @@ def _equal(one: Claim, other: Claim, name: str) -> bool:
 def _same(file: FileHeader, tensor: TensorHeader, twin: FileHeader, other: TensorHeader) -> bool:
     """Whether two tensors hold the same bytes; only known if both have the same strides."""
     return tensor.strides == other.strides and all(
-        x == y for x, y in zip(_blocks(file, tensor, _BLOCK), _blocks(twin, other, _BLOCK), strict=False)
+        x == y for x, y in zip(blocks(file, tensor), blocks(twin, other), strict=False)
     )
 
 
-def _blocks(header: FileHeader, tensor: TensorHeader, size: int) -> Iterator[bytes]:
+def blocks(header: FileHeader, tensor: TensorHeader, size: int = _BLOCK) -> Iterator[bytes]:
     """The bytes from a tensor's first element to its last, including those of others in between."""
     if not prod(tensor.shape):
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engine.checkpoint.hf_folder import read_hf_folder
+from engine.checkpoint.manifests import NAME, read_manifest
 from engine.comparing.effects import worded
 from engine.errors import EngineError
 from engine.formats.headers import TensorHeader
@@ -16,7 +17,7 @@ from engine.move.values import all_finite
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.looks import Look, listed, suspicious
-from engine.run.manifest import NAME, making, read_manifest
+from engine.run.manifest import making
 from engine.run.written import check_index, extra_files, read_contents
 from engine.storage.json_text import as_data
 from engine.storage.places import on_this_machine

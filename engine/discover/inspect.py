@@ -12,6 +12,7 @@ from engine.assets.ready import is_ready, ready_beside
 from engine.checkpoint.folder import list_folder
 from engine.checkpoint.grid import NoWeights
 from engine.checkpoint.hf_folder import BESIDE, WEIGHTS, is_whole, read_hf_config, read_hf_folder
+from engine.checkpoint.manifests import read_manifest
 from engine.discover.fits import Fit, find_fits
 from engine.discover.steps import HUGGING_FACE, MOST_STEPS, find_steps, one_of, read_any
 from engine.errors import EngineError, Lines, Place
@@ -24,7 +25,6 @@ from engine.language.search import layout_names, list_names, spelled
 from engine.planning.as_model import class_named
 from engine.planning.attempts import Checkpoint
 from engine.planning.stored import strip
-from engine.run.manifest import read_manifest
 from engine.storage.places import store_at
 from engine.storage.store import Store
 

@@ -11,6 +11,7 @@ from engine.checkpoint.folder import list_folder, no_configuration, passed_over,
 from engine.checkpoint.grid import check_ranks, check_refused, either_in, folders_in, read_grid
 from engine.checkpoint.identity import check_alike, check_identities, claim_of, said_rank, told_by
 from engine.checkpoint.joined import joined_in
+from engine.checkpoint.manifests import check_written
 from engine.checkpoint.order import check_order
 from engine.formats.configs import read_config, read_json
 from engine.formats.headers import FileHeader
@@ -93,6 +94,7 @@ def read_checkpoint(
     said = [said_rank(h, f.pattern, layout) for f, h in files]
     said = said if len(set(said)) > 1 else [None] * len(files)
     check_identities([claim_of(h, f.pattern, f.ranks, layout, own) for (f, h), own in zip(files, said, strict=True)])
+    check_written(folder, headers)
     buffers = grid.mode.format == "torch"
     renamed = check_order(headers, buffers=buffers)
     joined = joined_in(headers, layout.joined) if buffers else {}

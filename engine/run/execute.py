@@ -86,9 +86,10 @@ def execute(
         started: when the command started, for the report.
         parts: the digest of work that parts have done: their weights are used.
     """
+    from engine.checkpoint.manifests import NAME
     from engine.run.journal import identity_of
     from engine.run.looks import suspicious
-    from engine.run.manifest import NAME, encode_manifest, making, manifest, tensor_key
+    from engine.run.manifest import encode_manifest, making, manifest, tensor_key
     from engine.run.parts import MARKER, WHOLE, read_markers, write_marker
     from engine.run.runner import check_runnable, side_by_side, take_parts, write_weights
     from engine.run.source import changed_configuration, check_source
@@ -160,7 +161,7 @@ def output_at(
         work: a digest of everything that determines the bytes of the output.
         read: the files of the source, which a folder that is replaced must not hold.
     """
-    from engine.run.manifest import NAME
+    from engine.checkpoint.manifests import NAME
     from engine.run.parts import MARKER
     from engine.run.written import Ours
     from engine.storage.output import OutputFolder
@@ -179,8 +180,8 @@ def output_at(
 
 def check_names(compiled: Plan, small: Iterable[str]) -> None:
     """E502 when two files of the output would have the same name."""
+    from engine.checkpoint.manifests import NAME
     from engine.run.journal import NAME as JOURNAL
-    from engine.run.manifest import NAME
 
     names = [*(file.name for file in compiled.shards), *small, NAME, JOURNAL]
     twice = next((name for name in names if names.count(name) > 1), None)

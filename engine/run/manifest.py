@@ -10,22 +10,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from engine.checkpoint.folder import list_folder
-from engine.errors import EngineError, Place, first_of
+from engine.checkpoint.manifests import VERSION
 from engine.formats.safetensors import INDEX, index_json
 from engine.language.documents import plain
-from engine.language.validation import first_violation
 from engine.language.version import __version__
 from engine.planning.model import Plan
 from engine.run.digests import ALGORITHM, content_id
 from engine.run.journal import Done
 from engine.run.schedule import layout_of
-from engine.storage.json_text import parse_json
-from engine.storage.store import Store
-
-NAME = "conversion.json"
-VERSION = 1
-_MOST = 1 << 30  # bytes of a manifest
 
 
 def manifest(
@@ -137,34 +129,3 @@ def encode_manifest(data: Mapping[str, Any]) -> bytes:
             text += f"{',' if number else '{'}\n  {encode(key)}: {encode(value)}".encode()
         text += b"\n }"
     return bytes(text + b"\n}\n")
-
-
-def read_manifest(folder: Store) -> dict[str, Any]:
-    """The manifest of an output, checked against its schema; E304 when there is none, E301 when it is not valid."""
-    place = folder.place(NAME)
-    if not folder.has(NAME):
-        raise EngineError(
-            "E304",
-            f"there is no `{NAME}`",
-            place=Place(folder.place()),
-            got=first_of(list_folder(folder), 6) or "an empty folder",  # refused if there is no folder
-            expected="an output of this engine",
-            fix="Only the output of `engine run`, `reverse` or `reshard` can be verified.",
-        )
-    with folder.open(NAME) as file:
-        raw = file.read(min(_MOST, file.state.size))  # as much memory is taken at once
-    try:
-        data: dict[str, Any] = parse_json(raw, own=True)
-        wrong = first_violation(data, "conversion")
-    except ValueError as error:
-        wrong = str(error)
-    if wrong is not None:
-        raise EngineError(
-            "E301",
-            f"`{NAME}` cannot be read",
-            place=Place(place),
-            got=wrong[:200],
-            expected=f"a manifest of version {VERSION}",
-            fix="Convert again.",
-        )
-    return data

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from engine.checkpoint.manifests import NAME, read_manifest
 from engine.errors import EngineError, Place, first_of
 from engine.formats.checksums import check_files
 from engine.planning.model import Plan
-from engine.run.manifest import NAME, read_manifest
 from engine.run.meter import Meter, Progress
 from engine.run.written import read_contents
 from engine.storage.store import Store

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from engine.checkpoint.folder import read_headers
+from engine.checkpoint.manifests import NAME, read_manifest
 from engine.errors import EngineError, Place, first_of, printable
 from engine.formats.headers import ITEM_SIZES, FileHeader, TensorHeader
 from engine.formats.rank_files import read_rank_file
@@ -19,7 +20,6 @@ from engine.language.layout_file import load_layout
 from engine.language.model import FilePattern
 from engine.language.names import pattern
 from engine.run.digests import digest_of
-from engine.run.manifest import NAME, read_manifest
 from engine.storage.folders import listing
 from engine.storage.json_text import parse_json
 from engine.storage.sources import SourceFiles

@@ -14,12 +14,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from engine.checkpoint.manifests import NAME
 from engine.move.values import check_transform
 from engine.planning.model import OutputFile, Plan, Work
 from engine.run.digests import content_id
 from engine.run.execute import Small, check_names
 from engine.run.journal import Done, identity_of
-from engine.run.manifest import NAME, encode_manifest, index_file, manifest, tensor_key
+from engine.run.manifest import encode_manifest, index_file, manifest, tensor_key
 from engine.run.schedule import layout_of
 from engine.serve.readers import Readers, Reading
 from engine.storage.virtual import Stretch, VirtualFile, VirtualStore, copied

@@ -267,6 +267,38 @@ def test_of_rank_files_that_the_engine_wrote_the_text_of_training_may_be_changed
     assert not any("was changed" in one for one in other.notices)
 
 
+RANKS = ("mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt")
+BOXES = ("__0_0.distcp", "__1_0.distcp")
+
+
+@pytest.mark.parametrize(
+    ("mapping", "ranks", "mode", "pair"),
+    [
+        ("megatron-llama", "tp=2", "torch", RANKS),
+        ("megatron-llama", "dp=2", "torch_dist", BOXES),
+        ("torchtitan-llama", "dp=2", None, BOXES),
+    ],
+)
+def test_exchanged_rank_files_of_the_engine_are_refused_though_they_do_not_say_their_ranks(
+    mapping: str, ranks: str, mode: str | None, pair: tuple[str, str], tmp_path: Path
+) -> None:
+    hf, made, model = tmp_path / "hf", tmp_path / "made", Model("v2", layers=2, groups=2, bias=False)
+    save(model, tmp_path / "step")
+    engine.convert(model.mapping, tmp_path / "step", hf, settings=LETTERS)
+    engine.reverse(mapping, hf, made, ranks=ranks, mode=mode)
+    contents = [(made / name).read_bytes() for name in pair]
+    for name, content in zip(pair, reversed(contents), strict=True):
+        (made / name).write_bytes(content)
+    with pytest.raises(EngineError, match=f"`{pair[0]}` was written as `{pair[1]}`") as refused:
+        engine.plan(mapping, made, config=hf / "config.json")
+    assert refused.value.code == "E306"
+    if mode is None:  # files of a later save, which put the boxes elsewhere
+        text = (made / ".metadata").read_bytes()
+        (made / ".metadata").write_bytes(re.sub(rb"__[01](?=_0\.distcp)", lambda m: b"__%d" % (m[0] == b"__0"), text))
+        engine.convert(mapping, made, tmp_path / "again", config=hf / "config.json")
+        assert (tmp_path / "again" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+
+
 def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
     path = source / "model_tp1_pp0.pt"
     raw = path.read_bytes()
