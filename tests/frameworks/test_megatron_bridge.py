@@ -54,6 +54,7 @@ def test_what_the_run_says_is_not_asked_for(tmp_path: Path) -> None:
         ({"layernorm_epsilon": 1e-6}, None, "epsilon"), ({"rotary_base": 500000}, None, "rotary base"),
         ({"rope_scaling": True}, None, "scaling of angles"), ({"num_attention_heads": 4}, None, "heads"),
         ({"num_query_groups": 8}, None, "heads"), ({"kv_channels": 16}, None, "heads"),
+        ({"num_layers": 6}, None, "layers"), ({"hidden_size": 128}, None, "width"),
         ({"layernorm_zero_centered_gamma": True, "transformer_impl": "local"}, None, "norms"),
         ({}, "model: [", "rotary pairs"), ({}, "- model", "rotary pairs"), ({}, "[" * 100_000, "rotary pairs"),
         ({}, "a: &a [x]\nb: &b [*a, *a]\nc: !!python/object:os.system {}", "rotary pairs"),
@@ -99,7 +100,8 @@ def test_what_every_run_says_is_no_other_model(tmp_path: Path) -> None:
         "moe_router_topk": 2, "rope_scaling_factor": 8.0, "softmax_type": "vanilla", "no_rope_freq": None,
         "glu_linear_offset": 0.0, "mtp_num_layers": None, "num_moe_experts": None, "generation_config": None,
         "moe_router_pre_softmax": False, "moe_router_score_function": "softmax", "moe_router_group_topk": None,
-        "moe_router_load_balancing_type": "aux_loss", "moe_expert_capacity_factor": None, "is_hybrid_model": False,
+        "moe_router_load_balancing_type": "aux_loss", "moe_expert_capacity_factor": None, "num_layers": 4,
+        "is_hybrid_model": False,
     }  # fmt: skip
     convert(NAME, tmp_path / "out", saved(tmp_path / "step", **said))
 
