@@ -223,12 +223,17 @@ def with_given(
             fix="Give the configuration of this model, or correct that key in it"
             + "".join(
                 f", or where the checkpoint does not say it, with {told}"
-                for told in _settings(written.get(path), other, mapping)
+                for told in _settings(written.get(path), other, mapping) or _unsaid(key)
             )
             + ".",
         )
     kept = {name: value for name, value in given.items() if name not in left_out or value is None}
     return as_declared(merged(_without_nulls(kept, read.side.keys), config), read.side.keys)
+
+
+def _unsaid(key: Key | None) -> list[str]:
+    """What says a key that training files do not hold, such as a token, where no option does."""
+    return ["`config` of a mapping of your own"] if key is not None and key.ignored is not None else []
 
 
 def with_parts(config: Mapping[str, Any], mapping: MappingFile, layout: Layout) -> dict[str, Any]:

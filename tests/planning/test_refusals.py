@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import re
@@ -442,6 +443,18 @@ def test_a_configuration_without_items_is_refused(source: Path) -> None:
     """A Config class that keeps its content in attributes reads as empty; defaults must not stand in for it."""
     torch.save({}, source / "model_config.pt")
     refuse(source, "E303", "model_config.pt", "empty")
+
+
+@pytest.mark.parametrize(
+    ("key", "fix"), [("eos_token_id", "`config` of a mapping of your own"), ("hidden_size", "key in it.")]
+)
+def test_a_given_key_that_training_files_do_not_hold_is_told_with_where_it_belongs(
+    key: str, fix: str, source: Path
+) -> None:
+    settings = {"mlp_letters": "w2_is_down"}
+    config = engine.plan(V1.mapping, source, settings=settings).config
+    (source.parent / "config.json").write_text(json.dumps({**config, key: 7}))
+    refuse(source, "E218", key, fix, config=source.parent / "config.json")
 
 
 def test_a_file_outside_the_grid_is_named(tmp_path: Path) -> None:
