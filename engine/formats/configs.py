@@ -88,7 +88,10 @@ def read_python_source(file: File) -> dict[str, Any]:
 
 
 def read_yaml(file: File) -> dict[str, Any]:
-    """A training configuration in YAML, as PyYAML's `safe_dump` writes it; empty if it cannot be read, as above."""
+    """A training configuration in YAML, as PyYAML's `safe_dump` writes it; a tag makes nothing of a value.
+
+    E301 for a file that cannot be read as keys and values: what it says may decide what the tensors are.
+    """
     import yaml
 
     class Shallow(yaml.SafeLoader):  # in Python: libyaml crashes on deep nesting
@@ -98,14 +101,24 @@ def read_yaml(file: File) -> dict[str, Any]:
                 raise RecursionError
             super().fetch_flow_collection_start(token)
 
+        def untagged(self, _: str, node: yaml.Node) -> Any:
+            if isinstance(node, yaml.MappingNode):
+                return self.construct_mapping(node, deep=True)
+            return self.construct_sequence(node, deep=True) if isinstance(node, yaml.SequenceNode) else node.value
+
+    Shallow.add_multi_constructor("", Shallow.untagged)
     with file.open() as opened:
         raw = opened.read(_MOST_YAML + 1)
+    if len(raw) > _MOST_YAML:
+        raise damaged(file.name, f"more than {_MOST_YAML} bytes in place of a configuration")
     try:
-        value = yaml.load(raw, Shallow) if len(raw) <= _MOST_YAML else None
-        found = plain(value, file.name)
-    except (yaml.YAMLError, EngineError, ValueError, OverflowError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        found = plain(yaml.load(raw, Shallow), file.name)
+    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
+        why = getattr(error, "problem", None) or str(error) or "nested too deeply"
+        raise damaged(file.name, f"text that is not YAML: {why[:100]}") from None
+    if not isinstance(found, dict):
+        raise damaged(file.name, f"{'nothing' if found is None else type(found).__name__} in place of keys and values")
+    return found
 
 
 @lru_cache(maxsize=4)  # a run reads a configuration again, to check that it is unchanged

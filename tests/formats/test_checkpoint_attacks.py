@@ -335,9 +335,17 @@ def test_a_number_too_large_to_be_shown_is_not_told_by_a_training_config() -> No
     }  # fmt: skip
 
 
-def test_a_training_config_in_yaml_with_a_number_too_large_to_be_shown_tells_nothing(tmp_path: Path) -> None:
+def test_a_training_config_in_yaml_with_a_number_too_large_to_be_shown_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(f"k: 1\nn: 0x{'f' * 4000}\n")
-    assert read_config(local_file(tmp_path / "config.yaml"), "yaml") == {}
+    with pytest.raises(EngineError, match="E301"):
+        read_config(local_file(tmp_path / "config.yaml"), "yaml")
+
+
+def test_a_tag_in_a_training_config_in_yaml_makes_nothing_of_its_values(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(
+        "a: !!python/object/apply:os.getcwd []\nb: !x {c: !y 1}\nd: !!python/tuple [2]\n"
+    )
+    assert read_config(local_file(tmp_path / "config.yaml"), "yaml") == {"a": [], "b": {"c": "1"}, "d": [2]}
 
 
 @pytest.mark.parametrize("letter", ["#", "\u00e9"])

@@ -56,8 +56,7 @@ def test_what_the_run_says_is_not_asked_for(tmp_path: Path) -> None:
         ({"num_query_groups": 8}, None, "heads"), ({"kv_channels": 16}, None, "heads"),
         ({"num_layers": 6}, None, "layers"), ({"hidden_size": 128}, None, "width"),
         ({"layernorm_zero_centered_gamma": True, "transformer_impl": "local"}, None, "norms"),
-        ({}, "model: [", "rotary pairs"), ({}, "- model", "rotary pairs"), ({}, "[" * 100_000, "rotary pairs"),
-        ({}, "a: &a [x]\nb: &b [*a, *a]\nc: !!python/object:os.system {}", "rotary pairs"),
+        ({}, "also: &a [x]\nmodel: !!python/object:os.system {rotary_base: 10000}", "rotary pairs"),
     ],
 )  # fmt: skip
 def test_what_the_run_says_otherwise_or_does_not_say_is_asked_for(
@@ -67,6 +66,14 @@ def test_what_the_run_says_otherwise_or_does_not_say_is_asked_for(
     with pytest.raises(EngineError, match=asks) as caught:
         convert(NAME, tmp_path / "out", source)
     assert caught.value.code == "E202" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["model: [", "- model", "", "[" * 100_000, "a: &a [*a]", "\0", "model: {}\nrotary_b"])
+def test_what_the_run_says_is_not_passed_over_where_it_cannot_be_read(text: str, tmp_path: Path) -> None:
+    """It may say that norms are stored minus one."""
+    source = saved(tmp_path / "step", less_one=True, text=text)
+    with pytest.raises(EngineError, match=r"(?s)E301.*run_config\.yaml"):
+        convert(NAME, tmp_path / "out", source, settings={"rotary": "halves"})
 
 
 @sampled(2, "told")
