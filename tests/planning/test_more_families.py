@@ -516,6 +516,33 @@ def test_the_scaling_of_a_release_is_not_that_of_a_model_of_other_sizes(tmp_path
         assert plan.config["rope_scaling"]["factor"] == factor
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_a_given_configuration_ties_is_left_out_if_it_is_the_embedding(tied: bool, tmp_path: Path) -> None:
+    """Llama 3.2's is, and Meta's files hold it too."""
+    model, source = model_of("meta", **TINY | {"groups": 2}, vocab=16), tmp_path / "step"
+    save_family(model, source)
+    for path in source.glob("*.pth") if tied else ():
+        state = torch.load(path)
+        state["output.weight"] = state["tok_embeddings.weight"].clone()
+        torch.save(state, path)
+    config = engine.plan("meta-llama", source).config
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    if not tied:
+        with pytest.raises(EngineError, match=r"E402.*lm_head"):
+            engine.convert("meta-llama", source, tmp_path / "out", config=tmp_path / "config.json")
+        return
+    engine.convert("meta-llama", source, tmp_path / "out", config=tmp_path / "config.json")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert (
+        "lm_head.weight" not in held
+        and json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    )
+    engine.reverse("meta-llama", tmp_path / "out", tmp_path / "back")
+    (path,) = source.glob("*.pth")
+    known, back = torch.load(path), torch.load(tmp_path / "back" / path.name)
+    assert back and all(torch.equal(one, known[name]) for name, one in back.items()) and "output.weight" in back
+
+
 def test_the_tokens_at_which_a_given_configuration_ends_are_its_own(tmp_path: Path) -> None:
     """Llama 3.1 Instruct's has three, and params.json has none."""
     config_of(model_of("meta", **TINY, **THIRD, vocab=16), tmp_path / "3.1", use_scaled_rope=True)
