@@ -64,9 +64,21 @@ EQUAL = (
         "a vocabulary that was padded for other ranks is not among what is tried; a test of the family tries it",
     ),
     (
+        r"megatron-llama",
+        r"provider",
+        r"(not \(|number or )use_rope_scaling( \| default\(true\))?(\) or| and)",
+        "`use_rope_scaling` is there wherever the configuration is computed from the given one",
+    ),
+    (
         r"megatron-.*",
         r"rotary",
         r"training\.model\.rotary_interleaved",
+        "what Megatron-Bridge saves of a run is not among what is tried; a test of the family tries it",
+    ),
+    (
+        r"megatron-llama",
+        r"provider",
+        r"training\.model\.",
         "what Megatron-Bridge saves of a run is not among what is tried; a test of the family tries it",
     ),
     (
@@ -202,7 +214,7 @@ EQUAL = (
     (
         r"megatron-.*",
         r"norms",
-        r"^fused: not \(apply_layernorm_1p \| default\(add_rmsnorm_offset ",
+        r"^fused: not \(apply_layernorm_1p \| default\((?!training\.)[\w.]+ \| ",
         "what Megatron-Bridge saves has neither numbered layers nor arguments, so it is never `fused`",
     ),
     (
