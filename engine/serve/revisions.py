@@ -75,9 +75,9 @@ class Revisions:
         self._steps = False
         try:
             self._open(self._revision(*self._all()[0]))
-        except (EngineError, OSError):
-            self._steps = True
-            if not self._all():
+        except (EngineError, OSError) as error:
+            self._steps = not isinstance(error, EngineError) or error.code == "E304"  # else it is a checkpoint
+            if not self._steps or not self._all():
                 make(src)  # raises what is wrong
                 raise
         self._told = told

@@ -130,11 +130,11 @@ def test_a_commit_is_another_when_the_tokenizer_that_was_given_is(
 def test_a_step_that_could_not_be_read_for_a_moment_is_served_soon_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, failing = [100.0], {tmp_path.name, "200"}
+    now, failing = [100.0], {tmp_path.name: "E304", "200": "E305"}
 
     def make(store: Store) -> Any:
-        if store.place().rpartition("/")[2] in failing:
-            raise EngineError("E305", "a file cannot be read")
+        if code := failing.get(store.place().rpartition("/")[2]):
+            raise EngineError(code, "a file cannot be read")
         return FOLDER
 
     monkeypatch.setattr(revisions, "monotonic", lambda: now[0])
@@ -146,6 +146,19 @@ def test_a_step_that_could_not_be_read_for_a_moment_is_served_soon_after(
     assert found.find("main")[0].name == "100"  # planning may take long, so a refusal is kept for a moment
     now[0] += 6
     assert found.find("main")[0].name == "200"
+
+
+def test_a_checkpoint_that_is_refused_is_not_taken_for_a_run_though_folders_of_its_ranks_have_numbers(
+    tmp_path: Path,
+) -> None:
+    """As Megatron's have: users were told that `mp_rank_01` holds no weights."""
+
+    def make(store: Store) -> Any:
+        raise EngineError("E306", "files were exchanged")
+
+    (tmp_path / "mp_rank_01").mkdir()
+    with pytest.raises(EngineError, match="E306 files were exchanged"):
+        revisions.Revisions(store_at(tmp_path, "the step"), make, lambda: "")
 
 
 def test_plans_of_the_steps_that_were_asked_for_last_are_kept_and_a_step_is_reported_once(tmp_path: Path) -> None:
