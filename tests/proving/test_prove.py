@@ -243,12 +243,13 @@ def test_a_bias_that_a_model_has_is_told_with_the_rule_that_writes_it_for_others
 
 
 def test_a_head_that_is_tied_in_every_model_is_none_too_many(broken: Callable[..., Proof]) -> None:
-    head = "    target: lm_head.weight\n"
     proof = broken(
         "meta-llama",
-        (head, f"{head}    tied_to: model.embed_tokens.weight\n"),
-        ("tie_word_embeddings: {type: boolean, only: [false]", "tie_word_embeddings: {type: boolean, only: [true]"),
-        ("  tie_word_embeddings: false", "  tie_word_embeddings: true"),
+        (
+            "tie_word_embeddings: {type: boolean, default: false}",
+            "tie_word_embeddings: {type: boolean, only: [true], why: it is}",
+        ),
+        ('  tie_word_embeddings: "{{ given.tie_word_embeddings | default(false) }}"', "  tie_word_embeddings: true"),
     )
     assert {check.name: check.holds for check in proof.checks}["model"], told(proof)
 
@@ -526,7 +527,7 @@ def test_what_an_edit_comes_to_is_told_beside_what_is_committed(edited: Callable
     assert f"{cut}, `ffn hidden`, split hidden; the committed" in meant("meta-llama", turned)
     halves = ("(groups queries half pair)", "(groups queries pair half)")
     assert "self_attn.q_proj.weight is laid out differently: " in meant("meta-llama", halves)
-    begins = ("128000 if vocab >= 128256 else 1 }}", "128000 if vocab >= 128256 else 2 }}")
+    begins = ("128000 if vocab >= 128256 else 1) }}", "128000 if vocab >= 128256 else 2) }}")
     said = "config.json bos_token_id: 2; the committed meaning says 1"
     assert said in meant("meta-llama", begins)
     assert meant("meta-llama") == ""
