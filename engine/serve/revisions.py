@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
 
+from engine.checkpoint.grid import NoWeights
 from engine.discover.steps import folders_of
 from engine.errors import EngineError, Place
 from engine.serve.readers import Once
@@ -76,7 +77,7 @@ class Revisions:
         try:
             self._open(self._revision(*self._all()[0]))
         except (EngineError, OSError) as error:
-            self._steps = not isinstance(error, EngineError) or error.code == "E304"  # else it is a checkpoint
+            self._steps = isinstance(error, OSError | NoWeights)  # else it is a checkpoint, and this is what is wrong
             if not self._steps or not self._all():
                 make(src)  # raises what is wrong
                 raise

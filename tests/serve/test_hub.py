@@ -15,6 +15,7 @@ import pytest
 import engine
 from engine import api
 from engine.api import serving
+from engine.checkpoint.grid import NoWeights
 from engine.errors import EngineError
 from engine.run.execute import Small
 from engine.serve import revisions
@@ -130,11 +131,14 @@ def test_a_commit_is_another_when_the_tokenizer_that_was_given_is(
 def test_a_step_that_could_not_be_read_for_a_moment_is_served_soon_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now, failing = [100.0], {tmp_path.name: "E304", "200": "E305"}
+    now, failing = [100.0], {"200"}
 
     def make(store: Store) -> Any:
-        if code := failing.get(store.place().rpartition("/")[2]):
-            raise EngineError(code, "a file cannot be read")
+        name = store.place().rpartition("/")[2]
+        if name == tmp_path.name:
+            raise NoWeights("E304", "no checkpoint")
+        if name in failing:
+            raise EngineError("E305", "a file cannot be read")
         return FOLDER
 
     monkeypatch.setattr(revisions, "monotonic", lambda: now[0])
@@ -154,10 +158,10 @@ def test_a_checkpoint_that_is_refused_is_not_taken_for_a_run_though_folders_of_i
     """As Megatron's have: users were told that `mp_rank_01` holds no weights."""
 
     def make(store: Store) -> Any:
-        raise EngineError("E306", "files were exchanged")
+        raise EngineError("E304", "the training configuration is missing")
 
     (tmp_path / "mp_rank_01").mkdir()
-    with pytest.raises(EngineError, match="E306 files were exchanged"):
+    with pytest.raises(EngineError, match="the training configuration is missing"):
         revisions.Revisions(store_at(tmp_path, "the step"), make, lambda: "")
 
 
@@ -168,7 +172,7 @@ def test_plans_of_the_steps_that_were_asked_for_last_are_kept_and_a_step_is_repo
     def make(store: Store) -> Any:
         made.append(store.place().rpartition("/")[2])
         if made == [tmp_path.name]:
-            raise EngineError("E304", "no checkpoint")
+            raise NoWeights("E304", "no checkpoint")
         return FOLDER
 
     for step in range(9):
