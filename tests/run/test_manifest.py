@@ -299,6 +299,16 @@ def test_exchanged_rank_files_of_the_engine_are_refused_though_they_do_not_say_t
         assert (tmp_path / "again" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["../other", "huge"])
+def test_a_manifest_makes_nobody_read_another_folder_or_a_huge_file(name: str, source: Path) -> None:
+    engine.convert(MODEL.mapping, source, source.parent / "hf", settings=LETTERS)
+    data = read(source.parent / "hf") | {"files": {name: "0" * 64}}
+    (source / "conversion.json").write_text(json.dumps(data))
+    with (source / name).open("wb") as file:
+        file.truncate(1 << 36)
+    engine.plan(MODEL.mapping, source, settings=LETTERS)  # reading it takes a minute
+
+
 def test_a_flipped_bit_is_found_in_every_member_of_a_file(source: Path) -> None:
     path = source / "model_tp1_pp0.pt"
     raw = path.read_bytes()
