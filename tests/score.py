@@ -163,6 +163,12 @@ EQUAL = (
         "scaled angles are several keys together, or are asked about; a test of the family tries them",
     ),
     (
+        r"internevo-.*",
+        r"config\.pad_token_id",
+        r"^`\{\{ [\w.]+ if given\.pad_token_id is number and given\.pad_token_id < \w+ else ",
+        "a padding id that a given configuration has is not among what is tried; tests of the families try it",
+    ),
+    (
         r"meta-llama",
         r"theta",
         r"or \(vocab_size\) < 0 ",

@@ -122,6 +122,14 @@ def test_a_gemma_comes_back_bit_for_bit(gate: Any, rotary: str, biases: bool, tm
     }
 
 
+def test_tokens_that_no_training_file_holds_are_those_of_a_given_configuration(tmp_path: Path) -> None:
+    source = save(tmp_path / "step", tensors(False))
+    told = {"bos_token_id": 11, "eos_token_id": [13, 14], "pad_token_id": 3}
+    (tmp_path / "config.json").write_text(json.dumps(engine.plan(NAME, source).config | told))
+    found = engine.plan(NAME, source, config=tmp_path / "config.json").config
+    assert {key: found[key] for key in told} == told
+
+
 @pytest.mark.parametrize("said", [{"add_unit_offset": None}, {"add_unit_offset": False}, {"use_glu": False}])
 def test_another_kind_of_gemma_is_refused(said: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="cannot be expressed") as caught:

@@ -276,13 +276,15 @@ def test_a_normalised_head_of_baichuan2_is_computed_also_beside_qk_interleaved(t
     torch.testing.assert_close(load_file(tmp_path / "hf" / WEIGHTS)["lm_head.weight"], wanted)
 
 
-def test_tokens_that_no_training_file_holds_are_those_of_a_given_configuration(tmp_path: Path) -> None:
+@sampled(4)
+@pytest.mark.parametrize("fixture", [one for one in MODELS if one != "baichuan2_isp_wp2"])
+def test_tokens_that_no_training_file_holds_are_those_of_a_given_configuration(fixture: str, tmp_path: Path) -> None:
     """They were dropped, so that generation did not end."""
-    source = GENUINE / "qwen2_tp2"
-    config = engine.plan(MODELS["qwen2_tp2"], source).config
+    source = GENUINE / fixture
+    config = engine.plan(MODELS[fixture], source).config
     assert (config["bos_token_id"], config["eos_token_id"]) == (None, None)
     every = {"bos_token_id": 11, "eos_token_id": [13, 14], "pad_token_id": 3}
     for told, kept in ((every, True), ({"pad_token_id": 64}, False)):  # the last is beyond the vocabulary
         (tmp_path / "config.json").write_text(json.dumps({**config, **told}))
-        found = engine.plan(MODELS["qwen2_tp2"], source, config=tmp_path / "config.json").config
+        found = engine.plan(MODELS[fixture], source, config=tmp_path / "config.json").config
         assert ({**found, **told} == found) == kept
