@@ -113,9 +113,11 @@ def read_yaml(file: File) -> dict[str, Any]:
         raise damaged(file.name, f"more than {_MOST_YAML} bytes in place of a configuration")
     try:
         found = plain(yaml.load(raw, Shallow), file.name)
-    except (yaml.YAMLError, ValueError, OverflowError, RecursionError, TypeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         why = getattr(error, "problem", None) or str(error) or "nested too deeply"
         raise damaged(file.name, f"text that is not YAML: {why[:100]}") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError):  # PyYAML stumbles over `!!bool maybe`
+        raise damaged(file.name, "a value that is too large, or is not what its tag says") from None
     if not isinstance(found, dict):
         raise damaged(file.name, f"{'nothing' if found is None else type(found).__name__} in place of keys and values")
     return found

@@ -68,7 +68,8 @@ def test_what_the_run_says_otherwise_or_does_not_say_is_asked_for(
     assert caught.value.code == "E202" and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("text", ["model: [", "- model", "", "[" * 100_000, "a: &a [*a]", "\0", "model: {}\nrotary_b"])
+@pytest.mark.parametrize("text", ["model: [", "- model", "", "[" * 100_000, "a: &a [*a]", "\0", "model: {}\nrotary_b",
+                                  "a: !!bool maybe", 'a: !!int ""', "a: !!timestamp soon"])  # fmt: skip
 def test_what_the_run_says_is_not_passed_over_where_it_cannot_be_read(text: str, tmp_path: Path) -> None:
     """It may say that norms are stored minus one."""
     source = saved(tmp_path / "step", less_one=True, text=text)
