@@ -64,6 +64,9 @@ def check_written(folder: Store, headers: Sequence[FileHeader]) -> None:
 
     One tensor of each file is read: the smallest of those that are different in every file. If a program wrote to the
     folder since, as its small files tell, nothing is compared.
+
+    Args:
+        headers: the files that do not say themselves which rank they are.
     """
     if len(headers) < 2 or not folder.has(NAME):
         return

@@ -93,8 +93,9 @@ def read_checkpoint(
     files = list(zip(grid.files, headers, strict=True))
     said = [said_rank(h, f.pattern, layout) for f, h in files]
     said = said if len(set(said)) > 1 else [None] * len(files)
-    check_identities([claim_of(h, f.pattern, f.ranks, layout, own) for (f, h), own in zip(files, said, strict=True)])
-    check_written(folder, headers)
+    claims = [claim_of(h, f.pattern, f.ranks, layout, own) for (f, h), own in zip(files, said, strict=True)]
+    check_identities(claims)
+    check_written(folder, [claim.header for claim in claims if claim.saved_as is None])
     buffers = grid.mode.format == "torch"
     renamed = check_order(headers, buffers=buffers)
     joined = joined_in(headers, layout.joined) if buffers else {}

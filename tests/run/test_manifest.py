@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import engine
+from engine.checkpoint import manifests
 from engine.commands.main import cli
 from engine.errors import EngineError
 from engine.formats.checksums import check_files
@@ -297,6 +298,17 @@ def test_exchanged_rank_files_of_the_engine_are_refused_though_they_do_not_say_t
         (made / ".metadata").write_bytes(re.sub(rb"__[01](?=_0\.distcp)", lambda m: b"__%d" % (m[0] == b"__0"), text))
         engine.convert(mapping, made, tmp_path / "again", config=hf / "config.json")
         assert (tmp_path / "again" / "model.safetensors").read_bytes() == (hf / "model.safetensors").read_bytes()
+
+
+def test_of_rank_files_that_say_their_ranks_no_tensor_is_compared_with_the_manifest(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.convert(MODEL.mapping, source, tmp_path / "hf", settings=LETTERS)
+    engine.reverse(MODEL.mapping, tmp_path / "hf", tmp_path / "back", tp=2, settings=LETTERS)
+    compared: list[str] = []
+    monkeypatch.setattr(manifests, "blocks", lambda file, *_: compared.append(file.name) or iter(()))
+    engine.plan(MODEL.mapping, tmp_path / "back", settings=LETTERS)
+    assert compared == []
 
 
 @pytest.mark.parametrize("name", ["../other", "huge"])
