@@ -44,7 +44,8 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Index a training checkpoint: the rank grid, every tensor's header and the configurations.
 
-    Reads only a few KiB of payload, to check that no file is a copy of another. Raises EngineError E2xx and E3xx.
+    Of the payload it reads a few KiB of each file, to check that no file is a copy of another; of files that the engine
+    wrote and that do not say their ranks, one tensor of each. Raises EngineError E2xx and E3xx.
 
     Args:
         config: the target's config.json, or the folder that holds it, for facts that the checkpoint does not hold.
