@@ -24,6 +24,10 @@ class NoWeights(EngineError):
     """The E304 of a folder in which a layout knows no file."""
 
 
+class OnlyConfiguration(EngineError):
+    """The E304 of a folder with a layout's configuration and no weights: an unfinished step, or the folder of a run."""
+
+
 def folders_in(layout: Layout) -> list[str]:
     """Patterns of the subfolders in which a layout has files."""
     files = (file.name for mode in layout.modes for file in mode.files)
@@ -127,7 +131,7 @@ def _no_weights(names: Sequence[str], layout: Layout, folder: str, beside: str) 
         told = f"`{kept[0]}` is here and no weights file is: saving has not ended, or a part was copied"
         fix = "Take the step before, or copy the folder again from the training run. "
         fix += "`engine inspect DIR` says what lies in it, such as a finished model."
-        return EngineError("E304", told, place=place, got=found, expected=expected, fix=fix)
+        return OnlyConfiguration("E304", told, place=place, got=found, expected=expected, fix=fix)
     fix = "It looks like a Hugging Face checkpoint, as `run` writes and `reverse` reads it. " if whole else ""
     fix += "Give the folder of one step, which holds the files under the names that training gave them; "
     fix += "`engine inspect DIR` says what DIR is."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import islice
 from time import monotonic
 
-from engine.checkpoint.grid import NoWeights
+from engine.checkpoint.grid import NoWeights, OnlyConfiguration
 from engine.discover.steps import folders_of
 from engine.errors import EngineError, Place
 from engine.serve.readers import Once
@@ -77,7 +77,8 @@ class Revisions:
         try:
             self._open(self._revision(*self._all()[0]))
         except (EngineError, OSError) as error:
-            self._steps = isinstance(error, OSError | NoWeights)  # else it is a checkpoint, and this is what is wrong
+            # any other error is what is wrong with a checkpoint
+            self._steps = isinstance(error, OSError | NoWeights | OnlyConfiguration)
             if not self._steps or not self._all():
                 make(src)  # raises what is wrong
                 raise

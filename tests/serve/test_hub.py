@@ -15,8 +15,9 @@ import pytest
 import engine
 from engine import api
 from engine.api import serving
-from engine.checkpoint.grid import NoWeights
+from engine.checkpoint.grid import NoWeights, read_grid
 from engine.errors import EngineError
+from engine.language.layout_file import load_layout
 from engine.run.execute import Small
 from engine.serve import revisions
 from engine.serve.hub import refusal
@@ -163,6 +164,17 @@ def test_a_checkpoint_that_is_refused_is_not_taken_for_a_run_though_folders_of_i
     (tmp_path / "mp_rank_01").mkdir()
     with pytest.raises(EngineError, match="the training configuration is missing"):
         revisions.Revisions(store_at(tmp_path, "the step"), make, lambda: "")
+
+
+def test_the_steps_of_a_run_are_served_though_a_configuration_lies_beside_them(tmp_path: Path) -> None:
+    def make(store: Store) -> Any:
+        if store.place() == str(tmp_path):
+            read_grid(store.names(), load_layout("internevo"), store.place())
+        return FOLDER
+
+    (tmp_path / "100").mkdir()
+    (tmp_path / "model_config.pt").touch()
+    assert revisions.Revisions(store_at(tmp_path, "the run"), make, lambda: "").names() == ["100"]
 
 
 def test_plans_of_the_steps_that_were_asked_for_last_are_kept_and_a_step_is_reported_once(tmp_path: Path) -> None:
