@@ -60,10 +60,10 @@ def read_manifest(folder: Store) -> dict[str, Any]:
 
 
 def check_written(folder: Store, headers: Sequence[FileHeader]) -> None:
-    """E306 for a rank file that holds what the engine wrote as another one.
+    """E306 for a rank file that holds what the engine wrote as another one, or did not write, unlike other files.
 
     One tensor of each file is read: the smallest of those that are different in every file. If a program wrote to the
-    folder since, as its small files tell, nothing is compared.
+    folder since, as its small files or all of those tensors tell, nothing is refused.
 
     Args:
         headers: the files that do not say themselves which rank they are.
@@ -75,6 +75,7 @@ def check_written(folder: Store, headers: Sequence[FileHeader]) -> None:
         data = read_manifest(folder)
         if all(_as_written(folder, name, wanted) for name, wanted in data["files"].items()):
             written = _telling(data["tensors"])
+    found: dict[str, tuple[str, str]] = {}  # file → the tensor that was read, and the file that it was written to
     for header in headers:
         tensor = min((t for t in header.tensors if t.name in written), key=lambda t: t.nbytes, default=None)
         if tensor is None:
@@ -82,16 +83,21 @@ def check_written(folder: Store, headers: Sequence[FileHeader]) -> None:
         total = xxhash.xxh3_128()
         for block in blocks(header, tensor):
             total.update(block)
-        found = written[tensor.name].get(total.hexdigest(), header.name)
-        if found != header.name:
+        found[header.name] = tensor.name, written[tensor.name].get(total.hexdigest(), "")
+    if not any(original for _, original in found.values()):
+        return  # a program wrote all of them since
+    for name, (tensor_name, original) in found.items():
+        if original != name:
             raise EngineError(
                 "E306",
-                f"`{header.name}` was written as `{found}`",
-                place=Place(header.name, tensor=tensor.name),
-                got=f"what the engine wrote to {found}, by {NAME} beside it",
-                expected=header.name,
+                f"`{name}` was written as `{original}`" if original else f"`{name}` is not as the engine wrote it",
+                place=Place(name, tensor=tensor_name),
+                got=f"what the engine wrote to {original}, by {NAME} beside it"
+                if original
+                else f"another content than {NAME} beside it says, while other files are as it says",
+                expected=name if original else "all files of one conversion",
                 fix="Files were exchanged, renamed or copied over each other. Copy the folder again from where the "
-                "engine wrote it.",
+                f"engine wrote it. If a program of yours changed this file alone, remove {NAME}.",
             )
 
 

@@ -311,6 +311,34 @@ def test_of_rank_files_that_say_their_ranks_no_tensor_is_compared_with_the_manif
     assert compared == []
 
 
+@pytest.mark.parametrize(
+    ("mapping", "ranks", "changed"),
+    [
+        ("torchtitan-llama", "dp=2", BOXES[1:]),
+        ("megatron-llama", "tp=2", RANKS[:1]),
+        ("torchtitan-llama", "dp=2", BOXES),
+    ],
+)
+def test_a_file_of_another_conversion_among_those_of_the_engine_is_refused_and_a_whole_other_save_is_read(
+    mapping: str, ranks: str, changed: tuple[str, ...], tmp_path: Path
+) -> None:
+    hf, model = tmp_path / "hf", Model("v2", layers=2, groups=2, bias=False)
+    save(model, tmp_path / "step")
+    engine.convert(model.mapping, tmp_path / "step", hf, settings=LETTERS)
+    engine.reverse(mapping, hf, tmp_path / "made", ranks=ranks)
+    weights = hf / "model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    engine.reverse(mapping, hf, tmp_path / "other", ranks=ranks)
+    for name in changed:
+        (tmp_path / "made" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+    if len(changed) == 2:
+        engine.plan(mapping, tmp_path / "made", config=hf / "config.json")
+        return
+    with pytest.raises(EngineError, match=f"`{changed[0]}` is not as the engine wrote it") as refused:
+        engine.plan(mapping, tmp_path / "made", config=hf / "config.json")
+    assert refused.value.code == "E306"
+
+
 @pytest.mark.parametrize("name", ["../other", "huge"])
 def test_a_manifest_makes_nobody_read_another_folder_or_a_huge_file(name: str, source: Path) -> None:
     engine.convert(MODEL.mapping, source, source.parent / "hf", settings=LETTERS)
