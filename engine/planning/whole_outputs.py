@@ -58,7 +58,19 @@ def whole_configuration(source: Source) -> dict[str, Any]:
     mapping = source.mapping
     config = configuration(source, "whole", mapping.config, source.names, mapping.keys.get("target", {}), {})
     config = with_given(config, source.checkpoint.target_config, mapping, source.layout)
-    return with_parts(config, mapping, source.layout) if mapping.as_model else config
+    if mapping.as_model:
+        return with_parts(config, mapping, source.layout)
+    rows, padding = config.get("vocab_size"), config.get("pad_token_id")
+    if isinstance(rows, int) and isinstance(padding, int) and not -rows <= padding < rows:
+        raise EngineError(
+            "E218",
+            "the token for padding is beyond the vocabulary, so that transformers does not load the model",
+            place=Place("config.json"),
+            got=f"pad_token_id: {padding}",
+            expected=f"an id from 0 to {rows - 1}, or null",
+            fix="Correct it in the configuration, or give a corrected one with --config FILE.",
+        )
+    return config
 
 
 def whole_groups(pieces: Pieces, sizes: Mapping[str, int], unread: Mapping[str, EngineError]) -> list[Group]:

@@ -543,6 +543,21 @@ def test_a_head_that_a_given_configuration_ties_is_left_out_if_it_is_the_embeddi
     assert back and all(torch.equal(one, known[name]) for name, one in back.items()) and "output.weight" in back
 
 
+@pytest.mark.parametrize(("padding", "known"), [(15, True), (-1, True), (16, False), (-17, False)])
+def test_a_padding_token_of_a_given_configuration_with_which_transformers_does_not_load_the_model_is_refused(
+    padding: int, known: bool, tmp_path: Path
+) -> None:
+    config = config_of(model_of("meta", **TINY, vocab=16), tmp_path / "2")  # -1 is in releases of Llama 1
+    (tmp_path / "config.json").write_text(json.dumps(config | {"pad_token_id": padding}))
+    if known:
+        found = engine.plan("meta-llama", tmp_path / "2", config=tmp_path / "config.json").config
+        assert found["pad_token_id"] == padding
+        return
+    with pytest.raises(EngineError, match="token for padding is beyond the vocabulary") as refused:
+        engine.plan("meta-llama", tmp_path / "2", config=tmp_path / "config.json")
+    assert refused.value.code == "E218"
+
+
 def test_the_tokens_at_which_a_given_configuration_ends_are_its_own(tmp_path: Path) -> None:
     """Llama 3.1 Instruct's has three, and params.json has none."""
     config_of(model_of("meta", **TINY, **THIRD, vocab=16), tmp_path / "3.1", use_scaled_rope=True)
